@@ -1,0 +1,85 @@
+"""`describe(model)`: the anatomy of any model, known families first, the fallback for the rest."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from deltalens.backbones import unknown
+from deltalens.backbones.timm_features import canonical_names
+from deltalens.sites.anatomy import Anatomy, Tower, prefixed
+from deltalens.sites.swap import original_class
+
+# top package of a module's class -> the files that know blocks of that package
+FAMILIES = {"timm": ("deltalens.backbones.vit", "deltalens.backbones.swin", "deltalens.backbones.convnext")}
+
+COMMON_HEADS = ("head.fc", "head", "fc", "classifier", "heads.head", "head.head")
+
+
+def describe(model: nn.Module, backbone: str | None = None, blocks: str | None = None) -> Anatomy:
+    """Find towers, head and everything outside the backbone.
+
+    backbone: path of the submodule that is the backbone; what lies outside it counts as head. blocks: regular
+    expression of the block paths inside the backbone, for networks whose blocks are found wrongly or not at all.
+    Raises TypeError where no repeated blocks are found, AttributeError for an unknown path.
+    """
+    body = _submodule(model, backbone)
+    towers = _towers(body, blocks)
+    if not towers:
+        raise TypeError(
+            f"no repeated blocks found in {type(body).__name__}; name them with blocks=, a regular expression of their "
+            "paths, such as blocks=r'stages\\.\\d+\\.\\d+'"
+        )
+    canonical = canonical_names(model, backbone or "")
+    if backbone:
+        return Anatomy(model, prefixed(backbone, towers), None, _outside(model, backbone), canonical)
+    return Anatomy(model, towers, _head(model), [], canonical)
+
+
+def _submodule(model: nn.Module, path: str | None) -> nn.Module:
+    try:
+        return model.get_submodule(path or "")
+    except AttributeError:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise AttributeError(
+            f"{type(model).__name__} has no submodule {path!r}; its children are: {children}"
+        ) from None
+
+
+def _towers(body: nn.Module, blocks: str | None) -> list[Tower]:
+    found: list[Tower] = []
+    if blocks is None:
+        packages = {original_class(module).__module__.partition(".")[0] for module in body.modules()}
+        for package in sorted(packages & FAMILIES.keys()):
+            for name in FAMILIES[package]:
+                for path, tower in importlib.import_module(name).find_towers(body):
+                    found += prefixed(path, [tower])
+    if not found:
+        found = [tower for _, tower in unknown.find_towers(body, blocks)]
+    return found
+
+
+def _head(model: nn.Module) -> str | None:
+    """Path of the classifier layer."""
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(classifier, nn.Module):
+        for path, module in model.named_modules():
+            if module is classifier:
+                return path if isinstance(module, nn.Linear) else None
+    for path in COMMON_HEADS:
+        module = dict(model.named_modules()).get(path)
+        if isinstance(module, nn.Linear):
+            return path
+    return None
+
+
+def _outside(model: nn.Module, backbone: str) -> list[str]:
+    """Paths of the largest submodules with parameters or buffers that do not contain the backbone."""
+    found, parent = [], ""
+    for step in backbone.split("."):
+        for name, child in model.get_submodule(parent).named_children():
+            if name != step and (any(True for _ in child.parameters()) or any(True for _ in child.buffers())):
+                found.append(f"{parent}.{name}".lstrip("."))
+        parent = f"{parent}.{step}".lstrip(".")
+    return found

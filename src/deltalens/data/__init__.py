@@ -1,0 +1,17 @@
+"""Datasets, one file per format; every one becomes a `Splits`."""
+
+from deltalens.data.arrays import ArrayDataset
+from deltalens.data.image_folder import ImageFiles, read_image_folder, read_split
+from deltalens.data.splits import Splits, stratified_split
+from deltalens.data.transforms import eval_transform, train_transform
+
+__all__ = [
+    "ArrayDataset",
+    "ImageFiles",
+    "Splits",
+    "eval_transform",
+    "read_image_folder",
+    "read_split",
+    "stratified_split",
+    "train_transform",
+]

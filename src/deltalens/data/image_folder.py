@@ -1,0 +1,254 @@
+"""Folders of images, one folder per class: `train/<class>/*.jpg`, or `<class>/*.jpg` split by seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from deltalens.data.splits import Splits, stratified_split
+
+EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+EXPECTED = """expected one folder per class, either split already:
+    {root}/train/<class>/*.jpg
+    {root}/val/<class>/*.jpg
+    {root}/test/<class>/*.jpg      (val and test may be absent: val is then split off train by seed)
+or not split yet:
+    {root}/<class>/*.jpg"""
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class ImageFiles(Dataset):
+    """Image files with labels. Items are (transform(RGB image), label).
+
+    An image that cannot be read raises ValueError with its path. mode: PIL's mode that images are converted to.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Callable | None = None, mode: str = "RGB"):
+        self.paths, self.labels, self.transform, self.mode = list(paths), list(labels), transform, mode
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = read_image(self.paths[index], self.mode)
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+    def subset(self, indices: Sequence[int]) -> ImageFiles:
+        """The items at these indices, as a dataset of their own."""
+        return ImageFiles([self.paths[i] for i in indices], [self.labels[i] for i in indices], self.transform, self.mode)
+
+
+def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
+    """Read an image, turned upright as its EXIF data says, in PIL's `mode`. ValueError names an unreadable file."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert(mode)
+    except FileNotFoundError:
+        raise
+    except _BROKEN as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def read_image_folder(
+    root: str | os.PathLike,
+    *,
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    seed: int = 0,
+    skip_broken: bool = False,
+    allow_missing_classes: bool = False,
+) -> Splits:
+    """Read train, validation and test images from a folder.
+
+    With `train` (and `val`, `test`) folders those are the splits; a missing val is split off train by `seed`. Otherwise the
+    class folders are split by `seed` into all three. Splits are stratified by class. Class names are the sorted names of
+    train's class folders. Images may lie deeper inside a class folder; hidden and non-image files are passed over.
+
+    Every image is decoded once before training starts: broken ones are an error that names them, or are left out with
+    skip_broken. Class folders that differ between splits are an error that lists the differences; with
+    allow_missing_classes, val and test may lack some of train's.
+
+    Raises FileNotFoundError for a missing folder, ValueError for everything else. Datasets come without a transform.
+    """
+    root = _existing(Path(root))
+    folders = split_folders(root)
+    if not folders:
+        everything, names = _read_classes(root, root, None, allow_missing_classes)
+        everything = without_broken(everything, skip_broken)
+        train, val, test = stratified_split(everything.labels, (val_fraction, test_fraction), seed)
+        origin = {"layout": "one folder", "seed": seed, "val_fraction": val_fraction, "test_fraction": test_fraction}
+        parts = {"train": everything.subset(train), "val": everything.subset(val), "test": everything.subset(test)}
+    else:
+        if "train" not in folders:
+            raise ValueError(f"{root} has {', '.join(f.name for f in folders.values())} but no train folder; {_expected(root)}")
+        _check_same_classes(folders, allow_missing_classes)
+        parts, names = {}, None
+        for split, folder in folders.items():
+            files, found = _read_classes(folder, root, names, allow_missing_classes)
+            names = names or found
+            parts[split] = without_broken(files, skip_broken)
+        origin = {"layout": "split folders"}
+        if "val" not in parts:
+            train, val = stratified_split(parts["train"].labels, (val_fraction,), seed)
+            parts["train"], parts["val"] = parts["train"].subset(train), parts["train"].subset(val)
+            origin |= {"val": "split off train", "seed": seed, "val_fraction": val_fraction}
+    for split in ("train", "val"):
+        if not len(parts[split]):
+            raise ValueError(f"{root} leaves no images for {split}: it needs more images, or larger fractions")
+    if len(names) < 2:
+        raise ValueError(f"{root} has a single class ({names[0]}); classification needs two. {_expected(root)}")
+    test = parts.get("test")
+    return Splits(parts["train"], parts["val"], names, test if test is not None and len(test) else None, origin)
+
+
+def read_split(
+    root: str | os.PathLike,
+    split: str,
+    class_names: Sequence[str],
+    origin: dict[str, Any] | None = None,
+    skip_broken: bool = False,
+) -> ImageFiles:
+    """Read one split to measure a trained model on: "train", "val", "test", or "all" for every image under class folders.
+
+    Labels index `class_names`, which is the order of the model's outputs. Classes of the model may be absent here; a class
+    folder that the model does not know is a ValueError. origin: `Splits.origin` of the training run, which tells how
+    a folder without split folders was split.
+    """
+    root, origin = _existing(Path(root)), origin or {}
+    folders = split_folders(root)
+    if split == "all":
+        if folders:
+            raise ValueError(f"{root} has split folders ({', '.join(folders)}): name one of them as the split instead of 'all'")
+        files = _read_classes(root, root, list(class_names), True)[0]
+    elif split in folders and not (split == "train" and "val_fraction" in origin):
+        files = _read_classes(folders[split], root, list(class_names), True)[0]
+    elif "val_fraction" in origin and (bool(folders) == (origin["layout"] == "split folders")):
+        whole = _read_classes(folders.get("train", root), root, list(class_names), True)[0]
+        whole = without_broken(whole, skip_broken)
+        fractions = (origin["val_fraction"], origin["test_fraction"]) if "test_fraction" in origin else (origin["val_fraction"],)
+        parts = dict(zip(("train", "val", "test"), stratified_split(whole.labels, fractions, origin["seed"]), strict=False))
+        if split not in parts:
+            raise ValueError(f"{root} has no {split} folder; it has {', '.join(folders)}")
+        return whole.subset(parts[split])
+    else:
+        found = f"it has {', '.join(folders)}" if folders else "it holds class folders; pass --split all to use every image"
+        raise ValueError(f"{root} has no {split} folder; {found}")
+    return without_broken(files, skip_broken)
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """split -> folder, for those of train, val, test that exist and hold class folders."""
+    found = {}
+    for split, names in SPLIT_FOLDERS.items():
+        for name in names:
+            if (root / name).is_dir() and _class_folders(root / name):
+                found.setdefault(split, root / name)
+    return found
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image file under a folder, sorted; hidden ones passed over."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
+    return sorted(found)
+
+
+def without_broken(files: ImageFiles, skip_broken: bool) -> ImageFiles:
+    """Decode every image once; broken ones raise ValueError with their names, or are left out and printed."""
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
+        problems = list(pool.map(_problem, files.paths))
+    broken = [f"{path} ({problem})" for path, problem in zip(files.paths, problems, strict=True) if problem]
+    if not broken:
+        return files
+    shown = "; ".join(broken[:5]) + (f"; and {len(broken) - 5} more" if len(broken) > 5 else "")
+    if not skip_broken:
+        raise ValueError(
+            f"{len(broken)} of {len(files)} images cannot be read: {shown}. Repair or remove them, or pass "
+            "skip_broken (--skip-broken true) to leave them out"
+        )
+    print(f"left out {len(broken)} of {len(files)} images that cannot be read: {shown}")
+    return files.subset([i for i, problem in enumerate(problems) if not problem])
+
+
+# ------------------------------------------------------------------ details
+def _problem(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (1, 1))  # JPEG: decode at 1/8 size, which reads the whole file all the same
+            image.load()
+    except _BROKEN as error:
+        return " ".join(str(error).replace(str(path), "").replace("''", "").split()) or type(error).__name__
+    return None
+
+
+def _existing(root: Path) -> Path:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data folder at {root}; {_expected(root)}")
+    return root
+
+
+def _expected(root: Path) -> str:
+    return EXPECTED.format(root=root)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _read_classes(
+    folder: Path, root: Path, class_names: list[str] | None, may_be_empty: bool
+) -> tuple[ImageFiles, list[str]]:
+    """All images of a folder of class folders, and the class names. class_names: the known ones, or None to find them."""
+    present = _class_folders(folder)
+    if not present:
+        raise ValueError(f"{folder} holds no class folders; {_expected(root)}")
+    names = class_names or present
+    unknown = [name for name in present if name not in names]
+    if unknown:
+        raise ValueError(
+            f"{folder} has class folders that are not among the {len(names)} known classes: {_some(unknown)}; known: {_some(names)}"
+        )
+    paths, labels, empty = [], [], []
+    for name in present:
+        images = image_files(folder / name)
+        if not images:
+            empty.append(name)
+        paths += images
+        labels += [names.index(name)] * len(images)
+    if not paths:
+        raise ValueError(
+            f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))}) in its class folders {_some(present)}; {_expected(root)}"
+        )
+    if empty and not (may_be_empty and class_names):
+        raise ValueError(f"class folders without images in {folder}: {_some(empty)}; {_expected(root)}")
+    return ImageFiles(paths, labels), names
+
+
+def _check_same_classes(folders: dict[str, Path], allow_missing: bool) -> None:
+    train = set(_class_folders(folders["train"]))
+    differences = []
+    for split in [split for split in folders if split != "train"]:
+        here = set(_class_folders(folders[split]))
+        if here - train:
+            differences.append(f"only in {split}: {_some(sorted(here - train))}")
+        if train - here and not allow_missing:
+            differences.append(f"in train but not in {split}: {_some(sorted(train - here))}")
+    if differences:
+        raise ValueError(
+            f"the class folders of {folders['train'].parent} differ between splits. {'; '.join(differences)}. Rename or "
+            "complete the folders; where val or test really lack a class, pass allow_missing_classes "
+            "(--allow-missing-classes true)"
+        )
+
+
+def _some(names: Sequence[str], count: int = 8) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,208 @@
+"""Attach an adapter to a model, and take all adapters off again."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from deltalens.backbones import describe
+from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, state_of
+from deltalens.lifecycle.switch import set_adapter
+from deltalens.methods.base import Method, Placement
+from deltalens.sites import weights
+from deltalens.sites.anatomy import Anatomy, Site, require
+from deltalens.sites.slots import Slots
+from deltalens.sites.swap import Swapped, refuse_unswappable, swap, unswap
+
+
+def attach(
+    model: nn.Module,
+    config: Method | Sequence[Method],
+    name: str = "default",
+    *,
+    num_classes: int | None = None,
+    backbone: str | None = None,
+    blocks: str | None = None,
+) -> nn.Module:
+    """Freeze a model, insert an adapter into it in place, and make that adapter active. Returns the same model.
+
+    config: a method's configuration, or several that together make one adapter. name: letters, digits, "-", "_".
+    num_classes: give the adapter a fresh head with this many classes; None copies the model's own head, which is then
+    trained. backbone: path of the submodule to adapt; everything outside it is trained and saved like a head. blocks:
+    regular expression of block paths, for networks whose blocks are not found by themselves.
+
+    Nothing of the model is replaced: parameters keep their names, modules their classes (`isinstance` holds) and
+    attributes. The
+    original head and unfrozen tensors are kept, so that `detach` and switching give them back bit for bit.
+
+    Raises ValueError for a used name, a config that matches nothing, or a head that does not exist; TypeError where a
+    block does not offer the slot that a method needs. The model is unchanged after an error.
+    """
+    configs = list(config) if isinstance(config, (list, tuple)) else [config]
+    state = _check(model, configs, name, backbone, blocks)
+    if state is not None:
+        backbone, blocks = state.backbone, state.blocks
+    anatomy = describe(model, backbone, blocks)
+    placements = [_placements(method, anatomy) for method in configs]
+    unfrozen = list(dict.fromkeys(path for method in configs for path in method.unfreeze(anatomy)))
+    _check_matches(configs, placements, unfrozen, anatomy)
+    if num_classes is not None and anatomy.head is None:
+        raise ValueError(
+            f"num_classes={num_classes} was given, but {type(model).__name__} has no classifier layer to replace; "
+            "create the model with a head, or build the head outside and pass backbone="
+        )
+
+    if state is None:
+        state = State(
+            backbone,
+            blocks,
+            {path: p.requires_grad for path, p in model.named_parameters()},
+            getattr(model, "num_classes", None),
+        )
+        model.__dict__[KEY] = state
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        swap(model, ROOT)
+    adapter = Adapter(configs, num_classes=num_classes or getattr(model, "num_classes", None))
+    state.adapters[name] = adapter
+    for method, placed in zip(configs, placements, strict=True):
+        for site, slot, module in placed:
+            _install(anatomy, site, slot, name, method.name, module)
+    for tower in anatomy.towers:
+        _swap_owner(tower)
+    _overlay_tensors(model, state, adapter, unfrozen)
+    _overlay_heads(model, state, adapter, anatomy, num_classes)
+    set_adapter(model, name)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Remove every adapter and give the backbone back as it was, bit for bit. Returns the same model."""
+    state = state_of(model)
+    set_adapter(model, ())
+    for path, _ in list(all_slots(model)):
+        del model.get_submodule(path)._modules["delta"]
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            unswap(module)
+            module.__dict__.pop("delta_layout", None)
+    del model.__dict__[KEY]
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad.get(path, True))
+    return model
+
+
+# ------------------------------------------------------------------ checks before anything changes
+def _check(model, configs, name, backbone, blocks) -> State | None:
+    if not configs or not all(isinstance(config, Method) for config in configs):
+        raise TypeError(
+            f"attach takes a method configuration such as MonaConfig(), or a list of them, not {configs or 'nothing'}"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"adapter name {name!r} must consist of letters, digits, '-' and '_'")
+    for module in model.modules():
+        refuse_unswappable(module)
+    state = model.__dict__.get(KEY)
+    if state is None:
+        if any(True for _ in all_slots(model)):
+            raise ValueError("this model holds a merged adapter or sits inside an adapted one; attach to a plain model")
+        return None
+    if name in state.adapters:
+        raise ValueError(f"there is already an adapter named {name!r}; pass another name= or delete_adapter first")
+    if (backbone or blocks) and (backbone, blocks) != (state.backbone, state.blocks):
+        raise ValueError(
+            f"the first adapter was attached with backbone={state.backbone!r}, blocks={state.blocks!r}; further ones "
+            f"share that"
+        )
+    return state
+
+
+def _placements(method: Method, anatomy: Anatomy) -> list[Placement]:
+    placed = list(method.place(anatomy))
+    for site, slot, _ in placed:
+        require(site, slot, type(method).__name__, anatomy.model)
+    return placed
+
+
+def _check_matches(configs, placements, unfrozen: list[str], anatomy: Anatomy) -> None:
+    parameters = dict(anatomy.model.named_parameters())
+    unknown = [path for path in unfrozen if path not in parameters]
+    if unknown:
+        raise ValueError(f"a method asks to unfreeze tensors that do not exist: {', '.join(unknown[:3])}")
+    for method, placed in zip(configs, placements, strict=True):
+        if not placed and not method.head_only and not list(method.unfreeze(anatomy)):
+            raise ValueError(
+                f"{method} matches nothing in {type(anatomy.model).__name__}: it would train the head only"
+            )
+    if not any(placements) and not unfrozen and not anatomy.head_paths():
+        raise ValueError(f"nothing would be trained: {type(anatomy.model).__name__} has no head")
+
+
+# ------------------------------------------------------------------ changes
+def _install(anatomy: Anatomy, site: Site, slot: str, name: str, method: str, module: nn.Module) -> None:
+    reference = next(iter(site.module.parameters()), None)
+    if reference is not None and reference.is_floating_point():
+        module.to(reference.device, reference.dtype)
+    module.train(site.module.training)
+    if slot.startswith("weights:"):
+        part_name = slot.partition(":")[2]
+        part = site.parts[part_name]
+        layer = weights.equip(site.module, part, site.tower.layout if site.tower else None)
+        layer.delta.rows[part_name] = part.rows
+        layer.delta.put(part_name, name, method, module)
+        return
+    _slots_of(site).put(slot, name, method, module)
+    if slot.startswith("tokens") and site.tower.carriers:
+        for carrier in site.tower.carriers:
+            swap(carrier.module, carrier.family)
+        for block in site.tower.blocks[site.index :]:
+            _slots_of(block)
+
+
+def _slots_of(site: Site) -> Slots:
+    block = site.module
+    if "delta" not in block._modules:
+        block.delta = Slots(site.tower.layout, last=site.is_last)
+        swap(block, site.family)
+    return block.delta
+
+
+def _swap_owner(tower) -> None:
+    """Swap what belongs to a whole tower: the recorder of its grid, the owner of its tokens, and its last block, so
+    that a head that reads the class token only costs one row there."""
+    layout = next((b.module.delta.layout for b in tower.blocks if "delta" in b.module._modules), tower.layout)
+    tower.layout = layout
+    for site in (tower.embed, tower.owner):
+        if site is not None:
+            site.module.__dict__["delta_layout"] = layout
+            swap(site.module, site.family)
+    if tower.owner is not None:
+        _slots_of(tower.blocks[-1])
+
+
+def _overlay_tensors(model: nn.Module, state: State, adapter: Adapter, unfrozen: Iterable[str]) -> None:
+    for path in unfrozen:
+        original = state.parameters.setdefault(path, model.get_parameter(path))
+        adapter.parameters[path] = nn.Parameter(original.detach().clone())
+        owner = path.rpartition(".")[0]
+        for leaf, buffer in model.get_submodule(owner)._buffers.items():
+            buffer_path = f"{owner}.{leaf}".lstrip(".")
+            if buffer is not None and leaf not in model.get_submodule(owner)._non_persistent_buffers_set:
+                state.buffers.setdefault(buffer_path, buffer)
+                adapter.buffers[buffer_path] = state.buffers[buffer_path].detach().clone()
+
+
+def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: Anatomy, num_classes: int | None) -> None:
+    for path in anatomy.head_paths():
+        original = state.heads.setdefault(path, model.get_submodule(path))
+        if path == anatomy.head and num_classes not in (None, original.out_features):
+            head = nn.Linear(original.in_features, num_classes, bias=original.bias is not None)
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
+        else:
+            head = copy.deepcopy(original)
+        adapter.heads[path] = head.requires_grad_(True)

@@ -1,0 +1,82 @@
+"""The filled model card of an adapter."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_TEMPLATE = """---
+library_name: deltalens
+{base}pipeline_tag: {tag}
+tags:
+- peft
+- deltalens
+{method_tags}
+---
+
+# {title}
+
+{summary}
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+import deltalens as dl
+
+model = dl.from_pretrained("path/to/this/folder")  # backbone, adapter, head, preprocessing, class names
+```
+
+```bash
+deltalens predict path/to/this/folder image.jpg
+```
+
+{peft}## Settings
+
+```json
+{settings}
+```
+"""
+
+_TAGS = {"classification": "image-classification"}
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """README.md of an adapter, from its configuration alone."""
+    base, info, count = config["base_model"], config.get("info") or {}, config.get("trained_parameters") or {}
+    methods = [entry["method"] for entry in config["methods"]]
+    name = base.get("id") or base.get("class")
+    rows = [("method", ", ".join(methods)), ("backbone", name)]
+    if base.get("checkpoint"):
+        rows.append(("backbone weights", str(base["checkpoint"]).rpartition("/")[2]))
+    if count:
+        rows.append(("trained parameters", f"{count['adapter']:,} ({count['percent']:.3f} % of the backbone)"))
+        rows.append(("with the head", f"{count['adapter'] + count['head']:,} ({count['percent_with_head']:.3f} %)"))
+    preprocessing = {**base, **(info.get("preprocessing") or {})}
+    rows.append(("input", "x".join(str(size) for size in preprocessing["input_size"])))
+    rows.append(("mean, std", f"{_numbers(preprocessing['mean'])}, {_numbers(preprocessing['std'])}"))
+    if info.get("class_names"):
+        shown = ", ".join(info["class_names"][:20]) + (" ..." if len(info["class_names"]) > 20 else "")
+        rows.append((f"{len(info['class_names'])} classes", shown))
+    for key, value in (info.get("metrics") or {}).items():
+        rows.append((key, f"{value:.4f}" if isinstance(value, float) else value))
+    return _TEMPLATE.format(
+        base=f"base_model: {name.removeprefix('timm/')}\n" if base.get("library") == "timm" else "",
+        tag=_TAGS.get(info.get("task", "classification"), "image-feature-extraction"),
+        method_tags="\n".join(f"- {method}" for method in methods),
+        title=f"{' + '.join(methods)} adapter for {name}",
+        summary="A parameter-efficient adapter: the frozen backbone is not part of this folder.",
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows),
+        peft=_PEFT if config.get("peft_type") == "LORA" else "",
+        settings=json.dumps(config["methods"], indent=2),
+    )
+
+
+_PEFT = "The files are in peft's format too: `PeftModel.from_pretrained(backbone, folder)` loads them.\n\n"
+
+
+def _numbers(values: list[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

@@ -1,0 +1,196 @@
+"""Adapters on disk: `adapter_config.json`, `adapter_model.safetensors`, `README.md`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deltalens.lifecycle import peft_format
+from deltalens.lifecycle.atomic import atomic_path, write_text
+from deltalens.lifecycle.attach import attach
+from deltalens.lifecycle.base_model import base_model_block, check_fingerprint, rebuild
+from deltalens.lifecycle.card import model_card
+from deltalens.lifecycle.count import count_parameters
+from deltalens.lifecycle.state import KEY, adapter_of, state_of
+from deltalens.lifecycle.switch import delete_adapter
+from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, load_tensors
+from deltalens.methods.base import Method, make_config
+
+CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+FORMAT = 1
+
+
+def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
+    """Write an adapter: two files and a filled model card. name: None means the active adapter.
+
+    An adapter that is LoRA and a head is written in peft's format, and peft loads it; all others in our own (see docs).
+    Each file is written to a temporary name and renamed, the configuration last, so that a folder with a
+    configuration is whole.
+    """
+    name, adapter = adapter_of(model, name)
+    directory = Path(directory)
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
+    config: dict[str, Any] = {
+        "peft_type": adapter.configs[0].name.upper(),
+        "deltalens_format": FORMAT,
+        "methods": [method.to_dict() for method in adapter.configs],
+        "base_model_name_or_path": None,
+        "base_model": base_model_block(model),
+        "num_classes": adapter.num_classes,
+        "heads": list(adapter.heads),
+        "trained_parameters": _count(model, name),
+        "info": adapter.info,
+    }
+    config["base_model_name_or_path"] = config["base_model"]["id"]
+    if peft_format.applies(adapter.configs):
+        tensors, config = peft_format.encode(model, name, tensors, config)
+    with atomic_path(directory / TENSORS) as temporary:
+        save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
+    write_text(directory / CARD, model_card(config))
+    write_text(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> nn.Module:
+    """Load an adapter from a folder into a model, attach it and make it active. Returns the model.
+
+    The folder is one of ours or one that peft wrote for LoRA. Raises FileNotFoundError for a missing file, ValueError
+    for a
+    damaged one, one of a newer format, of another backbone, or whose tensors do not fit; the model is then as it was.
+    """
+    config, tensors = read_files(directory)
+    if peft_format.is_peft(config):
+        config, tensors = peft_format.decode(model, config, tensors)
+    methods = _methods(config)
+    base = config.get("base_model") or {}
+    had_adapters = KEY in model.__dict__
+    num_classes = config.get("num_classes") if _has_classifier(model, config) else None
+    attach(model, methods, name, num_classes=num_classes, backbone=None if had_adapters else base.get("backbone"),
+           blocks=None if had_adapters else base.get("blocks"))  # fmt: skip
+    try:
+        check_fingerprint(model, base.get("fingerprint") or {})
+        load_tensors(model, name, _fitting(model, name, tensors), _beyond(model))
+    except ValueError as error:
+        _undo(model, name, had_adapters)
+        raise ValueError(f"{directory}: {error}") from error
+    state_of(model).adapters[name].info.update(config.get("info") or {})
+    return model
+
+
+def from_pretrained(
+    directory: str | os.PathLike, model: nn.Module | None = None, *, name: str = "default"
+) -> nn.Module:
+    """Rebuild backbone, adapter, head, preprocessing and class names from an adapter's folder, in eval mode.
+
+    model: the backbone, for adapters whose backbone was built by hand or is at hand already; None builds the one that
+    the folder
+    names (from the hub, the package or a checkpoint file). Errors as in `load_adapter`, and ConnectionError where
+    weights cannot be fetched.
+    """
+    if model is None:
+        config, _ = read_files(directory)
+        model = rebuild(config.get("base_model") or {}, config.get("num_classes"))
+    return load_adapter(model, directory, name).eval()
+
+
+def read_files(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors) of an adapter's folder, checked for presence, damage and format."""
+    directory = Path(directory)
+    for file in (CONFIG, TENSORS):
+        if not (directory / file).is_file():
+            present = ", ".join(sorted(p.name for p in directory.iterdir())) if directory.is_dir() else "no such folder"
+            raise FileNotFoundError(f"{directory} is no adapter: {file} is missing (found: {present or 'nothing'})")
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG} is damaged: {error}") from error
+    if config.get("deltalens_format", FORMAT) > FORMAT:
+        raise ValueError(
+            f"{directory} was written by a newer deltalens (format {config['deltalens_format']}, this version reads "
+            f"{FORMAT}): upgrade deltalens"
+        )
+    try:
+        return config, load_file(directory / TENSORS)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / TENSORS} is damaged: {error}; copy or download it again") from error
+
+
+# ------------------------------------------------------------------ details
+def _methods(config: dict[str, Any]) -> list[Method]:
+    entries = config.get("methods")
+    if not entries:
+        raise ValueError(
+            f"the configuration has no methods block (peft_type {config.get('peft_type')!r}); of peft's own methods "
+            "only LoRA can be loaded"
+        )
+    return [make_config(entry["method"], **{k: v for k, v in entry.items() if k != "method"}) for entry in entries]
+
+
+def _count(model: nn.Module, name: str) -> dict[str, float]:
+    state = state_of(model)
+    if state.active != (name,):
+        return {}
+    count = count_parameters(model)
+    return {
+        "adapter": count.adapter,
+        "head": count.head,
+        "backbone": count.backbone,
+        "percent": round(count.percent, 4),
+        "percent_with_head": round(count.percent_with_head, 4),
+    }
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    unshared = {}
+    for key, tensor in tensors.items():
+        unshared[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return unshared
+
+
+def _has_classifier(model: nn.Module, config: dict[str, Any]) -> bool:
+    if not config.get("heads"):
+        return False
+    state = model.__dict__.get(KEY)
+    paths = state.heads if state else set()
+    if paths:
+        return True
+    from deltalens.backbones.describe import describe
+
+    base = config.get("base_model") or {}
+    return describe(model, base.get("backbone"), base.get("blocks")).head is not None
+
+
+def _fitting(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without a head in the file, the adapter keeps the model's own; cast nothing, `copy_` does."""
+    own = adapter_tensors(model, name)
+    heads = tuple(f"{path}." for path in state_of(model).adapters[name].heads)
+    if heads and not any(key.startswith(heads) for key in tensors):
+        return {**{key: own[key].detach().clone() for key in own if key.startswith(heads)}, **tensors}
+    return tensors
+
+
+def _beyond(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a file's tensor belongs to a part of the classifier that this feature extractor does not have."""
+    anatomy = anatomy_of(model)
+    if anatomy.head_paths():
+        return lambda key: False
+    blocks = tuple(f"{anatomy.canonical(block.path)}." for block in anatomy.blocks())
+    names = {anatomy.canonical(path) for path, _ in anatomy.backbone_parameters()}
+    return lambda key: not key.startswith(blocks) and key not in names
+
+
+def _undo(model: nn.Module, name: str, had_adapters: bool) -> None:
+    from deltalens.lifecycle.attach import detach
+
+    if had_adapters:
+        delete_adapter(model, name)
+    else:
+        detach(model)

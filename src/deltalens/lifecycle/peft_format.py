@@ -1,0 +1,159 @@
+"""LoRA adapters in peft's file format, both ways.
+
+peft holds one A (r, in) and one B (out, r) per nn.Linear. Ours holds a pair for each of q, k, v inside a fused layer;
+written for peft they become one pair of rank r * parts with a block-diagonal B and alpha scaled alike, so that
+alpha / r stays. A file of ours keeps its `methods` block beside peft's keys, which peft ignores with a warning, and is
+split again on loading.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltalens.backbones.describe import describe
+from deltalens.lifecycle.tensors import anatomy_of, inserted_tensors
+from deltalens.methods.base import Method, make_config
+from deltalens.methods.lora import LoRAConfig
+
+PREFIX = "base_model.model."
+
+
+def applies(configs: list[Method]) -> bool:
+    """Whether an adapter can be written in peft's format: LoRA and a head, nothing else."""
+    return len(configs) == 1 and isinstance(configs[0], LoRAConfig)
+
+
+def is_peft(config: dict[str, Any]) -> bool:
+    return config.get("peft_type") == "LORA"
+
+
+# ------------------------------------------------------------------ writing
+def encode(
+    model: nn.Module, name: str, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our tensors and configuration of a LoRA adapter -> peft's, with our keys kept in the configuration."""
+    lora = make_config(**_keywords(config["methods"][0]))
+    inserted = inserted_tensors(model, name)
+    layers: dict[str, list[tuple[slice, str]]] = defaultdict(list)
+    for path, part, rows in _parts(model, lora):
+        layers[path].append((rows, f"{path}.{part}.lora"))
+    widths = {anatomy_path: layer.out_features for anatomy_path, layer in _linears(model)}
+    found = {PREFIX + key: tensor for key, tensor in tensors.items() if key not in inserted}
+    ranks, alphas = {}, {}
+    for path, parts in layers.items():
+        downs = [tensors[f"{key}.lora_A.weight"] for _, key in parts]
+        up = downs[0].new_zeros(widths[path], len(parts) * lora.r)
+        for i, (rows, key) in enumerate(parts):
+            up[rows, i * lora.r : (i + 1) * lora.r] = tensors[f"{key}.lora_B.weight"]
+        found[f"{PREFIX}{path}.lora_A.weight"], found[f"{PREFIX}{path}.lora_B.weight"] = torch.cat(downs), up
+        if len(parts) > 1:
+            ranks[path], alphas[path] = len(parts) * lora.r, len(parts) * lora.alpha
+    peft_keys = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(layers),
+        "rank_pattern": {re.escape(path): rank for path, rank in ranks.items()},
+        "alpha_pattern": {re.escape(path): alpha for path, alpha in alphas.items()},
+        "modules_to_save": config["heads"] or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+    return found, {**config, **peft_keys}
+
+
+# ------------------------------------------------------------------ reading
+def decode(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """peft's configuration and tensors -> ours. Raises ValueError for LoRA variants that are not plain LoRA."""
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    if config.get("methods"):
+        return config, _split(model, make_config(**_keywords(config["methods"][0])), tensors)
+    for key, plain in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
+        if config.get(key, plain) != plain:
+            raise ValueError(f"this peft adapter has {key}={config[key]!r}; only plain LoRA can be loaded")
+    groups: dict[tuple[int, float], list[str]] = defaultdict(list)
+    ours, rest = {}, {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", key)
+        if match is None:
+            rest[key] = tensor
+            continue
+        path = match[1]
+        ours[f"{path}.all.lora.{match[2]}.weight"] = tensor
+        if match[2] == "lora_A":
+            rank = tensor.shape[0]
+            alpha = _pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", rank))
+            groups[rank, alpha * (math.sqrt(rank) if config.get("use_rslora") else 1)].append(path)
+    if not groups:
+        raise ValueError("this peft adapter holds no LoRA tensors")
+    methods = [
+        LoRAConfig(r=rank, alpha=alpha, target_modules=tuple(paths), dropout=config.get("lora_dropout", 0.0)).to_dict()
+        for (rank, alpha), paths in groups.items()
+    ]
+    heads = [key for key in rest if key.endswith(".weight") and rest[key].dim() == 2]
+    num_classes = rest[heads[0]].shape[0] if len(heads) == 1 else None
+    head_paths = [key.removesuffix(".weight") for key in heads]
+    return {**config, "methods": methods, "num_classes": num_classes, "heads": head_paths}, {**ours, **rest}
+
+
+def _split(model: nn.Module, lora: LoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    taken: dict[str, int] = defaultdict(int)
+    found = {}
+    for path, part, rows in _parts(model, lora):
+        start = taken[path]
+        taken[path] += lora.r
+        down, up = tensors.get(f"{path}.lora_A.weight"), tensors.get(f"{path}.lora_B.weight")
+        if down is None or up is None:
+            continue
+        found[f"{path}.{part}.lora.lora_A.weight"] = down[start : start + lora.r].contiguous()
+        found[f"{path}.{part}.lora.lora_B.weight"] = up[rows, start : start + lora.r].contiguous()
+    used = {f"{path}.lora_{side}.weight" for path in taken for side in "AB"}
+    return found | {key: tensor for key, tensor in tensors.items() if key not in used}
+
+
+# ------------------------------------------------------------------ details
+def _keywords(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"name" if key == "method" else key: value for key, value in entry.items()}
+
+
+def _pattern(patterns: dict[str, float] | None, path: str, default: float) -> float:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def _anatomy(model: nn.Module):
+    return anatomy_of(model) if "_deltalens" in model.__dict__ else describe(model)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    canonical = _anatomy(model).canonical
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield canonical(path), module
+
+
+def _parts(model: nn.Module, lora: LoRAConfig) -> Iterator[tuple[str, str, slice]]:
+    """(layer path, part, its rows) for every LoRA pair that the configuration places, in its order."""
+    anatomy = _anatomy(model)
+    for site, slot, _ in lora.place(anatomy):
+        name = slot.partition(":")[2]
+        part = site.parts[name]
+        path = ".".join(piece for piece in (site.path, part.path) if piece)
+        yield anatomy.canonical(path), name, slice(*(part.rows or (None, None)))

@@ -1,0 +1,87 @@
+"""An adapter as a dictionary of named tensors, and back.
+
+Names are paths in the plain classifier: `blocks.3.attention_stream.mona.gamma` for an inserted module,
+`blocks.3.norm1.bias` for an unfrozen tensor, `head.weight` for the head. They carry no adapter name, and are the same
+in a classifier and in its `features_only` form. A module shared by several places is held once, under its first place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deltalens.backbones.describe import describe
+from deltalens.lifecycle.state import adapter_of, all_slots, state_of
+from deltalens.sites.anatomy import Anatomy
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """The anatomy of an adapted model, as attach saw it."""
+    state = state_of(model)
+    return describe(model, state.backbone, state.blocks)
+
+
+def inserted_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Name -> tensor of the modules that the adapter inserted; parameters and buffers, not copied."""
+    canonical, seen, found = anatomy_of(model).canonical, set(), {}
+    for owner, slots in all_slots(model):
+        for place, module in slots.of(name):
+            for leaf, tensor in module.state_dict(keep_vars=True).items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[canonical(f"{owner}.{place}.{leaf}".lstrip("."))] = tensor
+    return found
+
+
+def unfrozen_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Name -> tensor of the backbone that the adapter replaces, with running statistics."""
+    canonical, state = anatomy_of(model).canonical, state_of(model)
+    adapter = state.adapters[name]
+    live = {path: model.get_buffer(path) for path in adapter.buffers} if name in state.active else adapter.buffers
+    return {canonical(path): tensor for path, tensor in [*adapter.parameters.items(), *live.items()]}
+
+
+def head_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Name -> tensor of the adapter's heads."""
+    canonical = anatomy_of(model).canonical if state_of(model).backbone is None else str
+    return {
+        canonical(f"{path}.{leaf}"): tensor
+        for path, head in state_of(model).adapters[name].heads.items()
+        for leaf, tensor in head.state_dict(keep_vars=True).items()
+    }
+
+
+def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """All tensors of an adapter by name, not copied: inserted, unfrozen, head."""
+    name, _ = adapter_of(model, name)
+    return inserted_tensors(model, name) | unfrozen_tensors(model, name) | head_tensors(model, name)
+
+
+def load_tensors(
+    model: nn.Module, name: str, tensors: Mapping[str, Tensor], may_be_extra: Callable[[str], bool] = lambda key: False
+) -> None:
+    """Copy tensors into an adapter. Missing, extra or misshapen ones are a ValueError that names them, before any
+    change.
+
+    may_be_extra: whether a tensor of this name is passed over where the adapter has no place for it.
+    """
+    own = adapter_tensors(model, name)
+    missing = sorted(own.keys() - tensors.keys())
+    extra = sorted(key for key in tensors.keys() - own.keys() if not may_be_extra(key))
+    wrong = [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own.keys() & tensors.keys()
+        if own[key].shape != tensors[key].shape
+    ]
+    problems = [
+        f"{label}: {', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''}"
+        for label, found in (("missing", missing), ("not expected", extra), ("of another shape", sorted(wrong)))
+        if found
+    ]
+    if problems:
+        raise ValueError(f"the tensors do not fit this adapter of {type(model).__name__}. " + "; ".join(problems))
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])

@@ -1,0 +1,116 @@
+"""What a method is: a frozen dataclass that says where its modules go and which tensors it unfreezes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from deltalens.sites.anatomy import Anatomy, Site
+
+Placement = tuple[Site, str, nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of all method configurations.
+
+    A subclass is a frozen dataclass named `<Method>Config`; its fields are the method's settings with the paper's or
+    the official code's defaults. It overrides `place`, `unfreeze`, or both.
+
+    name: the registry name, set by `register`.
+    frozen_mode: "eval" holds frozen modules in eval mode during training (no dropout, no drop-path); "train" leaves
+        them active, for methods whose paper did. Frozen BatchNorm is in eval mode either way.
+    head_only: True for methods that touch nothing of the backbone on purpose; for all others that is an error.
+    """
+
+    name: ClassVar[str]
+    frozen_mode: ClassVar[Literal["eval", "train"]] = "eval"
+    head_only: ClassVar[bool] = False
+
+    def place(self, anatomy: Anatomy) -> Iterator[Placement]:
+        """Yield (site, slot, module). One module object may be yielded for several sites: it is then shared."""
+        yield from ()
+
+    def unfreeze(self, anatomy: Anatomy) -> Iterable[str]:
+        """Paths of backbone parameters to train."""
+        return ()
+
+    def losses(self, model: nn.Module, output: Any, batch: Any) -> dict[str, Tensor]:
+        """Further loss terms of the method, by name; a task adds them to its own loss."""
+        return {}
+
+    def prepare(self, model: nn.Module, loader: Iterable) -> None:
+        """Compute state from data before training (caches, prototypes); kept as buffers of the method's modules."""
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """Substring of a parameter's path -> factor on the learning rate."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able settings, with the method's name."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+def setting(default: Any, help: str, choices: tuple | None = None) -> Any:
+    """A dataclass field with one line of help."""
+    metadata = {"help": help} | ({"choices": choices} if choices else {})
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_choices(config: Method) -> None:
+    """Raise ValueError for a field that is not one of its choices."""
+    for field in dataclasses.fields(config):
+        choices = field.metadata.get("choices")
+        value = getattr(config, field.name)
+        if choices and value not in choices:
+            raise ValueError(f"{type(config).__name__}.{field.name} must be one of {choices}, got {value!r}")
+
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator: make a configuration known as `name` and turn it into a frozen dataclass."""
+
+    def decorate(cls: type) -> type:
+        cls = dataclasses.dataclass(frozen=True)(cls)
+        cls.name = name
+        if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:
+            raise ValueError(f"the method name {name!r} is already taken by {_METHODS[name].__qualname__}")
+        _METHODS[name] = cls
+        return cls
+
+    return decorate
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """Names of all methods that match a shell pattern, such as "vpt*"."""
+    return sorted(fnmatch.filter(_METHODS, pattern))
+
+
+def method_class(name: str) -> type[Method]:
+    """The configuration class of a method; ValueError with the nearest names for an unknown one."""
+    if name in _METHODS:
+        return _METHODS[name]
+    near = difflib.get_close_matches(name, _METHODS, n=3) or list_methods()
+    raise ValueError(f"unknown method {name!r}; did you mean {' or '.join(near)}? All: {', '.join(list_methods())}")
+
+
+def make_config(name: str, **settings: Any) -> Method:
+    """Build a configuration by name. Unknown settings raise ValueError with the nearest names."""
+    cls = method_class(name)
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{name} has no setting {key!r}{hint} It has: {', '.join(known) or 'none'}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return cls(**values)

@@ -1,0 +1,105 @@
+"""LoRA (Hu et al., ICLR 2022, arXiv 2106.09685) on the linear parts of blocks, fused or not."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from torch import Tensor, nn
+
+from deltalens.methods.base import Method, register, setting
+from deltalens.sites.anatomy import Anatomy, Family, Part, Site, require
+from deltalens.sites.weights import refuse_unfit_target
+
+
+class LoRALayer(nn.Module):
+    """dy = scaling * B A dropout(x):  A (r, in) Kaiming-uniform (a = sqrt 5), B (out, r) zero, scaling = alpha / r."""
+
+    pointwise = True
+
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.lora_A = nn.Linear(in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, out_features, bias=False)
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+
+    def weight_change(self) -> Tensor:
+        """The change of the layer's weight, (out, in)."""
+        return (self.lora_B.weight @ self.lora_A.weight) * self.scaling
+
+
+@register("lora")
+class LoRAConfig(Method):
+    """W x  ->  W x + (alpha / r) B A x  on chosen linear parts of every block; head trained.
+
+    Parts are q, k, v, proj, fc1, fc2, each with its own A and B, also inside a fused qkv layer (what peft cannot do).
+    target_modules instead names whole nn.Linear layers as peft does: a regular expression that matches the full path,
+    or a
+    list of path endings; a fused qkv then gets one A and B. Parameters per part: r (in + out). Merging is exact up to
+    rounding. Mona's official code uses r=64, q and v, alpha=1 on Swin; presets: `LoRAConfig.mona_baseline()`.
+    """
+
+    r: int = setting(8, "rank")
+    alpha: float = setting(8.0, "scaling numerator: the change is multiplied by alpha / r")
+    parts: tuple[str, ...] = setting(("q", "v"), "linear parts of a block: q, k, v, proj, fc1, fc2")
+    target_modules: str | tuple[str, ...] | None = setting(
+        None, "peft-style layer names instead of parts: one regular expression, or path endings"
+    )
+    dropout: float = setting(0.0, "dropout on the input of A")
+
+    @classmethod
+    def mona_baseline(cls) -> LoRAConfig:
+        """The LoRA of Mona's comparison: r=64 on q and v, scaling 1/64."""
+        return cls(r=64, alpha=1.0, parts=("q", "v"))
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise ValueError(f"r must be at least 1, got {self.r}")
+        if not self.parts and self.target_modules is None:
+            raise ValueError("parts is empty; name at least one of q, k, v, proj, fc1, fc2")
+
+    def place(self, anatomy: Anatomy):
+        if self.target_modules is not None:
+            yield from self._place_by_name(anatomy)
+            return
+        for block in anatomy.blocks():
+            for name in self.parts:
+                require(block, f"weights:{name}", "LoRA (or set target_modules to layer names)", anatomy.model)
+                yield block, f"weights:{name}", self._layer(block, block.parts[name])
+
+    def _layer(self, block: Site, part: Part) -> LoRALayer:
+        linear = block.module.get_submodule(part.path)
+        start, stop = part.rows or (0, linear.out_features)
+        return LoRALayer(linear.in_features, stop - start, self.r, self.alpha, self.dropout)
+
+    def _place_by_name(self, anatomy: Anatomy):
+        found = False
+        for path, module in anatomy.model.named_modules():
+            if "delta" in path.split(".") or not self._names(anatomy.canonical(path)):
+                continue
+            refuse_unfit_target(anatomy, path, module)
+            found = True
+            site = Site(path, module, _WHOLE_LAYER, module.in_features)
+            yield (
+                site,
+                "weights:all",
+                LoRALayer(module.in_features, module.out_features, self.r, self.alpha, self.dropout),
+            )
+        if not found:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} matches no layer of {type(anatomy.model).__name__}"
+            )
+
+    def _names(self, path: str) -> bool:
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, path) is not None
+        return any(path == name or path.endswith("." + name) for name in self.target_modules)
+
+
+_WHOLE_LAYER = Family(name="deltalens.methods.lora:_WHOLE_LAYER", methods={}, parts=lambda layer: {"all": Part("")})

@@ -1,0 +1,152 @@
+"""A model seen from outside: its towers, their blocks, and which slots each block offers."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from deltalens.sites.layout import Layout
+
+
+@dataclass(frozen=True)
+class Part:
+    """A linear part of a block that weight methods may change: a layer, or some rows of a fused one.
+
+    path: the layer's path inside the block ("attn.qkv"). rows: the output rows that belong to the part, None for all.
+    """
+
+    path: str
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One kind of module we can read: what its swapped class overrides and which slots it offers.
+
+    name: "package.module:VARIABLE" of this very object, so that swapped models can be pickled.
+    methods: name -> function that the swapped class gets; for blocks, `forward` is the reading of the equation.
+    slots: the slots that exist here. Weight slots are listed by `parts`, not here.
+    parts: block -> {"q": Part("attn.qkv", (0, d)), ...}.
+    width: block -> channels of its stream.
+    keys_values: (block, prompts (1 or B, p, C)) -> (k, v) that those prompts become in the block's attention, for
+        families whose attention takes prompts; merging stores them as constants.
+    """
+
+    name: str
+    methods: Mapping[str, Callable]
+    slots: frozenset[str] = frozenset()
+    parts: Callable[[nn.Module], dict[str, Part]] = lambda block: {}
+    width: Callable[[nn.Module], int] | None = None
+    keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def __reduce__(self):
+        return pkgutil.resolve_name, (self.name,)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@dataclass(eq=False)
+class Site:
+    """A module of the model where adapters can be placed.
+
+    path: its path from the model. width: channels of the stream there. index: its place in the tower, from 0.
+    """
+
+    path: str
+    module: nn.Module
+    family: Family
+    width: int
+    index: int = 0
+    tower: Tower | None = None
+
+    @property
+    def slots(self) -> frozenset[str]:
+        return self.family.slots | {f"weights:{part}" for part in self.parts}
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return self.family.parts(self.module)
+
+    @property
+    def is_last(self) -> bool:
+        return self.tower is not None and self.tower.blocks[-1] is self
+
+
+@dataclass(eq=False)
+class Tower:
+    """One stream with its blocks and its layout.
+
+    embed: the module that records the token grid, or None where the layout needs none.
+    carriers: sites besides the blocks that must be swapped where tokens live on between blocks (patch merging, the
+        model that owns the tokens), so that nobody outside sees those tokens.
+    patch_size: (h, w) of the patch embedding's kernel where known; VPT's initialisation reads it.
+    """
+
+    name: str
+    layout: Layout
+    blocks: list[Site] = field(default_factory=list)
+    embed: Site | None = None
+    owner: Site | None = None
+    carriers: list[Site] = field(default_factory=list)
+    patch_size: tuple[int, int] | None = None
+
+    def add(self, path: str, module: nn.Module, family: Family, width: int) -> None:
+        self.blocks.append(Site(path, module, family, width, len(self.blocks), self))
+
+    def sites(self) -> Iterator[Site]:
+        """Every site of the tower, blocks first."""
+        yield from self.blocks
+        yield from (site for site in (self.embed, self.owner) if site is not None)
+        yield from self.carriers
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """What `deltalens.backbones.describe` finds in a model.
+
+    head: path of the classifier layer, None where there is none. outside: paths of the modules outside the backbone,
+    where attach was given a submodule; they are trained and saved like a head.
+    canonical: parameter path in this model -> path in the plain classifier of the same architecture, so that
+        adapters travel between a classifier and its `features_only` form.
+    """
+
+    model: nn.Module
+    towers: list[Tower]
+    head: str | None = None
+    outside: list[str] = field(default_factory=list)
+    canonical: Callable[[str], str] = str
+
+    def blocks(self) -> list[Site]:
+        return [block for tower in self.towers for block in tower.blocks]
+
+    def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(path, parameter) of the backbone proper: no adapter, no head."""
+        heads = tuple(path + "." for path in self.head_paths())
+        for path, parameter in self.model.named_parameters():
+            if "delta" not in path.split(".") and not path.startswith(heads):
+                yield path, parameter
+
+    def head_paths(self) -> list[str]:
+        return [*self.outside, *([self.head] if self.head else [])]
+
+
+def require(site: Site, slot: str, method: str, model: nn.Module) -> None:
+    """Raise TypeError naming method, model, block and slot where a block does not offer the slot."""
+    if slot in site.slots:
+        return
+    raise TypeError(
+        f"{method} needs the slot {slot!r}, which {type(site.module).__name__} ({site.path}) of "
+        f"{type(model).__name__} does not offer. It offers: {', '.join(sorted(site.slots))}"
+    )
+
+
+def prefixed(prefix: str, towers: Iterable[Tower]) -> list[Tower]:
+    """Towers of a submodule, with paths as seen from the whole model."""
+    towers = list(towers)
+    for site in {id(site): site for tower in towers for site in tower.sites()}.values():
+        site.path = ".".join(part for part in (prefix, site.path) if part)
+    return towers

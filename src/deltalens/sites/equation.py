@@ -1,0 +1,71 @@
+"""The equation that every block with residual branches follows, written once.
+
+A block with branches b (attention, then mlp) reads
+
+    n  = norm_b(x)
+    u  = inner_b( body_b( pre_b(n) ) )                     the frozen branch with its LayerScale, then what sits on it
+    x <- stream_b( x + drop_path(u) + sum of parallel_b(x, n) )
+
+and the block as a whole  y = block.stream( branches(x) + sum of block.parallel(x, n_1) ), its input and output open
+to `tokens` modules. New tokens that parallel modules return join the stream at the end of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from deltalens.sites.layout import Layout
+from deltalens.sites.slots import Slots
+
+
+class Branch(NamedTuple):
+    """One residual branch: x + drop_path(body(norm(x))). `body` includes the branch's LayerScale."""
+
+    name: str
+    norm: Callable[[Tensor], Tensor]
+    body: Callable[[Tensor], Tensor]
+    drop_path: Callable[[Tensor], Tensor]
+
+
+def residual_block(
+    slots: Slots, layout: Layout, x: Tensor, branches: Sequence[Branch], keep: int | None = None
+) -> Tensor:
+    """Run a pre-norm block with its slots.
+
+    keep: compute only the first `keep` tokens of the output, for a head that reads no others. The first branch's
+    body (attention) then returns that many tokens; everything after it is pointwise, which the caller has checked.
+    """
+    x = slots.tokens("tokens.in", x, layout)
+    block_input, first_normed, new_tokens = x, None, []
+    for branch in branches:
+        normed = branch.norm(x)
+        update = slots.chain(
+            f"{branch.name}.inner", branch.body(slots.chain(f"{branch.name}.pre", normed, layout)), layout
+        )
+        if keep is not None:
+            x, normed, block_input = x[:, :keep], normed[:, :keep], block_input[:, :keep]
+        if first_normed is None:
+            first_normed = normed
+        delta, tokens = slots.parallel(f"{branch.name}.parallel", x, normed, layout)
+        new_tokens += tokens
+        x = x + branch.drop_path(update)
+        if delta is not None:
+            x = x + delta
+        x = slots.chain(f"{branch.name}.stream", x, layout)
+    delta, tokens = slots.parallel("block.parallel", block_input, first_normed, layout)
+    if delta is not None:
+        x = x + delta
+    x = slots.chain("block.stream", x, layout)
+    for token in [*new_tokens, *tokens]:
+        x = layout.insert(x, token)
+    return slots.tokens("tokens.out", x, layout)
+
+
+BRANCH_SLOTS = ("pre", "inner", "parallel", "stream")
+RESIDUAL_BLOCK_SLOTS = frozenset(
+    [f"{branch}.{slot}" for branch in ("attention", "mlp") for slot in BRANCH_SLOTS]
+    + ["block.parallel", "block.stream", "tokens.in", "tokens.out"]
+)

@@ -1,0 +1,111 @@
+"""The container of adapter modules that a swapped module owns as its child `delta`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from deltalens.sites.layout import Layout
+
+ADAPTER_PREFIX = "adapter_"  # nn.ModuleDict refuses keys such as "train" or "keys"
+
+
+class Slots(nn.Module):
+    """slot -> adapter -> method -> module, with the adapters that are active, in order.
+
+    A slot's name is written with "_" instead of "." in parameter names: `attention.stream` is `attention_stream`.
+    Modules may declare two facts about themselves as class attributes:
+
+    * `spatial = True`: called with the map (B, H, W, C); prefix tokens bypass it.
+    * `pointwise = True`: acts on each token alone, so that tokens nobody reads need not be computed.
+    """
+
+    def __init__(self, layout: Layout, last: bool = False):
+        super().__init__()
+        self.layout = layout
+        self.last = last
+        self.active: tuple[str, ...] = ()
+
+    def put(self, slot: str, adapter: str, method: str, module: nn.Module) -> None:
+        """Place a module. The same method twice in one adapter and slot gets a numbered key."""
+        key = slot.replace(".", "_")
+        if key not in self._modules:
+            self.add_module(key, nn.ModuleDict())
+        adapters = self._modules[key]
+        if ADAPTER_PREFIX + adapter not in adapters:
+            adapters[ADAPTER_PREFIX + adapter] = nn.ModuleDict()
+        methods = adapters[ADAPTER_PREFIX + adapter]
+        name, count = method, 1
+        while name in methods:
+            count += 1
+            name = f"{method}_{count}"
+        methods[name] = module
+
+    def remove(self, adapter: str) -> None:
+        """Forget all modules of an adapter."""
+        for slot, adapters in list(self._modules.items()):
+            if ADAPTER_PREFIX + adapter in adapters:
+                del adapters[ADAPTER_PREFIX + adapter]
+            if not len(adapters):
+                del self._modules[slot]
+        self.active = tuple(name for name in self.active if name != adapter)
+
+    def of(self, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+        """("slot.method", module) for every module of an adapter."""
+        for slot, adapters in self._modules.items():
+            if ADAPTER_PREFIX + adapter in adapters:
+                for method, module in adapters[ADAPTER_PREFIX + adapter].items():
+                    yield f"{slot}.{method}", module
+
+    def live(self, slot: str) -> list[nn.Module]:
+        """The active modules of a slot, in the order of their adapters."""
+        adapters = self._modules.get(slot.replace(".", "_"))
+        if adapters is None:
+            return []
+        found = []
+        for name in self.active:
+            if ADAPTER_PREFIX + name in adapters:
+                found.extend(adapters[ADAPTER_PREFIX + name].values())
+        return found
+
+    def all_live(self) -> list[nn.Module]:
+        return [module for slot in self._modules for module in self.live(slot)]
+
+    # ------------------------------------------------------------------ how the slots of a block are read
+    def chain(self, slot: str, x: Tensor, layout: Layout) -> Tensor:
+        """f(x) -> x, one after the other: `pre`, `inner` and `stream` slots."""
+        for module in self.live(slot):
+            if getattr(module, "spatial", False):
+                feature_map, prefix = layout.split(x)
+                x = layout.join(module(feature_map), prefix)
+            else:
+                x = layout.stream(module(layout.features(x)))
+        return x
+
+    def parallel(self, slot: str, x: Tensor, normed: Tensor, layout: Layout) -> tuple[Tensor | None, list[Tensor]]:
+        """f(x, n) -> delta or (delta, new tokens): the sum of the deltas, and the new tokens in order."""
+        total, tokens = None, []
+        for module in self.live(slot):
+            if getattr(module, "spatial", False):
+                (x_map, prefix), (n_map, _) = layout.split(x), layout.split(normed)
+                delta = layout.join(module(x_map, n_map), None if prefix is None else prefix.new_zeros(prefix.shape))
+            else:
+                delta = module(x, normed)
+            if isinstance(delta, tuple):
+                delta, new = delta
+                tokens.append(new)
+            total = delta if total is None else total + delta
+        return total, tokens
+
+    def tokens(self, slot: str, x: Tensor, layout: Layout) -> Tensor:
+        """f(x, layout) -> x: modules that insert, replace, add or drop tokens."""
+        for module in self.live(slot):
+            x = module(x, layout)
+        return x
+
+    def mask(self, mask: Tensor | None, x: Tensor, layout: Layout) -> Tensor | None:
+        """f(mask, x, layout) -> mask for the `attention.mask` slot; x is the stream the mask is for."""
+        for module in self.live("attention.mask"):
+            mask = module(mask, x, layout)
+        return mask

@@ -1,0 +1,1 @@
+"""Grids, search, tables, plots, analyses and benchmarks."""

@@ -1,0 +1,56 @@
+"""The published forms of VPT-deep and Mona, operation by operation: what the shipped fast forms are compared with."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from deltalens.methods.mona_layer import MonaLayer
+from deltalens.methods.vpt import Prompts
+
+
+class PlainDeepVPT(nn.Module):
+    """VPT-deep on a timm VisionTransformer with a class token, as published.
+
+    Block i runs on (class token, p prompts of block i, patch tokens): the prompts join the sequence before block 0, and
+    what a block made of its prompts is overwritten by the next block's. The head reads the class token.
+
+    backbone: frozen here, but for its head. prompts: (depth, p, C), trained; a block's initial values are those of `prompts`.
+    """
+
+    def __init__(self, backbone: VisionTransformer, prompts: Tensor):
+        super().__init__()
+        if backbone.num_prefix_tokens != 1 or backbone.global_pool != "token":
+            raise ValueError("the plain form is written for a backbone with one class token that the head reads")
+        if len(prompts) != len(backbone.blocks):
+            raise ValueError(f"{len(backbone.blocks)} blocks need as many prompts, got {len(prompts)}")
+        self.backbone = backbone.requires_grad_(False)
+        self.backbone.head.requires_grad_(True)
+        self.prompts = nn.Parameter(prompts.detach().clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        net, (depth, count, _) = self.backbone, self.prompts.shape
+        x = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images))))
+        for i in range(depth):
+            first_patch = 1 if i == 0 else 1 + count
+            prompts = self.prompts[i].expand(x.shape[0], -1, -1)
+            x = net.blocks[i](torch.cat([x[:, :1], prompts, x[:, first_patch:]], 1))
+        return net.forward_head(net.norm(x))
+
+
+def plain_vpt(backbone: VisionTransformer, adapted: nn.Module) -> PlainDeepVPT:
+    """The plain form with the prompts of a model that `attach` gave VPT-deep. `backbone` is its own copy, unadapted."""
+    prompts = [module.embedding for module in adapted.modules() if isinstance(module, Prompts)]
+    return PlainDeepVPT(backbone, torch.stack(prompts))
+
+
+def plain_mona(adapted: nn.Module) -> nn.Module:
+    """A copy of a model with Mona whose layers run `MonaLayer.plain`, the order of the official code."""
+    model = copy.deepcopy(adapted)
+    for module in model.modules():
+        if isinstance(module, MonaLayer):
+            module.forward = module.plain
+    return model

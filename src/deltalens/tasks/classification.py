@@ -1,0 +1,102 @@
+"""Image classification: one label per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltalens.lifecycle.state import KEY, state_of
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+
+class ClassificationTask(nn.Module):
+    """A classifier with its loss, metrics and decoding; works in any training loop.
+
+        task = ClassificationTask(model, class_names)
+        for batch in loader:                       # (images (B, C, H, W), labels (B,) integers)
+            loss = task(batch)["loss"]
+
+    The loss is cross-entropy with `label_smoothing`, plus, in training mode, the loss terms of the model's active adapters
+    (`Method.losses`). task.train() goes through the model's own train(), which holds frozen modules in eval mode.
+
+    Raises ValueError where the model has another number of outputs than there are class names, and, in forward, for
+    labels beyond the outputs.
+    """
+
+    name = "classification"
+
+    def __init__(self, model: nn.Module, class_names: Sequence[str], label_smoothing: float = 0.0):
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        outputs = getattr(model, "num_classes", None)
+        if outputs not in (None, len(class_names)):
+            raise ValueError(
+                f"the model has {outputs} outputs and the data {len(class_names)} classes; pass num_classes={len(class_names)} "
+                "to attach or create_backbone"
+            )
+        self.model = model
+        self.class_names = list(class_names)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: Sequence[Tensor]) -> dict[str, Any]:
+        """(images, labels) -> {"loss": scalar, "output": logits (B, classes), "losses": the loss's terms, detached}."""
+        images, labels = batch
+        output = self.model(images)
+        if output.dim() != 2 or output.shape[1] != len(self.class_names):
+            raise ValueError(
+                f"the model's output has shape {tuple(output.shape)}, expected ({len(images)}, {len(self.class_names)}): one "
+                "logit for each class"
+            )
+        logits = output.float()
+        terms = {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
+        if self.training:
+            terms |= self._method_losses(logits, batch)
+        return {
+            "loss": sum(terms.values()),
+            "output": logits,
+            "losses": {name: term.detach() for name, term in terms.items()},
+        }
+
+    def _method_losses(self, output: Tensor, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        if KEY not in self.model.__dict__:
+            return {}
+        state = state_of(self.model)
+        methods = [method for name in state.active for method in state.adapters[name].configs]
+        return {
+            f"{method.name}.{term}": loss
+            for method in methods
+            for term, loss in method.losses(self.model, output, batch).items()
+        }
+
+    def new_metrics(self) -> MetricCollection:
+        """Fresh metrics: "accuracy" (top-1), "mean_class_accuracy", and "top5_accuracy" where there are more than 5 classes."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy
+
+        classes = len(self.class_names)
+        metrics = {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "mean_class_accuracy": MulticlassAccuracy(classes, average="macro"),
+        }
+        if classes > 5:
+            metrics["top5_accuracy"] = MulticlassAccuracy(classes, top_k=5, average="micro")
+        return MetricCollection(metrics)
+
+    def update_metrics(self, metrics: MetricCollection, result: dict[str, Any], batch: Sequence[Tensor]) -> None:
+        """Add one batch's result to metrics made by `new_metrics`."""
+        metrics.update(result["output"], batch[1])
+
+    def decode(self, output: Tensor, topk: int = 1) -> list[list[tuple[str, float]]]:
+        """Logits (B, classes) -> for each image the `topk` most probable (class name, probability), best first."""
+        probabilities, indices = torch.softmax(output.float(), 1).topk(min(topk, len(self.class_names)), 1)
+        return [
+            [(self.class_names[i], p) for i, p in zip(row, values, strict=True)]
+            for row, values in zip(indices.tolist(), probabilities.tolist(), strict=True)
+        ]

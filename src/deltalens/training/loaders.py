@@ -1,0 +1,114 @@
+"""Data loaders whose order and augmentation depend on (seed, epoch, sample) alone.
+
+Nothing random is carried from one step to the next, so that a resumed run, another number of workers, or a look at the
+validation set in between change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several non-negative integers."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ number) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 27
+        state = state * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) keys in an order drawn from (seed, epoch), this process's share of them.
+
+    `set_epoch` is called by Lightning, and by hand in other loops. start: (epoch, items) at which a resumed run begins; that
+    many items of that epoch are passed over. With several processes every one gets the same number of items.
+    """
+
+    def __init__(
+        self, length: int, seed: int, batch_size: int, start: tuple[int, int] = (0, 0), rank: int = 0, world: int = 1
+    ):
+        self.length, self.seed, self.batch_size, self.start = length, seed, batch_size, start
+        self.rank, self.world = rank, world
+        self.epoch = start[0]
+
+    def __len__(self) -> int:
+        """Whole batches only, unless the data does not fill one."""
+        share = self.length // self.world
+        return share - share % self.batch_size if share >= self.batch_size else share
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        mine = order[self.rank :: self.world][: len(self)]
+        skipped = self.start[1] if epoch == self.start[0] else 0
+        yield from ((epoch, index) for index in mine[skipped:])
+
+
+class SeededItems(Dataset):
+    """A dataset read by (epoch, index) keys: torch's random numbers inside an item depend on (seed, epoch, index) only."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
+            return self.dataset[index]
+
+
+def training_loader(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    start: tuple[int, int] = (0, 0),
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader:
+    """Shuffled batches of `batch_size` a process; an incomplete last batch is left out, unless it is the only one.
+
+    start: (epoch, batches) to begin at. Raises ValueError where a process would get nothing.
+    """
+    if len(dataset) < world:
+        raise ValueError(f"{len(dataset)} training items cannot be shared by {world} processes")
+    sampler = EpochSampler(len(dataset), seed, batch_size, (start[0], start[1] * batch_size), rank, world)
+    return DataLoader(SeededItems(dataset, seed), batch_size, sampler=sampler, **_worker_options(workers))
+
+
+def evaluation_loader(
+    dataset: Dataset, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """Every item once, in order; with several processes each reads its own share, without padding."""
+    indices = range(rank, len(dataset), world)
+    return DataLoader(dataset, batch_size, sampler=list(indices), **_worker_options(workers))
+
+
+def default_workers() -> int:
+    """Loader processes: one less than the cores at hand, at most 8; none on one or two cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores <= 2 else min(8, cores - 1)
+
+
+def _worker_options(workers: int) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator().manual_seed(0),  # workers take their base seed from it, not from the global one
+    }

@@ -1,0 +1,151 @@
+"""A task as a LightningModule: steps, metrics, optimiser, and checkpoints that hold no frozen weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torchmetrics import MeanMetric
+
+from deltalens.data.splits import Splits
+from deltalens.training.loaders import evaluation_loader, mixed_seed, training_loader
+from deltalens.training.optim import make_optimizer, parameter_groups
+from deltalens.training.schedule import warmup_cosine, warmup_cosine_factor
+from deltalens.training.settings import TrainingSettings
+
+PROGRESS = "deltalens_progress"
+
+
+class TaskModule(pl.LightningModule):
+    """Runs any task whose forward gives {"loss", "output"} on any `Splits`.
+
+    Random numbers of a training step depend on (seed, step, process) only, so that a run resumed from a checkpoint goes on
+    exactly as if it had not been stopped. Checkpoints hold trained parameters and buffers, not the frozen backbone.
+
+    position: (epoch, batches) the next step belongs to; `PROGRESS` in checkpoints. resumed_at: where this run begins.
+    """
+
+    def __init__(self, task: torch.nn.Module, data: Splits, settings: TrainingSettings, resumed_at: tuple[int, int] = (0, 0)):
+        super().__init__()
+        self.task, self.data, self.settings = task, data, settings
+        self.position = self.resumed_at = resumed_at
+        self.strict_loading = False
+        self.loss_sum, self.loss_count = torch.zeros(()), 0
+
+    # ------------------------------------------------------------------ data
+    def train_dataloader(self):
+        return training_loader(
+            self.data.train, self._batch_size(), self.settings.seed, self.settings.workers, self.resumed_at, *self._process()
+        )
+
+    def val_dataloader(self):
+        return evaluation_loader(self.data.val, self._batch_size(), self.settings.workers, *self._process())
+
+    def test_dataloader(self):
+        return evaluation_loader(self.data.test, self._batch_size(), self.settings.workers, *self._process())
+
+    def _batch_size(self) -> int:
+        return max(1, self.settings.batch_size // self.trainer.world_size)
+
+    def _process(self) -> tuple[int, int]:
+        return self.trainer.global_rank, self.trainer.world_size
+
+    # ------------------------------------------------------------------ optimiser
+    def configure_optimizers(self):
+        groups = parameter_groups(self.task, self.settings.lr, self.settings.weight_decay)
+        optimizer = make_optimizer(self.settings.optimizer, groups)
+        scheduler = warmup_cosine(optimizer, self._warmup_steps(), self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _warmup_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        return min(round(self.settings.warmup_epochs * total / self.settings.epochs), total - 1)
+
+    def _use_rates_of_settings(self) -> None:
+        """Learning rates and weight decay come from the settings, also where a checkpoint has brought others."""
+        groups = parameter_groups(self.task, self.settings.lr, self.settings.weight_decay)
+        factor = warmup_cosine_factor(self.global_step, self._warmup_steps(), self.trainer.estimated_stepping_batches)
+        scheduler = self.lr_schedulers()
+        scheduler.base_lrs = [group["lr"] for group in groups]
+        for present, wanted in zip(self.optimizers().param_groups, groups, strict=True):
+            present["lr"], present["weight_decay"] = wanted["lr"] * factor, wanted["weight_decay"]
+
+    # ------------------------------------------------------------------ steps
+    def on_train_start(self) -> None:
+        self.task.train()
+        self._use_rates_of_settings()
+
+    def on_train_epoch_start(self) -> None:
+        self.task.train()  # through the model's own train(), which holds frozen modules in eval mode
+        self.loss_sum, self.loss_count = torch.zeros((), device=self.device), 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        torch.manual_seed(mixed_seed(self.settings.seed, self.global_step, self.trainer.global_rank))
+        loss = self.task(batch)["loss"]
+        self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
+        self.loss_count += 1
+        return loss
+
+    def mean_training_loss(self) -> float:
+        """Over this epoch so far, and over all processes."""
+        totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.loss_count)])
+        total, count = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
+        return total / count
+
+    # ------------------------------------------------------------------ evaluation
+    def _start_evaluation(self) -> None:
+        self.metrics = self.task.new_metrics().to(self.device)
+        self.mean_loss = MeanMetric().to(self.device)
+
+    def _evaluate(self, batch: Any) -> None:
+        result = self.task(batch)
+        self.task.update_metrics(self.metrics, result, batch)
+        self.mean_loss.update(result["loss"], len(batch[0]))
+
+    def _log_evaluation(self, part: str) -> None:
+        values = {"loss": self.mean_loss.compute(), **self.metrics.compute()}
+        self.log_dict({f"{part}_{name}": value for name, value in values.items()})
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    # ------------------------------------------------------------------ checkpoints
+    def _frozen_names(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        frozen = self._frozen_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint[PROGRESS] = {
+            "epoch": self.position[0],
+            "batches": self.position[1],
+            "loss_sum": float(self.loss_sum),
+            "loss_count": self.loss_count,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = self.state_dict().keys() - self._frozen_names()
+        differing = sorted(trained ^ checkpoint["state_dict"].keys())
+        if differing:
+            raise ValueError(
+                f"the checkpoint holds other tensors than this run trains ({len(differing)} differ, the first is "
+                f"{differing[0]}): resume with the model and the method it was started with"
+            )
+        self.loss_sum = torch.tensor(checkpoint[PROGRESS]["loss_sum"])
+        self.loss_count = checkpoint[PROGRESS]["loss_count"]

@@ -1,0 +1,79 @@
+"""Optimisers over the trained parameters: decay groups, per-method rates, default learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from deltalens.lifecycle.state import KEY, state_of
+from deltalens.methods.base import Method
+
+# Learning rates for AdamW at batch size 64, found on small image folders (see docs). A method that is not listed uses FALLBACK. SGD wants about a hundred times as much.
+DEFAULT_LEARNING_RATES = {"full": 1e-4, "bitfit": 3e-3, "linear": 1e-2, "lora": 2e-3, "mona": 1e-3, "vpt": 5e-3}
+FALLBACK_LEARNING_RATE = 1e-3
+
+_DECAYED = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention)
+
+
+def default_learning_rate(methods: Iterable[Method]) -> float:
+    """The default of the method; of several that make one adapter, the smallest."""
+    return min(DEFAULT_LEARNING_RATES.get(method.name, FALLBACK_LEARNING_RATE) for method in methods)
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters for a torch optimiser.
+
+    Weight decay acts on the matrices of linear and convolution layers only: not on biases, norms, other 1-D tensors, nor on
+    free tensors such as prompts, position embeddings, tokens and tables. Learning rates are multiplied as the active
+    adapters' `lr_multipliers` ask; where several substrings match a path, their factors multiply.
+
+    Raises ValueError where nothing is trainable.
+    """
+    multipliers = _multipliers(model)
+    decayed = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _DECAYED)
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.dim() > 1
+    }
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for path, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = 1.0
+        for substring, multiplier in multipliers:
+            factor *= multiplier if substring in path else 1.0
+        decay = weight_decay if id(parameter) in decayed else 0.0
+        group = groups.setdefault((decay, factor), {"params": [], "names": [], "lr": lr * factor, "weight_decay": decay})
+        group["params"].append(parameter)
+        group["names"].append(path)
+    if not groups:
+        raise ValueError("nothing is trainable: attach an adapter first")
+    return list(groups.values())
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """ "adamw" (betas .9, .999) or "sgd" (momentum .9)."""
+    groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    if name == "adamw":
+        return torch.optim.AdamW(groups)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=groups[0]["lr"], momentum=0.9)
+    raise ValueError(f"optimizer must be adamw or sgd, got {name!r}")
+
+
+def _multipliers(model: nn.Module) -> list[tuple[str, float]]:
+    """(substring, factor) of every active method of every adapted model in the tree."""
+    found = []
+    for module in model.modules():
+        if KEY in module.__dict__:
+            state = state_of(module)
+            for name in state.active:
+                for method in state.adapters[name].configs:
+                    found += list(method.lr_multipliers().items())
+    return found

@@ -1,0 +1,58 @@
+"""How to train: one frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of one training run. Raises ValueError for values that make no sense.
+
+    epochs: passes over the training data. batch_size: images a step, over all devices together. lr: peak learning rate.
+    warmup_epochs: length of the linear warm-up (fractions allowed); a cosine to zero follows. optimizer: adamw or sgd.
+    clip_grad: largest norm of the gradient, 0 for no clipping. seed: of everything random. workers: loader processes.
+    precision: 32, bf16 or 16 (mixed), 64. compile: torch.compile the model. devices: how many, or "0,2", or "auto".
+    accelerator: cpu, gpu, mps or auto. deterministic: torch's deterministic algorithms, needed on a GPU for bit-equal runs.
+    checkpoint_every_steps: besides every epoch, 0 for never. progress: print a line per epoch, and a bar on a terminal.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_epochs: float = 1.0
+    optimizer: str = "adamw"
+    clip_grad: float = 0.0
+    seed: int = 0
+    workers: int = 0
+    precision: str = "32"
+    compile: bool = False
+    devices: int | str = 1
+    accelerator: str = "auto"
+    deterministic: bool = False
+    checkpoint_every_steps: int = 0
+    progress: bool = True
+
+    def __post_init__(self):
+        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
+        other = {
+            "weight_decay": self.weight_decay,
+            "warmup_epochs": self.warmup_epochs,
+            "clip_grad": self.clip_grad,
+            "seed": self.seed,
+            "workers": self.workers,
+            "checkpoint_every_steps": self.checkpoint_every_steps,
+        }
+        for name, value in positive.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name, value in other.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}")

@@ -1,0 +1,79 @@
+"""Pretrain the shipped backbones and write their packaged files.
+
+python -m tools.pretrain train --model swin-mini --data DATA --output local/pretrain/swin-mini --resume
+python -m tools.pretrain export --data DATA local/pretrain/swin-mini/last.pt
+
+DATA is the folder `tiny_imagenet_48`.
+"""
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction, Namespace
+
+from .models import ANY_SIZE
+
+
+def parse_args() -> Namespace:
+    parser = ArgumentParser(prog="python -m tools.pretrain", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_train(commands.add_parser("train", formatter_class=ArgumentDefaultsHelpFormatter))
+    export = commands.add_parser("export", help="write EMA weights, metrics and card into the package")
+    export.add_argument("checkpoint")
+    export.add_argument("--data", required=True, help="folder of tiny_imagenet_48")
+    export.add_argument("--threads", type=int, help="torch threads")
+    return parser.parse_args()
+
+
+def _add_train(parser: ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--model", required=True, choices=list(ANY_SIZE))
+    run.add_argument("--data", required=True, help="folder of tiny_imagenet_48")
+    run.add_argument("--output", required=True, help="folder of last.pt and log.csv")
+    run.add_argument("--resume", action="store_true", help="go on from last.pt where there is one")
+    run.add_argument("--epochs", type=int, default=300)
+    run.add_argument("--budget-minutes", type=float, help="end, fully annealed, after this wall-clock time")
+    run.add_argument("--log-steps", type=int, default=625, help="steps between validations and log lines")
+    run.add_argument("--save-minutes", type=float, default=3.0)
+    run.add_argument("--seed", type=int, default=0)
+
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    speed.add_argument("--threads", type=int, help="torch threads")
+    speed.add_argument("--bf16", action=BooleanOptionalAction, default=True)
+    speed.add_argument("--compile", action="store_true")
+    speed.add_argument("--early-sizes", type=int, nargs="*", default=[], help="image sizes before the native one")
+    speed.add_argument("--native-from", type=float, default=0.6, help="progress from which the native size is used")
+
+    optimiser = parser.add_argument_group("optimiser")
+    optimiser.add_argument("--opt", default="adamw", help="a timm optimiser")
+    optimiser.add_argument("--batch-size", type=int, default=128)
+    optimiser.add_argument("--lr", type=float, default=1e-3)
+    optimiser.add_argument("--final-lr", type=float, default=1e-6)
+    optimiser.add_argument("--warmup", type=float, default=0.05, help="share of the run")
+    optimiser.add_argument("--weight-decay", type=float, default=0.05)
+    optimiser.add_argument("--clip-grad", type=float, default=1.0)
+    optimiser.add_argument("--ema-decay", type=float, default=0.999)
+
+    regularisation = parser.add_argument_group("augmentation and regularisation")
+    regularisation.add_argument("--min-area", type=float, default=0.5, help="of the random resized crop")
+    regularisation.add_argument("--color-jitter", type=float, default=0.2)
+    regularisation.add_argument("--erasing", type=float, default=0.0)
+    regularisation.add_argument("--mixup", type=float, default=0.1, help="alpha, 0 for none")
+    regularisation.add_argument("--cutmix", type=float, default=0.0, help="alpha, 0 for none")
+    regularisation.add_argument("--smoothing", type=float, default=0.1)
+    regularisation.add_argument("--drop-path", type=float, default=0.0)
+    regularisation.add_argument("--teacher", help="timm model with the same classes to distil from")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.command == "train":
+        from .train import Trainer
+
+        Trainer(args).run()
+    else:
+        from .export import export
+
+        export(args)
+
+
+if __name__ == "__main__":
+    main()
