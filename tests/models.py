@@ -146,4 +146,6 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     """Dictionaries of tensors agree, key by key."""
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -64,7 +64,9 @@ class Transformer(nn.Module):
 
 
 class ImageTower(nn.Module):
-    def __init__(self, width: int = 128, layers: int = 4, heads: int = 2, patch: int = 16, grid: int = 2, out: int = 32):
+    def __init__(
+        self, width: int = 128, layers: int = 4, heads: int = 2, patch: int = 16, grid: int = 2, out: int = 32
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width))
@@ -150,7 +152,9 @@ def _clip_forward(self: Clip, images: Tensor, ids: Tensor) -> Tensor:
     ends = ids.argmax(-1).repeat(len(x) // len(ids))
     text_features = F.normalize(x[torch.arange(len(x)), ends] @ self.text_projection, dim=-1)
     if embeddings.dim() == 4:
-        return self.logit_scale.exp() * torch.einsum("bd,bcd->bc", image_features, text_features.unflatten(0, (-1, len(ids))))
+        return self.logit_scale.exp() * torch.einsum(
+            "bd,bcd->bc", image_features, text_features.unflatten(0, (-1, len(ids)))
+        )
     return self.logit_scale.exp() * image_features @ text_features.T
 
 

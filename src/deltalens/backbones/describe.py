@@ -33,7 +33,8 @@ def describe(model: nn.Module, backbone: str | None = None, blocks: str | None =
         )
     canonical = canonical_names(model, backbone or "")
     if backbone:
-        return Anatomy(model, prefixed(backbone, towers), None, _outside(model, backbone), canonical)
+        modules, tensors = _outside(model, backbone)
+        return Anatomy(model, prefixed(backbone, towers), None, modules, canonical, tensors)
     return Anatomy(model, towers, _head(model), [], canonical)
 
 
@@ -74,12 +75,14 @@ def _head(model: nn.Module) -> str | None:
     return None
 
 
-def _outside(model: nn.Module, backbone: str) -> list[str]:
-    """Paths of the largest submodules with parameters or buffers that do not contain the backbone."""
-    found, parent = [], ""
+def _outside(model: nn.Module, backbone: str) -> tuple[list[str], list[str]]:
+    """Paths of the largest submodules with parameters or buffers that do not contain the backbone, and of the
+    parameters of the modules that do."""
+    modules, tensors, parent = [], [], ""
     for step in backbone.split("."):
         for name, child in model.get_submodule(parent).named_children():
             if name != step and (any(True for _ in child.parameters()) or any(True for _ in child.buffers())):
-                found.append(f"{parent}.{name}".lstrip("."))
+                modules.append(f"{parent}.{name}".lstrip("."))
+        tensors += [f"{parent}.{name}".lstrip(".") for name in model.get_submodule(parent)._parameters]
         parent = f"{parent}.{step}".lstrip(".")
-    return found
+    return modules, tensors

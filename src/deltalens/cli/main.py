@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(argv)
     except SystemExit as finished:  # --help and --print_config
         return int(finished.code or 0)
-    except KeyboardInterrupt:
-        return _report("stopped by the keyboard", 130, debug)
+    except KeyboardInterrupt as stopped:
+        return _report(str(stopped) or "stopped by the keyboard", 130, debug)
     except UsageError as error:
         return _report(str(error), 2, debug)
     except BrokenPipeError:  # the reader of our output, such as head, went away

@@ -13,7 +13,7 @@ from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, stat
 from deltalens.lifecycle.switch import set_adapter
 from deltalens.methods.base import Method, Placement
 from deltalens.sites import weights
-from deltalens.sites.anatomy import Anatomy, Site, require
+from deltalens.sites.anatomy import Anatomy, Site, Tower, require
 from deltalens.sites.slots import Slots
 from deltalens.sites.swap import Swapped, refuse_unswappable, swap, unswap
 
@@ -46,8 +46,11 @@ def attach(
     if state is not None:
         backbone, blocks = state.backbone, state.blocks
     anatomy = describe(model, backbone, blocks)
+    for tower in anatomy.towers:
+        _share_layout(tower)
     placements = [_placements(method, anatomy) for method in configs]
     unfrozen = list(dict.fromkeys(path for method in configs for path in method.unfreeze(anatomy)))
+    unfrozen += [path for path in anatomy.outside_tensors if path not in unfrozen]
     _check_matches(configs, placements, unfrozen, anatomy)
     if num_classes is not None and anatomy.head is None:
         raise ValueError(
@@ -66,8 +69,7 @@ def attach(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         swap(model, ROOT)
-    adapter = Adapter(configs, num_classes=num_classes or getattr(model, "num_classes", None))
-    state.adapters[name] = adapter
+    adapter = state.adapters[name] = Adapter(configs, num_classes=state.num_classes)
     for method, placed in zip(configs, placements, strict=True):
         for site, slot, module in placed:
             _install(anatomy, site, slot, name, method.name, module)
@@ -75,6 +77,8 @@ def attach(
         _swap_owner(tower)
     _overlay_tensors(model, state, adapter, unfrozen)
     _overlay_heads(model, state, adapter, anatomy, num_classes)
+    if anatomy.head:
+        adapter.num_classes = adapter.heads[anatomy.head].out_features
     set_adapter(model, name)
     return model
 
@@ -92,7 +96,7 @@ def detach(model: nn.Module) -> nn.Module:
     del model.__dict__[KEY]
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(path, True))
-    return model
+    return model.train(model.training)
 
 
 # ------------------------------------------------------------------ checks before anything changes
@@ -124,6 +128,8 @@ def _placements(method: Method, anatomy: Anatomy) -> list[Placement]:
     placed = list(method.place(anatomy))
     for site, slot, _ in placed:
         require(site, slot, type(method).__name__, anatomy.model)
+        if slot.startswith("weights:"):
+            weights.linear_of(site.module, site.parts[slot.partition(":")[2]])
     return placed
 
 
@@ -170,15 +176,23 @@ def _slots_of(site: Site) -> Slots:
     return block.delta
 
 
-def _swap_owner(tower) -> None:
+def _share_layout(tower: Tower) -> None:
+    """All adapters of a tower read the one layout whose grid its embedding records."""
+    sites = [site.module for site in (tower.embed, tower.owner) if site is not None]
+    layouts = [module.__dict__["delta_layout"] for module in sites if "delta_layout" in module.__dict__]
+    layouts += [block.module.delta.layout for block in tower.blocks if "delta" in block.module._modules]
+    tower.layout = next(iter(layouts), tower.layout)
+
+
+def _swap_owner(tower: Tower) -> None:
     """Swap what belongs to a whole tower: the recorder of its grid, the owner of its tokens, and its last block, so
     that a head that reads the class token only costs one row there."""
-    layout = next((b.module.delta.layout for b in tower.blocks if "delta" in b.module._modules), tower.layout)
-    tower.layout = layout
     for site in (tower.embed, tower.owner):
         if site is not None:
-            site.module.__dict__["delta_layout"] = layout
+            site.module.__dict__["delta_layout"] = tower.layout
             swap(site.module, site.family)
+            if site.family.slots:
+                _slots_of(site)
     if tower.owner is not None:
         _slots_of(tower.blocks[-1])
 

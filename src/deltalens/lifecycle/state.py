@@ -134,13 +134,11 @@ def put_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:
     registered[leaf] = parameter
 
 
-def put_buffer(model: nn.Module, path: str, buffer: Tensor) -> Tensor:
-    """Install a buffer, moved to where the present one is; returns what was there."""
+def put_buffer(model: nn.Module, path: str, buffer: Tensor) -> None:
+    """Install a buffer, moved and cast to where the present one is."""
     owner, _, leaf = path.rpartition(".")
     registered = model.get_submodule(owner)._buffers
-    present = registered[leaf]
-    registered[leaf] = buffer.to(present.device)
-    return present
+    registered[leaf] = buffer.to(registered[leaf].device, registered[leaf].dtype)
 
 
 def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -152,7 +150,8 @@ def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
         for buffer_owner in module.modules():
             for name, buffer in buffer_owner._buffers.items():
                 if buffer is not None:
-                    buffer_owner._buffers[name] = buffer.to(present.device)
+                    dtype = present.dtype if buffer.is_floating_point() else None
+                    buffer_owner._buffers[name] = buffer.to(present.device, dtype)
     model.set_submodule(path, module)
 
 

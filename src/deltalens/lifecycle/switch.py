@@ -18,7 +18,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     and dtype.
     """
     state = state_of(model)
-    names = (name,) if isinstance(name, str) else tuple(name)
+    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     for each in names:
         adapter_of(model, each)
     _keep_buffers(model)
@@ -36,7 +36,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     for path, original in state.heads.items():
         put_module(model, path, next((a.heads[path] for a in chosen[::-1] if path in a.heads), original))
     num_classes = next((a.num_classes for a in chosen[::-1] if a.num_classes is not None), state.num_classes)
-    if num_classes is not None:
+    if state.num_classes is not None:
         model.num_classes = num_classes
     model.train(model.training)
 

@@ -109,7 +109,8 @@ class Anatomy:
     """What `deltalens.backbones.describe` finds in a model.
 
     head: path of the classifier layer, None where there is none. outside: paths of the modules outside the backbone,
-    where attach was given a submodule; they are trained and saved like a head.
+        where attach was given a submodule; they are trained and saved like a head. outside_tensors: paths of
+        parameters outside the backbone that belong to a module around it.
     canonical: parameter path in this model -> path in the plain classifier of the same architecture, so that
         adapters travel between a classifier and its `features_only` form.
     """
@@ -119,6 +120,7 @@ class Anatomy:
     head: str | None = None
     outside: list[str] = field(default_factory=list)
     canonical: Callable[[str], str] = str
+    outside_tensors: list[str] = field(default_factory=list)
 
     def blocks(self) -> list[Site]:
         return [block for tower in self.towers for block in tower.blocks]
@@ -127,7 +129,7 @@ class Anatomy:
         """(path, parameter) of the backbone proper: no adapter, no head."""
         heads = tuple(path + "." for path in self.head_paths())
         for path, parameter in self.model.named_parameters():
-            if "delta" not in path.split(".") and not path.startswith(heads):
+            if "delta" not in path.split(".") and not path.startswith(heads) and path not in self.outside_tensors:
                 yield path, parameter
 
     def head_paths(self) -> list[str]:

@@ -41,11 +41,17 @@ def _add_rows(y: Tensor, change: Tensor, start: int, stop: int) -> Tensor:
 LINEAR = Family(name="deltalens.sites.weights:LINEAR", methods={"forward": _forward})
 
 
-def equip(block: nn.Module, part: Part, layout) -> nn.Linear:
-    """Make the layer of a part ready to hold weight modules; returns the layer. Other than nn.Linear is a TypeError."""
+def linear_of(block: nn.Module, part: Part) -> nn.Linear:
+    """The layer that a part belongs to. Other than nn.Linear is a TypeError."""
     layer = block.get_submodule(part.path) if part.path else block
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{part.path} is a {type(layer).__name__}; weight methods change nn.Linear layers only")
+    return layer
+
+
+def equip(block: nn.Module, part: Part, layout) -> nn.Linear:
+    """Make the layer of a part ready to hold weight modules; returns the layer."""
+    layer = linear_of(block, part)
     if not hasattr(layer, "delta"):
         layer.delta = Slots(layout)
         layer.delta.rows = {}

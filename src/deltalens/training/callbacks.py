@@ -1,4 +1,4 @@
-"""What happens beside the steps: stop on a bad loss, keep a checkpoint, write metrics.csv, show progress."""
+"""What happens beside the steps: stop on a bad loss, keep a checkpoint, write metrics.csv."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +38,27 @@ class StopOnBadLoss(pl.Callback):
         if loss.device.type == "cpu" or (batch_idx + 1) % self.every == 0:
             self.check(trainer)
 
-    def on_validation_end(self, trainer, module) -> None:
-        self.check(trainer)
-        loss = float(trainer.callback_metrics.get("val_loss", 0.0))
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(self._message("the validation loss", loss, trainer.global_step, trainer))
-
     def on_train_epoch_end(self, trainer, module) -> None:
         self.check(trainer)
+
+    def on_validation_end(self, trainer, module) -> None:
+        self.check(trainer)
+        loss = float(trainer.callback_metrics["val_loss"])
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(self._message(f"the validation loss is {loss}", trainer.global_step, trainer))
 
     def check(self, trainer) -> None:
         """Raise if a bad loss was seen."""
         step = int(self.first_bad)
         if step >= 0:
-            raise NonFiniteLossError(self._message("the training loss", math.nan, step, trainer))
+            raise NonFiniteLossError(self._message("the training loss became NaN or infinite", step, trainer))
 
-    def _message(self, what: str, value: float, step: int, trainer) -> str:
-        kind = "not a number" if math.isnan(value) else "infinite"
-        epoch = (step - 1) // max(1, int(trainer.num_training_batches)) + 1
+    def _message(self, what: str, step: int, trainer) -> str:
+        epoch = (step - 1) // trainer.num_training_batches + 1
         kept = f"The last good checkpoint is {self.checkpoint}. " if self.checkpoint and self.checkpoint.is_file() else ""
         return (
-            f"{what} became {kind} or infinite in epoch {epoch}, step {step}, and training stopped. {kept}Lower the learning rate "
-            "(--lr), use --precision 32, or clip gradients (--clip-grad 1), and go on with --resume or start again with --overwrite"
+            f"{what} in epoch {epoch}, step {step}; training stopped. {kept}Use a lower learning rate (--lr), --precision 32 "
+            "or --clip-grad 1, and go on with --resume or start again with --overwrite"
         )
 
 
@@ -80,16 +80,16 @@ class KeepLast(pl.Callback):
 
     def _save(self, trainer) -> None:
         if not trainer.is_global_zero:
-            trainer.save_checkpoint(self.path)  # collective; only the first process writes
+            trainer.save_checkpoint(self.path, weights_only=False)  # collective; only the first process writes
             return
         with atomic_path(self.path) as temporary:
-            trainer.save_checkpoint(temporary)
+            trainer.save_checkpoint(temporary, weights_only=False)
 
 
 class History(pl.Callback):
-    """One row of metrics per epoch, kept in checkpoints, written to metrics.csv, printed as a line."""
+    """One row of metrics per epoch, kept in checkpoints, written to metrics.csv, and handed to `show` as a line."""
 
-    def __init__(self, path: Path | None, show: bool):
+    def __init__(self, path: Path | None, show: Callable[[str], None] | None = None):
         self.path, self.show = path, show
         self.rows: list[dict[str, float]] = []
 
@@ -98,9 +98,6 @@ class History(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
-
-    def on_train_epoch_start(self, trainer, module) -> None:
-        self._started = time.perf_counter()
 
     def on_train_start(self, trainer, module) -> None:
         self._started = time.perf_counter()
@@ -114,12 +111,15 @@ class History(pl.Callback):
             **{name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val_")},
             "seconds": time.perf_counter() - self._started,
         }
+        self._started = time.perf_counter()
         self.rows.append(row)
-        if trainer.is_global_zero and self.path:
+        if not trainer.is_global_zero:
+            return
+        if self.path:
             write_text(self.path, as_csv(self.rows))
-        if trainer.is_global_zero and self.show:
-            measured = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k == "train_loss" or k.startswith("val_"))
-            trainer.progress_bar_callback.print(f"epoch {row['epoch']}/{trainer.max_epochs}  {measured}  {row['seconds']:.1f} s")
+        if self.show:
+            measured = [f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "val_"))]
+            self.show("  ".join([f"epoch {row['epoch']}/{trainer.max_epochs}", *measured, f"{row['seconds']:.1f} s"]))
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,62 @@
+"""Measure a trained adapter on a folder of images.
+
+The folder has train, val or test folders as in training, or only class folders: then --split test means the part that the
+training run kept for test, and --split all every image.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Optional
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("adapter", type=str, help="folder of the adapter")
+    add("--data", type=str, required=True, help="folder of images")
+    add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which images")
+    add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
+    add("--batch-size", type=int, default=64, help="images at a time")
+    add("--workers", type=Optional[int], default=None, help="loader processes; by default by the number of cores")
+    add("--device", type=Optional[str], default=None, help="cpu, cuda, mps; by default the fastest there is")
+    add("--output", type=Optional[str], default=None, help="JSON file for the results")
+
+
+def run(args: Namespace) -> None:
+    """Evaluate, print and optionally write the metrics."""
+    import json
+
+    import torch
+
+    import deltalens as dl
+    from deltalens.cli.trained import load_trained
+    from deltalens.data import eval_transform, read_split
+    from deltalens.data.transforms import image_mode
+    from deltalens.lifecycle.atomic import write_text
+    from deltalens.tasks import ClassificationTask
+    from deltalens.training.loaders import default_workers, evaluation_loader
+
+    model, class_names, device = load_trained(args.adapter, args.device)
+    preprocessing = dl.preprocessing(model)
+    files = read_split(args.data, args.split, class_names, dl.adapter_info(model).get("split"), args.skip_broken)
+    files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
+    task = ClassificationTask(model, class_names).eval()
+    metrics = task.new_metrics().to(device)
+    workers = default_workers() if args.workers is None else args.workers
+    loss = 0.0
+    with torch.inference_mode():
+        for images, labels in evaluation_loader(files, args.batch_size, workers):
+            batch = (images.to(device), labels.to(device))
+            result = task(batch)
+            task.update_metrics(metrics, result, batch)
+            loss += float(result["loss"]) * len(labels) / len(files)
+    values = {"loss": loss, **{name: float(value) for name, value in metrics.compute().items()}}
+    for name, value in values.items():
+        print(f"{name:<20} {value:.4f}")
+    print(f"{'images':<20} {len(files)}")
+    if args.output:
+        results = {"adapter": args.adapter, "data": args.data, "split": args.split, "images": len(files), **values}
+        write_text(args.output, json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,178 @@
+"""Adapt a backbone to a folder of images.
+
+The data folder holds train/<class>/*.jpg (and val, test), or <class>/*.jpg, which is then split by seed. The output folder
+gets the adapter (adapter_config.json, adapter_model.safetensors, README.md), config.yaml, which reproduces the run with
+`deltalens train --config OUTPUT/config.yaml --output ANOTHER`, metrics.csv and results.json.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+
+from deltalens.cli import method_options, recipes
+from deltalens.cli.method_options import add_method_argument
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+# What a resumed run may change. Everything else decides what is trained, and on what.
+CHANGEABLE = {
+    "output", "lr", "weight_decay", "clip_grad", "workers", "precision", "compile", "devices",
+    "accelerator", "checkpoint_every_steps", "deterministic",
+}  # fmt: skip
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options; every one may also stand in a YAML file."""
+    add = parser.add_argument
+    add("--model", type=str, default="deltalens/vit-mini", help="timm/<name>, deltalens/vit-mini, deltalens/swin-mini, or a model folder")
+    add("--pretrained", type=bool, default=True, help="start from pretrained weights; false is for experiments only")
+    add("--checkpoint", type=Optional[str], default=None, help="weights file of the backbone, instead of the hub's")
+    add("--img-size", type=Optional[int], default=None, help="input size in pixels, where the model allows another")
+    add_method_argument(parser)
+    add("--recipe", type=Optional[str], default=None, help="settings that come with the package (deltalens list recipes)")
+    add("--data", type=str, required=True, help="folder of images")
+    add("--output", type=str, required=True, help="folder for the results")
+    add("--val-fraction", type=float, default=0.15, help="share of images for validation where the data has no val folder")
+    add("--test-fraction", type=float, default=0.15, help="share of images for test where the data has no split folders")
+    add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
+    add("--allow-missing-classes", type=bool, default=False, help="let val and test lack classes of train")
+    add("--min-crop", type=float, default=0.5, help="smallest share of an image that a training crop keeps")
+    add("--hflip", type=float, default=0.5, help="probability of a horizontal flip; 0 where left and right differ")
+    add("--rand-augment", type=int, default=0, help="magnitude of RandAugment, 0 for none, 9 is usual")
+    add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
+    add("--epochs", type=int, default=20, help="passes over the training images")
+    add("--batch-size", type=int, default=64, help="images a step, over all devices together")
+    add("--lr", type=Optional[float], default=None, help="peak learning rate; by default the method's own")
+    add("--weight-decay", type=float, default=1e-4, help="on matrices of linear and convolution layers only")
+    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up; a cosine to zero follows")
+    add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum")
+    add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 for no clipping")
+    add("--seed", type=int, default=0, help="of everything random: split, initialisation, order, augmentation, dropout")
+    add("--workers", type=Optional[int], default=None, help="loader processes; by default by the number of cores")
+    add("--precision", type=Literal["32", "bf16", "16", "64"], default="32", help="bf16 and 16 are mixed precision")
+    add("--compile", type=bool, default=False, help="torch.compile the model")
+    add("--devices", type=Union[int, str], default=1, help='number of devices, a list such as "0,2", or "auto"')
+    add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
+    add("--deterministic", type=bool, default=False, help="deterministic algorithms, for bit-equal runs on a GPU")
+    add("--checkpoint-every-steps", type=int, default=0, help="checkpoint also within epochs, for very long ones")
+    add("--resume", action="store_true", help="go on with a run that was stopped")
+    add("--overwrite", action="store_true", help="replace the run that the output folder holds")
+
+
+def translate(argv: list[str]) -> list[str]:
+    """Gather the --method words, and put a recipe's file in the place of its name."""
+    return recipes.translate(method_options.translate(argv))
+
+
+def run(args: Namespace) -> None:
+    """Train, and print what came out."""
+    from deltalens.cli.method_options import method_entries, read_methods
+    from deltalens.training import fit
+    from deltalens.training.loaders import default_workers
+    from deltalens.training.optim import default_learning_rate
+    from deltalens.training.output import Output, is_main_process
+
+    methods = read_methods(args.method)
+    options = {key: value for key, value in vars(args).items() if key not in ("config", "recipe", "resume", "overwrite")}
+    options["method"] = method_entries(methods)
+    options["lr"] = default_learning_rate(methods) if args.lr is None else args.lr
+    options["workers"] = default_workers() if args.workers is None else args.workers
+    settings = _settings(options)
+    output = Output(args.output)
+    if is_main_process():
+        output.check(args.resume, args.overwrite)
+    if args.resume:
+        _check_same_run(output, options)
+        if output.finished:
+            print(f"{output.folder} holds a finished run; there is nothing to resume")
+            _print_results(output.read_results(), output)
+            return
+    task, data = _build(options, methods)
+    if is_main_process():
+        _print_start(task, data, options)
+    results = fit(task, data, settings, output.folder, resume=args.resume, overwrite=args.overwrite, config=options)
+    if is_main_process():
+        _print_results(results, output)
+
+
+# ------------------------------------------------------------------ building
+def _settings(options: dict[str, Any]):
+    from dataclasses import fields
+
+    from deltalens.training.settings import TrainingSettings
+
+    names = {field.name for field in fields(TrainingSettings)}
+    return TrainingSettings(**{key: value for key, value in options.items() if key in names})
+
+
+def _build(options: dict[str, Any], methods: list):
+    """The task and the data. Everything that can be wrong with the options is found here, before anything is written."""
+    import torch
+
+    import deltalens as dl
+    from deltalens.cli.sized_backbone import create_sized_backbone
+    from deltalens.data import eval_transform, read_image_folder, train_transform
+    from deltalens.data.transforms import image_mode
+    from deltalens.tasks import ClassificationTask
+
+    data = read_image_folder(
+        options["data"],
+        val_fraction=options["val_fraction"],
+        test_fraction=options["test_fraction"],
+        seed=options["seed"],
+        skip_broken=options["skip_broken"],
+        allow_missing_classes=options["allow_missing_classes"],
+    )
+    torch.manual_seed(options["seed"])
+    model, preprocessing = create_sized_backbone(
+        options["model"],
+        len(data.class_names),
+        options["img_size"],
+        pretrained=options["pretrained"],
+        checkpoint=options["checkpoint"],
+    )
+    dl.attach(model, methods)
+    dl.adapter_info(model)["preprocessing"] = preprocessing
+    data.train.transform = train_transform(preprocessing, options["min_crop"], options["hflip"], options["rand_augment"])
+    for part in (data.train, data.val, *([data.test] if data.test is not None else [])):
+        part.mode = image_mode(preprocessing)
+        if part is not data.train:
+            part.transform = eval_transform(preprocessing)
+    return ClassificationTask(model, data.class_names, options["label_smoothing"]), data
+
+
+def _check_same_run(output, options: dict[str, Any]) -> None:
+    """ValueError where a run to be resumed was started with other settings."""
+    earlier = output.read_config() or {}
+    changed = [
+        f"{key} was {earlier[key]!r} and is {options[key]!r}"
+        for key in options
+        if key in earlier and key not in CHANGEABLE and earlier[key] != options[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"a resumed run keeps its settings, and these differ from {output.config}: {'; '.join(changed)}. "
+            f"deltalens train --config {output.config} --resume takes them from there"
+        )
+
+
+# ------------------------------------------------------------------ printing
+def _print_start(task, data, options: dict[str, Any]) -> None:
+    import deltalens as dl
+
+    count = dl.count_parameters(task.model)
+    names = " + ".join(entry["method"] for entry in options["method"])
+    test = "no test" if data.test is None else f"{len(data.test)} test"
+    print(
+        f"{names} on {options['model']}: {count.adapter:,} parameters, {count.percent:.2f} % of the backbone's {count.backbone:,}, "
+        f"and {count.head:,} in the head"
+    )
+    print(f"{len(data.class_names)} classes, {len(data.train)} training, {len(data.val)} validation, {test} images")
+
+
+def _print_results(results: dict[str, Any], output) -> None:
+    for part in ("val", "test"):
+        if results[part]:
+            print(f"{part:<5}" + "  ".join(f"{name} {value:.4f}" for name, value in results[part].items()))
+    print(f"adapter, results.json and metrics.csv are in {output.folder}")

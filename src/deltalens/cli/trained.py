@@ -1,0 +1,39 @@
+"""Load a trained adapter for a command that uses it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def load_trained(directory: str, device: str | None) -> tuple[nn.Module, list[str], torch.device]:
+    """(model in eval mode on the device, class names, device). Where the adapter names no classes they are "0", "1"...
+
+    Raises as `deltalens.from_pretrained`; ValueError for a device that is not there.
+    """
+    import torch
+
+    import deltalens as dl
+
+    model = dl.from_pretrained(directory)
+    class_names = dl.class_names(model) or [str(i) for i in range(model.num_classes)]
+    chosen = _device(device)
+    return model.to(chosen), class_names, torch.device(chosen)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if name is None:
+        return available[-1]
+    if name.partition(":")[0] not in available:
+        raise ValueError(f"there is no device {name!r} here; available: {', '.join(available)}")
+    return name

@@ -1,0 +1,195 @@
+"""`fit`: train a task on some data with Lightning, and leave an adapter and its results in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltalens.data.splits import Splits
+from deltalens.lifecycle.count import count_parameters
+from deltalens.lifecycle.files import save_pretrained
+from deltalens.lifecycle.info import adapter_info
+from deltalens.lifecycle.state import KEY
+from deltalens.training.output import Output, is_main_process
+from deltalens.training.settings import PRECISIONS, TrainingSettings
+
+
+def fit(
+    task: nn.Module,
+    data: Splits,
+    settings: TrainingSettings = TrainingSettings(),  # noqa: B008  (frozen)
+    output: str | os.PathLike | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
+
+    data: datasets with their transforms; validation is measured after every epoch and the last epoch's values are reported; test,
+    where there is one, is measured once, at the end. output: a folder for the adapter (`task.model` must have one), `metrics.csv`,
+    `results.json` and a checkpoint per epoch; None writes nothing. resume: go on from the folder's checkpoint; the continued
+    run equals an uninterrupted one, on the CPU bit for bit. See `Output.check` for what is refused. config: written to
+    `config.yaml`.
+
+    Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds", "device",
+    "settings", "versions".
+
+    Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays.
+    """
+    place = None if output is None else Output(output)
+    if place is not None:
+        if KEY not in task.model.__dict__:
+            raise ValueError("the task's model has no adapter to save: call deltalens.attach first, or pass output=None")
+        if resume and place.finished:
+            return place.read_results()
+        if is_main_process():
+            place.prepare(resume, overwrite)
+            if config is not None:
+                place.write_config(config)
+    started = time.perf_counter()
+    with quiet_lightning():
+        history, test, device = _train(task, data, settings, place, resume)
+    results = {
+        "val": _metrics(history[-1], "val_"),
+        "test": _metrics(test, "test_"),
+        "parameters": _parameters(task.model),
+        "data": _counts(data),
+        "seconds": {"total": time.perf_counter() - started, "training": sum(row["seconds"] for row in history)},
+        "device": device,
+        "settings": vars(settings),
+        "versions": _versions(),
+        "history": history,
+    }
+    if place is not None and is_main_process():
+        _describe(task, data, results)
+        save_pretrained(task.model, place.folder)
+        place.write_results(results)
+    return results
+
+
+def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool):
+    """(history rows, test metrics, device name)."""
+    import lightning.pytorch as pl
+
+    from deltalens.training.callbacks import History, KeepLast, StopOnBadLoss
+    from deltalens.training.module import PROGRESS, TaskModule
+    from deltalens.training.progress import StepBar
+
+    checkpoint = place.checkpoint if place is not None and resume and place.checkpoint.is_file() else None
+    resumed_at = (0, 0)
+    if checkpoint is not None:
+        progress = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[PROGRESS]
+        resumed_at = (progress["epoch"], progress["batches"])
+    torch.manual_seed(settings.seed)
+    module = TaskModule(task, data, settings, resumed_at)
+    bar = StepBar()
+    history = History(place.metrics if place else None, bar.print if settings.progress else None)
+    callbacks = [StopOnBadLoss(place.checkpoint if place else None), history]
+    callbacks += [bar] if settings.progress else []
+    callbacks += [KeepLast(place.checkpoint, settings.checkpoint_every_steps)] if place else []
+    if settings.compile:
+        task.model.compile()
+    trainer = pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=PRECISIONS[settings.precision],
+        max_epochs=settings.epochs,
+        gradient_clip_val=settings.clip_grad or None,
+        deterministic=settings.deterministic or None,
+        callbacks=callbacks,
+        default_root_dir=place.folder if place else None,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+    )
+    try:
+        trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt("training was stopped; the same command with --resume goes on") from stopped
+    test = trainer.test(module, verbose=False)[0] if data.test is not None else {}
+    device = str(module.device)
+    module.cpu()
+    task.eval()
+    return history.rows, test, device
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's tips, and its remarks on things that are so on purpose."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for remark in (
+                ".*does not have many workers.*",
+                ".*in eval mode at the start of training.*",
+                ".*your dataloader is not resumable.*",
+                ".*GPU available but not used.*",
+                ".*MPS available but not used.*",
+                ".*LeafSpec.* is deprecated.*",
+            ):
+                warnings.filterwarnings("ignore", remark)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ------------------------------------------------------------------ what is reported
+def _metrics(values: dict[str, float], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _parameters(model: nn.Module) -> dict[str, float]:
+    if KEY not in model.__dict__:
+        return {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    count = count_parameters(model)
+    return {
+        "adapter": count.adapter,
+        "head": count.head,
+        "backbone": count.backbone,
+        "percent": count.percent,
+        "percent_with_head": count.percent_with_head,
+    }
+
+
+def _counts(data: Splits) -> dict[str, Any]:
+    return {
+        "train": len(data.train),
+        "val": len(data.val),
+        "test": 0 if data.test is None else len(data.test),
+        "classes": len(data.class_names),
+        **data.origin,
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("deltalens", "torch", "torchvision", "timm", "lightning")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _describe(task: nn.Module, data: Splits, results: dict[str, Any]) -> None:
+    """Write what the adapter should know about itself into its info."""
+    info = adapter_info(task.model)
+    info["task"] = task.name
+    info["class_names"] = list(data.class_names)
+    info["split"] = data.origin
+    info["metrics"] = {
+        f"{part} {name}": results[part][name] for part in ("val", "test") for name in results[part] if name != "loss"
+    }
