@@ -75,16 +75,24 @@ def source_of(model: nn.Module) -> Source | None:
     """The source of a model: as recorded by `create_backbone`, else read from timm's own configuration."""
     recorded = model.__dict__.get(SOURCE_KEY)
     if recorded is not None:
-        return Source(**recorded)
+        return Source(recorded["name"], {**recorded["kwargs"], **_constructor_options(model)}, recorded["checkpoint"])
     config = getattr(model, "pretrained_cfg", None) or {}
-    architecture = config.get("architecture") or getattr(model, "default_cfg", {}).get("architecture")
+    architecture = config.get("architecture")
     if not architecture:
         return None
     shipped = {value: key for key, value in SHIPPED.items()}
     if architecture in shipped:
-        return Source(shipped[architecture])
+        return Source(shipped[architecture], _constructor_options(model))
     tag = config.get("tag")
-    return Source(f"timm/{architecture}.{tag}" if tag else f"timm/{architecture}")
+    return Source(f"timm/{architecture}.{tag}" if tag else f"timm/{architecture}", _constructor_options(model))
+
+
+def _constructor_options(model: nn.Module) -> dict[str, Any]:
+    """What the model's constructor was given beside the number of classes, as timm remembers it: its present image size
+    above all. Options that JSON cannot hold (layer classes) are left out."""
+    options = getattr(model, "_model_args", None) or {}
+    plain = (str, int, float, bool, list, tuple, type(None))
+    return {k: v for k, v in options.items() if k not in ("num_classes", "pretrained") and isinstance(v, plain)}
 
 
 def list_models(pattern: str = "*", pretrained: bool = True) -> list[str]:

@@ -172,6 +172,12 @@ def _describe_stream(path: str, block: nn.Module, trace: _Trace, blocks: set[str
     return source, layout, shape[-1], source
 
 
+def _uncalled(path: str, block: nn.Module, trace: _Trace) -> frozenset[str]:
+    """Linear layers that the block's forward went around, as Swin v2 does with qkv to splice in its biases."""
+    layers = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    return frozenset(name for name in layers if f"{path}.{name}" not in trace.maps_before)
+
+
 def find_towers(model: nn.Module, pattern: str | None = None) -> Iterator[tuple[str, Tower]]:
     """Towers of an unknown network. pattern: regular expression of the block paths, instead of looking for them."""
     trace = _trace(model)
@@ -192,5 +198,6 @@ def find_towers(model: nn.Module, pattern: str | None = None) -> Iterator[tuple[
                 embed = model.get_submodule(source[0])
                 towers[key].embed = Site(source[0], embed, source[1], width, tower=towers[key])
         towers[key].add(path, block, UNKNOWN_BLOCK, width)
+        towers[key].blocks[-1].uncalled = _uncalled(path, block, trace)
     for tower in towers.values():
         yield "", tower

@@ -168,6 +168,8 @@ def _forward_intermediates(
     **kwargs,
 ):
     """timm's method; tokens that adapters added to the stream never leave it."""
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
     result = original_method(self, "forward_intermediates")(
         x, indices, True, norm, stop_early, "NLC", intermediates_only, **kwargs
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltalens.lifecycle import peft_format
-from deltalens.lifecycle.atomic import atomic_path, write_text
+from deltalens.lifecycle.atomic import atomic_path
 from deltalens.lifecycle.attach import attach
 from deltalens.lifecycle.base_model import base_model_block, check_fingerprint, rebuild
 from deltalens.lifecycle.card import model_card
@@ -31,8 +32,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | 
     """Write an adapter: two files and a filled model card. name: None means the active adapter.
 
     An adapter that is LoRA and a head is written in peft's format, and peft loads it; all others in our own (see docs).
-    Each file is written to a temporary name and renamed, the configuration last, so that a folder with a
-    configuration is whole.
+    All files are written to temporary names, then renamed: a full disk or a kill leaves what the folder held before.
     """
     name, adapter = adapter_of(model, name)
     directory = Path(directory)
@@ -51,10 +51,13 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | 
     config["base_model_name_or_path"] = config["base_model"]["id"]
     if peft_format.applies(adapter.configs):
         tensors, config = peft_format.encode(model, name, tensors, config)
-    with atomic_path(directory / TENSORS) as temporary:
-        save_file(_unshared(tensors), temporary, metadata={"format": "pt"})
-    write_text(directory / CARD, model_card(config))
-    write_text(directory / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    with contextlib.ExitStack() as renamed_at_the_end:
+        files = {
+            file: renamed_at_the_end.enter_context(atomic_path(directory / file)) for file in (CONFIG, CARD, TENSORS)
+        }
+        save_file(_unshared(tensors), files[TENSORS], metadata={"format": "pt"})
+        files[CARD].write_text(model_card(config), encoding="utf-8")
+        files[CONFIG].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> nn.Module:

@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 from torch import Tensor, nn
 
 from deltalens.sites.anatomy import Anatomy, Site
 
 Placement = tuple[Site, str, nn.Module]
+M = TypeVar("M", bound="Method")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Method:
         return {"method": self.name, **dataclasses.asdict(self)}
 
 
-def setting(default: Any, help: str, choices: tuple | None = None) -> Any:
-    """A dataclass field with one line of help."""
+def setting(*, default: Any, help: str, choices: tuple | None = None) -> Any:
+    """A dataclass field with one line of help, and the values it may have where these are few."""
     metadata = {"help": help} | ({"choices": choices} if choices else {})
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -76,10 +77,11 @@ def check_choices(config: Method) -> None:
 _METHODS: dict[str, type[Method]] = {}
 
 
-def register(name: str) -> Callable[[type], type]:
+@dataclass_transform(frozen_default=True, field_specifiers=(setting,))
+def register(name: str) -> Callable[[type[M]], type[M]]:
     """Class decorator: make a configuration known as `name` and turn it into a frozen dataclass."""
 
-    def decorate(cls: type) -> type:
+    def decorate(cls: type[M]) -> type[M]:
         cls = dataclasses.dataclass(frozen=True)(cls)
         cls.name = name
         if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:

@@ -14,7 +14,9 @@ class BitFitConfig(Method):
     counts (76,218 for Swin-T with the output norms of a detector) include the tables.
     """
 
-    relative_position: bool = setting(True, "also train Swin's relative position bias tables, as the official codes do")
+    relative_position: bool = setting(
+        default=True, help="also train Swin's relative position bias tables, as the official codes do"
+    )
 
     def unfreeze(self, anatomy):
         found = []

@@ -45,13 +45,13 @@ class LoRAConfig(Method):
     rounding. Mona's official code uses r=64, q and v, alpha=1 on Swin; presets: `LoRAConfig.mona_baseline()`.
     """
 
-    r: int = setting(8, "rank")
-    alpha: float = setting(8.0, "scaling numerator: the change is multiplied by alpha / r")
-    parts: tuple[str, ...] = setting(("q", "v"), "linear parts of a block: q, k, v, proj, fc1, fc2")
+    r: int = setting(default=8, help="rank")
+    alpha: float = setting(default=8.0, help="scaling numerator: the change is multiplied by alpha / r")
+    parts: tuple[str, ...] = setting(default=("q", "v"), help="linear parts of a block: q, k, v, proj, fc1, fc2")
     target_modules: str | tuple[str, ...] | None = setting(
-        None, "peft-style layer names instead of parts: one regular expression, or path endings"
+        default=None, help="peft-style layer names instead of parts: one regular expression, or path endings"
     )
-    dropout: float = setting(0.0, "dropout on the input of A")
+    dropout: float = setting(default=0.0, help="dropout on the input of A")
 
     @classmethod
     def mona_baseline(cls) -> LoRAConfig:

@@ -26,14 +26,20 @@ class MonaConfig(Method):
 
     frozen_mode: ClassVar = "train"
 
-    bottleneck: int = setting(64, "inner width n")
-    kernels: tuple[int, ...] = setting((3, 5, 7), "sizes of the depthwise kernels, odd")
-    reduce: str = setting("mean", "how the depthwise outputs are combined", ("mean", "sum"))
-    norm: str | None = setting("layer", "scaled LayerNorm, BatchNorm in its place, or none", ("layer", "batch", None))
-    norm_position: str = setting("input", "normalise before or after the down-projection", ("input", "bottleneck"))
-    dropout: float = setting(0.1, "dropout before the up-projection")
-    init: str = setting("official", "official initialisation, or identity at the start", ("official", "identity"))
-    memory: str = setting("normal", "low recomputes the bottleneck in backward", ("normal", "low"))
+    bottleneck: int = setting(default=64, help="inner width n")
+    kernels: tuple[int, ...] = setting(default=(3, 5, 7), help="sizes of the depthwise kernels, odd")
+    reduce: str = setting(default="mean", help="how the depthwise outputs are combined", choices=("mean", "sum"))
+    norm: str | None = setting(
+        default="layer", help="scaled LayerNorm, BatchNorm in its place, or none", choices=("layer", "batch", None)
+    )
+    norm_position: str = setting(
+        default="input", help="normalise before or after the down-projection", choices=("input", "bottleneck")
+    )
+    dropout: float = setting(default=0.1, help="dropout before the up-projection")
+    init: str = setting(
+        default="official", help="official initialisation, or identity at the start", choices=("official", "identity")
+    )
+    memory: str = setting(default="normal", help="low recomputes the bottleneck in backward", choices=("normal", "low"))
 
     def __post_init__(self):
         check_choices(self)

@@ -29,21 +29,17 @@ class MonaConv(nn.Module):
         return a + self.projector(a)
 
     def folded_depthwise(self) -> tuple[Tensor, Tensor]:
-        """All depthwise kernels, their mean and the skip as one kernel (n, 1, k, k) and bias (n)."""
+        """The mean (or sum) of all depthwise convolutions as one kernel (n, 1, k, k) and bias (n).
+
+        The skip is not part of it: a weight near 1 + w would lose most digits of w in bfloat16.
+        """
         largest = max(self.kernels)
         convolutions = self.convolutions()
         weight = sum(F.pad(c.weight, ((largest - c.kernel_size[0]) // 2,) * 4) for c in convolutions)
         bias = sum(c.bias for c in convolutions)
         if self.reduce == "mean":
             weight, bias = weight / len(convolutions), bias / len(convolutions)
-        identity = weight.new_zeros(largest, largest)
-        identity[largest // 2, largest // 2] = 1
-        return weight + identity, bias
-
-    def folded_projector(self) -> tuple[Tensor, Tensor]:
-        """The 1x1 convolution and its skip as one matrix (n, n) and bias (n)."""
-        weight = self.projector.weight[:, :, 0, 0]
-        return weight + torch.eye(len(weight), dtype=weight.dtype, device=weight.device), self.projector.bias
+        return weight, bias
 
 
 class MonaLayer(nn.Module):
@@ -129,20 +125,24 @@ class MonaLayer(nn.Module):
             return self._scaled_norm(self.project1(x))
         if not isinstance(self.norm, nn.LayerNorm):
             return self.project1(self._scaled_norm(x))
-        scale, shift = self.norm.weight * self.gamma, self.norm.bias * self.gamma
+        wide = torch.promote_types(self.gamma.dtype, torch.float32)  # gamma's gradient is a difference of large sums
+        gamma = self.gamma.to(wide)
+        scale, shift = self.norm.weight.to(wide) * gamma, self.norm.bias.to(wide) * gamma
         return scaled_norm_linear(x, scale, shift, self.gammax, self.project1.weight, self.project1.bias, self.norm.eps)
 
     def _tail(self, d: Tensor) -> Tensor:
-        return _bottleneck_tail(self, d, *self.adapter_conv.folded_depthwise(), *self.adapter_conv.folded_projector())
+        return _bottleneck_tail(self, d, *self.adapter_conv.folded_depthwise())
 
     def folded(self) -> FoldedMona:
         """The inference-only module that computes the same in eval mode with kernels built once."""
         return FoldedMona(self)
 
 
-def _bottleneck_tail(layer, d, kernel, kernel_bias, projector, projector_bias) -> Tensor:
-    a = F.conv2d(d.permute(0, 3, 1, 2), kernel, kernel_bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
-    b = F.linear(a.permute(0, 2, 3, 1), projector, projector_bias)
+def _bottleneck_tail(layer: MonaLayer, d: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    convolved = F.conv2d(d.permute(0, 3, 1, 2), kernel, bias, padding=kernel.shape[-1] // 2, groups=len(kernel))
+    a = convolved.permute(0, 2, 3, 1) + d
+    projector = layer.adapter_conv.projector
+    b = F.linear(a, projector.weight[:, :, 0, 0], projector.bias) + a
     return layer.project2(layer.dropout(F.gelu(b)))
 
 
@@ -154,19 +154,13 @@ class FoldedMona(nn.Module):
     def __init__(self, layer: MonaLayer):
         super().__init__()
         self.layer = layer.eval().requires_grad_(False)
-        kernel, kernel_bias = layer.adapter_conv.folded_depthwise()
-        projector, projector_bias = layer.adapter_conv.folded_projector()
-        for name, tensor in (
-            ("kernel", kernel.contiguous(memory_format=torch.channels_last)),
-            ("kernel_bias", kernel_bias),
-            ("projector", projector),
-            ("projector_bias", projector_bias),
-        ):
-            self.register_buffer(name, tensor.detach().clone(memory_format=torch.preserve_format))
+        kernel, bias = layer.adapter_conv.folded_depthwise()
+        self.register_buffer("kernel", kernel.detach().clone(memory_format=torch.channels_last))
+        self.register_buffer("kernel_bias", bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         d = self.layer._down(x)
-        return x + _bottleneck_tail(self.layer, d, self.kernel, self.kernel_bias, self.projector, self.projector_bias)
+        return x + _bottleneck_tail(self.layer, d, self.kernel, self.kernel_bias)
 
 
 # ------------------------------------------------------------------ LayerNorm + scaling + projection in one function
@@ -182,21 +176,21 @@ def scaled_norm_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
     else:
         dtype = weight.dtype
-    return _ScaledNormLinear.apply(x, scale, shift, skip, weight, dtype, eps) + bias.to(dtype)
+    return _ScaledNormLinear.apply(x, scale, shift, skip, weight, bias, dtype, eps)
 
 
 class _ScaledNormLinear(torch.autograd.Function):
     """The norm runs in the wider of x's and the scales' dtype, the product in `dtype`, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x, scale, shift, skip, weight, dtype, eps):
+    def forward(ctx, x, scale, shift, skip, weight, bias, dtype, eps):
         wide = torch.promote_types(x.dtype, scale.dtype)
         xw = x.to(wide)
         normed, mean, rstd = torch.native_layer_norm(xw, xw.shape[-1:], scale.to(wide), shift.to(wide), eps)
         s = torch.addcmul(normed, xw, skip.to(wide))
         ctx.save_for_backward(x, scale, shift, skip, weight, mean, rstd)
-        ctx.dtype, ctx.wide, ctx.eps = dtype, wide, eps
-        return s.to(dtype) @ weight.to(dtype).T
+        ctx.dtype, ctx.wide, ctx.eps, ctx.bias_dtype = dtype, wide, eps, bias.dtype
+        return F.linear(s.to(dtype), weight.to(dtype), bias.to(dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -215,4 +209,14 @@ class _ScaledNormLinear(torch.autograd.Function):
         grad_skip = (grad_s * xw).flatten(0, -2).sum(0).to(skip.dtype)
         if need_x:
             grad_x = torch.addcmul(grad_x, grad_s, skip.to(ctx.wide)).to(x.dtype)
-        return grad_x, grad_scale.to(scale.dtype), grad_shift.to(shift.dtype), grad_skip, grad_weight, None, None
+        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[5] else None
+        return (
+            grad_x,
+            grad_scale.to(scale.dtype),
+            grad_shift.to(shift.dtype),
+            grad_skip,
+            grad_weight,
+            grad_bias,
+            None,
+            None,
+        )

@@ -57,9 +57,9 @@ class VPTConfig(Method):
     dropout: on the prompts, a mask per sample and block (the paper uses 0.1 for deep).
     """
 
-    num_tokens: int = setting(50, "prompts per prompted block, p")
-    deep: bool = setting(True, "prompts in every block instead of the first only")
-    dropout: float = setting(0.0, "dropout on the prompts, one mask per sample")
+    num_tokens: int = setting(default=50, help="prompts per prompted block, p")
+    deep: bool = setting(default=True, help="prompts in every block instead of the first only")
+    dropout: float = setting(default=0.0, help="dropout on the prompts, one mask per sample")
 
     def __post_init__(self):
         if self.num_tokens < 1:

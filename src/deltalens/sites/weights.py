@@ -85,10 +85,11 @@ def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module) -> None:
             r"expression of full paths, such as r'blocks\.\d+\.attn\.(qkv|proj)'"
         )
     parent = anatomy.model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    uncalled = any(f"{block.path}.{name}" == path for block in anatomy.blocks() for name in block.uncalled)
+    if uncalled or isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"{path} is never called: its parent nn.MultiheadAttention reads the weight itself, so that a change of "
-            "the layer would train nothing; this backbone needs a family of its own"
+            f"{path} is never called: its parent {type(parent).__name__} reads the weight itself, so that a change of "
+            "the layer would train nothing; leave it out of the targets"
         )
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"{path} is a {type(layer).__name__}; LoRA changes nn.Linear layers only")
