@@ -1,12 +1,12 @@
 """Measure a trained adapter on a folder of images.
 
-The folder has train, val or test folders as in training, or only class folders: then --split test means the part that the
-training run kept for test, and --split all every image.
+The folder has train, val or test folders as in training, or only class folders: then --split test means the part that
+the training run kept for test, and --split all every image.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -20,9 +20,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which images")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
-    add("--workers", type=Optional[int], default=None, help="loader processes; by default by the number of cores")
-    add("--device", type=Optional[str], default=None, help="cpu, cuda, mps; by default the fastest there is")
-    add("--output", type=Optional[str], default=None, help="JSON file for the results")
+    add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
+    add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
+    add("--output", type=str | None, default=None, help="JSON file for the results")
 
 
 def run(args: Namespace) -> None:

@@ -9,9 +9,9 @@ The contract of a command module (`deltalens/cli/<command>.py`, named in `COMMAN
 * `run(args)` does the work. args: the parser's namespace. Returns None for success, or an exit code;
 * optional `translate(argv) -> argv` rewrites the command's raw arguments before they are parsed.
 
-Errors: raise ValueError, TypeError, FileNotFoundError... with a message for the user (what was wrong, what was expected,
-what to do). What deltalens itself raises, and every OSError, is printed as one line on stderr, exit code 1; any other
-exception is a defect and keeps its traceback. Wrong commands and options: exit code 2. Ctrl-C: 130.
+Errors: raise ValueError, TypeError, FileNotFoundError... with a message for the user (what was wrong, what was
+expected, what to do). What deltalens itself raises, and every OSError, is printed as one line on stderr, exit code 1;
+any other exception is a defect and keeps its traceback. Wrong commands and options: exit code 2. Ctrl-C: 130.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. argv: the words after `deltalens`; None reads them from the process. Returns the exit code."""
+    """Run the command line. argv: the words after `deltalens`; None reads them from the process. Returns the exit
+    code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_for_the_user(error):
             return _report(_one_line(error), 1, debug)
         traceback.print_exc()
-        return _report("this is a defect of deltalens or of a library below it: please report the lines above", 1, False)
+        return _report(
+            "this is a defect of deltalens or of a library below it: please report the lines above", 1, False
+        )
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -93,7 +96,9 @@ def run_command(command: str, module: ModuleType, words: list[str]) -> int:
     parser = ArgumentParser(
         prog=f"deltalens {command}", description=module.__doc__, exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options; later words win over it")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of these options; later words win over it"
+    )
     module.add_arguments(parser)
     if hasattr(module, "translate"):
         words = module.translate(words)
@@ -119,7 +124,9 @@ def _explain(error: argparse.ArgumentError, parser: ArgumentParser, command: str
     """The parser's message in one line, with the nearest option names where one is unknown."""
     message = re.sub(r"\s*\n\s*", " ", str(error))
     options = [option for option in parser._option_string_actions if option.startswith("--")]
-    unknown = re.search(r"unrecognized arguments: (\S+)", message) or re.search(r"Option '([^']+)' is not accepted", message)
+    unknown = re.search(r"unrecognized arguments: (\S+)", message) or re.search(
+        r"Option '([^']+)' is not accepted", message
+    )
     if unknown:
         word = unknown.group(1).partition("=")[0]
         near = difflib.get_close_matches("--" + word.lstrip("-"), options, n=2)

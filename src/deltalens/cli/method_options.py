@@ -1,6 +1,7 @@
 """`--method mona --method.bottleneck 32 --method bitfit`: methods with their settings on the command line and in YAML.
 
-A `--method.SETTING VALUE` belongs to the `--method` before it. In YAML a method is a name or a mapping, and several are a list:
+A `--method.SETTING VALUE` belongs to the `--method` before it. In YAML a method is a name or a mapping, and several
+are a list:
 
     method: mona
     method: {method: mona, bottleneck: 32}
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
     from deltalens.methods.base import Method
 
+MODEL_HELP = "timm/<name>, deltalens/vit-mini, deltalens/swin-mini, or a model folder"
 HELP = (
-    "method that adapts the backbone; its settings follow as --method.SETTING VALUE; give --method again to combine several "
-    "(deltalens list methods shows all)"
+    "method that adapts the backbone; its settings follow as --method.SETTING VALUE; give --method again to combine "
+    "several (deltalens list methods shows all)"
 )
 
 
@@ -29,7 +31,8 @@ def add_method_argument(parser: ArgumentParser, default: str = "mona") -> None:
 
 
 def translate(argv: list[str]) -> list[str]:
-    """Gather `--method` and `--method.SETTING` words into one `--method JSON` word pair. UsageError for a stray setting."""
+    """Gather `--method` and `--method.SETTING` words into one `--method JSON` word pair. UsageError for a stray
+    setting."""
     from deltalens.cli.main import UsageError
 
     rest, methods, words = [], [], iter(argv)
@@ -52,7 +55,8 @@ def translate(argv: list[str]) -> list[str]:
 
 
 def read_methods(value: Any) -> list[Method]:
-    """Method configurations from what the parser holds. ValueError for unknown names and settings, with the nearest ones."""
+    """Method configurations from what the parser holds. ValueError for unknown names and settings, with the nearest
+    ones."""
     from deltalens.methods import make_config
 
     entries = value if isinstance(value, list) else [value]

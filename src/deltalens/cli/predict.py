@@ -1,12 +1,12 @@
 """Classify images with a trained adapter.
 
-Images are files, folders (every image under them) or globs ("photos/**/*.jpg"). The result is a table, CSV or JSON with the
-most probable classes and their probabilities for each image.
+Images are files, folders (every image under them) or globs ("photos/**/*.jpg"). The result is a table, CSV or JSON
+with the most probable classes and their probabilities for each image.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,11 +20,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("adapter", type=str, help="folder of the adapter")
     add("images", type=str, nargs="+", help="image files, folders or globs")
     add("--format", type=Literal["table", "csv", "json"], default="table", help="of the result")
-    add("--output", type=Optional[str], default=None, help="file for the result, instead of the terminal")
+    add("--output", type=str | None, default=None, help="file for the result, instead of the terminal")
     add("--topk", type=int, default=1, help="classes per image, most probable first")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
-    add("--device", type=Optional[str], default=None, help="cpu, cuda, mps; by default the fastest there is")
+    add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
 
 
 def run(args: Namespace) -> None:
@@ -44,7 +44,8 @@ def run(args: Namespace) -> None:
 
 
 def find_images(words: list[str]) -> list[Path]:
-    """Files in the order given, folders and globs sorted inside, each once. FileNotFoundError names what matches nothing."""
+    """Files in the order given, folders and globs sorted inside, each once. FileNotFoundError names what matches
+    nothing."""
     from glob import glob
     from pathlib import Path
 
@@ -115,6 +116,7 @@ def as_json(rows: list[tuple[str, list[tuple[str, float]]]]) -> str:
     import json
 
     entries: list[dict[str, Any]] = [
-        {"image": image, "predictions": [{"class": name, "probability": p} for name, p in classes]} for image, classes in rows
+        {"image": image, "predictions": [{"class": name, "probability": p} for name, p in classes]}
+        for image, classes in rows
     ]
     return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"

@@ -1,16 +1,16 @@
 """Adapt a backbone to a folder of images.
 
-The data folder holds train/<class>/*.jpg (and val, test), or <class>/*.jpg, which is then split by seed. The output folder
-gets the adapter (adapter_config.json, adapter_model.safetensors, README.md), config.yaml, which reproduces the run with
-`deltalens train --config OUTPUT/config.yaml --output ANOTHER`, metrics.csv and results.json.
+The data folder holds train/<class>/*.jpg (and val, test), or <class>/*.jpg, which is then split by seed. The output
+folder gets the adapter (adapter_config.json, adapter_model.safetensors, README.md), config.yaml, which reproduces the
+run with `deltalens train --config OUTPUT/config.yaml --output ANOTHER`, metrics.csv and results.json.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 from deltalens.cli import method_options, recipes
-from deltalens.cli.method_options import add_method_argument
+from deltalens.cli.method_options import MODEL_HELP, add_method_argument
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -25,16 +25,28 @@ CHANGEABLE = {
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options; every one may also stand in a YAML file."""
     add = parser.add_argument
-    add("--model", type=str, default="deltalens/vit-mini", help="timm/<name>, deltalens/vit-mini, deltalens/swin-mini, or a model folder")
+    add("--model", type=str, default="deltalens/vit-mini", help=MODEL_HELP)
     add("--pretrained", type=bool, default=True, help="start from pretrained weights; false is for experiments only")
-    add("--checkpoint", type=Optional[str], default=None, help="weights file of the backbone, instead of the hub's")
-    add("--img-size", type=Optional[int], default=None, help="input size in pixels, where the model allows another")
+    add("--checkpoint", type=str | None, default=None, help="weights file of the backbone, instead of the hub's")
+    add("--img-size", type=int | None, default=None, help="input size in pixels, where the model allows another")
     add_method_argument(parser)
-    add("--recipe", type=Optional[str], default=None, help="settings that come with the package (deltalens list recipes)")
+    add(
+        "--recipe",
+        type=str | None,
+        default=None,
+        help="settings that come with the package (deltalens list recipes)",
+    )
     add("--data", type=str, required=True, help="folder of images")
     add("--output", type=str, required=True, help="folder for the results")
-    add("--val-fraction", type=float, default=0.15, help="share of images for validation where the data has no val folder")
-    add("--test-fraction", type=float, default=0.15, help="share of images for test where the data has no split folders")
+    add(
+        "--val-fraction",
+        type=float,
+        default=0.15,
+        help="share of images for validation where the data has no val folder",
+    )
+    add(
+        "--test-fraction", type=float, default=0.15, help="share of images for test where the data has no split folders"
+    )
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--allow-missing-classes", type=bool, default=False, help="let val and test lack classes of train")
     add("--min-crop", type=float, default=0.5, help="smallest share of an image that a training crop keeps")
@@ -43,16 +55,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
     add("--epochs", type=int, default=20, help="passes over the training images")
     add("--batch-size", type=int, default=64, help="images a step, over all devices together")
-    add("--lr", type=Optional[float], default=None, help="peak learning rate; by default the method's own")
+    add("--lr", type=float | None, default=None, help="peak learning rate; by default the method's own")
     add("--weight-decay", type=float, default=1e-4, help="on matrices of linear and convolution layers only")
     add("--warmup-epochs", type=float, default=1.0, help="linear warm-up; a cosine to zero follows")
     add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 for no clipping")
     add("--seed", type=int, default=0, help="of everything random: split, initialisation, order, augmentation, dropout")
-    add("--workers", type=Optional[int], default=None, help="loader processes; by default by the number of cores")
+    add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
     add("--precision", type=Literal["32", "bf16", "16", "64"], default="32", help="bf16 and 16 are mixed precision")
     add("--compile", type=bool, default=False, help="torch.compile the model")
-    add("--devices", type=Union[int, str], default=1, help='number of devices, a list such as "0,2", or "auto"')
+    add("--devices", type=int | str, default=1, help='number of devices, a list such as "0,2", or "auto"')
     add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
     add("--deterministic", type=bool, default=False, help="deterministic algorithms, for bit-equal runs on a GPU")
     add("--checkpoint-every-steps", type=int, default=0, help="checkpoint also within epochs, for very long ones")
@@ -74,7 +86,9 @@ def run(args: Namespace) -> None:
     from deltalens.training.output import Output, is_main_process
 
     methods = read_methods(args.method)
-    options = {key: value for key, value in vars(args).items() if key not in ("config", "recipe", "resume", "overwrite")}
+    options = {
+        key: value for key, value in vars(args).items() if key not in ("config", "recipe", "resume", "overwrite")
+    }
     options["method"] = method_entries(methods)
     options["lr"] = default_learning_rate(methods) if args.lr is None else args.lr
     options["workers"] = default_workers() if args.workers is None else args.workers
@@ -107,7 +121,8 @@ def _settings(options: dict[str, Any]):
 
 
 def _build(options: dict[str, Any], methods: list):
-    """The task and the data. Everything that can be wrong with the options is found here, before anything is written."""
+    """The task and the data. Everything that can be wrong with the options is found here, before anything is
+    written."""
     import torch
 
     import deltalens as dl
@@ -134,7 +149,9 @@ def _build(options: dict[str, Any], methods: list):
     )
     dl.attach(model, methods)
     dl.adapter_info(model)["preprocessing"] = preprocessing
-    data.train.transform = train_transform(preprocessing, options["min_crop"], options["hflip"], options["rand_augment"])
+    data.train.transform = train_transform(
+        preprocessing, options["min_crop"], options["hflip"], options["rand_augment"]
+    )
     for part in (data.train, data.val, *([data.test] if data.test is not None else [])):
         part.mode = image_mode(preprocessing)
         if part is not data.train:
@@ -165,8 +182,8 @@ def _print_start(task, data, options: dict[str, Any]) -> None:
     names = " + ".join(entry["method"] for entry in options["method"])
     test = "no test" if data.test is None else f"{len(data.test)} test"
     print(
-        f"{names} on {options['model']}: {count.adapter:,} parameters, {count.percent:.2f} % of the backbone's {count.backbone:,}, "
-        f"and {count.head:,} in the head"
+        f"{names} on {options['model']}: {count.adapter:,} parameters, {count.percent:.2f} % of the backbone's "
+        f"{count.backbone:,}, and {count.head:,} in the head"
     )
     print(f"{len(data.class_names)} classes, {len(data.train)} training, {len(data.val)} validation, {test} images")
 

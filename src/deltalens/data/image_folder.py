@@ -30,7 +30,9 @@ class ImageFiles(Dataset):
     An image that cannot be read raises ValueError with its path. mode: PIL's mode that images are converted to.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], transform: Callable | None = None, mode: str = "RGB"):
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[int], transform: Callable | None = None, mode: str = "RGB"
+    ):
         self.paths, self.labels, self.transform, self.mode = list(paths), list(labels), transform, mode
 
     def __len__(self) -> int:
@@ -42,7 +44,9 @@ class ImageFiles(Dataset):
 
     def subset(self, indices: Sequence[int]) -> ImageFiles:
         """The items at these indices, as a dataset of their own."""
-        return ImageFiles([self.paths[i] for i in indices], [self.labels[i] for i in indices], self.transform, self.mode)
+        return ImageFiles(
+            [self.paths[i] for i in indices], [self.labels[i] for i in indices], self.transform, self.mode
+        )
 
 
 def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
@@ -67,9 +71,10 @@ def read_image_folder(
 ) -> Splits:
     """Read train, validation and test images from a folder.
 
-    With `train` (and `val`, `test`) folders those are the splits; a missing val is split off train by `seed`. Otherwise the
-    class folders are split by `seed` into all three. Splits are stratified by class. Class names are the sorted names of
-    train's class folders. Images may lie deeper inside a class folder; hidden and non-image files are passed over.
+    With `train` (and `val`, `test`) folders those are the splits; a missing val is split off train by `seed`.
+    Otherwise the class folders are split by `seed` into all three. Splits are stratified by class. Class names are
+    the sorted names of train's class folders. Images may lie deeper inside a class folder; hidden and non-image files
+    are passed over.
 
     Every image is decoded once before training starts: broken ones are an error that names them, or are left out with
     skip_broken. Class folders that differ between splits are an error that lists the differences; with
@@ -87,7 +92,9 @@ def read_image_folder(
         parts = {"train": everything.subset(train), "val": everything.subset(val), "test": everything.subset(test)}
     else:
         if "train" not in folders:
-            raise ValueError(f"{root} has {', '.join(f.name for f in folders.values())} but no train folder; {_expected(root)}")
+            raise ValueError(
+                f"{root} has {', '.join(f.name for f in folders.values())} but no train folder; {_expected(root)}"
+            )
         _check_same_classes(folders, allow_missing_classes)
         parts, names = {}, None
         for split, folder in folders.items():
@@ -115,31 +122,31 @@ def read_split(
     origin: dict[str, Any] | None = None,
     skip_broken: bool = False,
 ) -> ImageFiles:
-    """Read one split to measure a trained model on: "train", "val", "test", or "all" for every image under class folders.
+    """Read one split to measure a trained model on: "train", "val", "test", or "all" for every image under class
+    folders.
 
-    Labels index `class_names`, which is the order of the model's outputs. Classes of the model may be absent here; a class
-    folder that the model does not know is a ValueError. origin: `Splits.origin` of the training run, which tells how
-    a folder without split folders was split.
+    Labels index `class_names`, which is the order of the model's outputs. Classes of the model may be absent here; a
+    class folder that the model does not know is a ValueError. origin: `Splits.origin` of the training run, which
+    tells how a folder without split folders was split.
     """
     root, origin = _existing(Path(root)), origin or {}
     folders = split_folders(root)
+    names, was_split_before = list(class_names), origin.get("layout") == "split folders"
     if split == "all":
         if folders:
-            raise ValueError(f"{root} has split folders ({', '.join(folders)}): name one of them as the split instead of 'all'")
-        files = _read_classes(root, root, list(class_names), True)[0]
-    elif split in folders and not (split == "train" and "val_fraction" in origin):
-        files = _read_classes(folders[split], root, list(class_names), True)[0]
-    elif "val_fraction" in origin and (bool(folders) == (origin["layout"] == "split folders")):
-        whole = _read_classes(folders.get("train", root), root, list(class_names), True)[0]
-        whole = without_broken(whole, skip_broken)
-        fractions = (origin["val_fraction"], origin["test_fraction"]) if "test_fraction" in origin else (origin["val_fraction"],)
-        parts = dict(zip(("train", "val", "test"), stratified_split(whole.labels, fractions, origin["seed"]), strict=False))
-        if split not in parts:
-            raise ValueError(f"{root} has no {split} folder; it has {', '.join(folders)}")
-        return whole.subset(parts[split])
-    else:
-        found = f"it has {', '.join(folders)}" if folders else "it holds class folders; pass --split all to use every image"
-        raise ValueError(f"{root} has no {split} folder; {found}")
+            raise ValueError(
+                f"{root} has split folders ({', '.join(folders)}): name one of them as the split instead of 'all'"
+            )
+        return without_broken(_read_classes(root, root, names, True)[0], skip_broken)
+    drawn = _drawn_parts(origin)
+    if split in drawn and bool(folders) == was_split_before and "val" not in folders:
+        whole = without_broken(_read_classes(folders.get("train", root), root, names, True)[0], skip_broken)
+        parts = stratified_split(whole.labels, [origin[f"{part}_fraction"] for part in drawn[1:]], origin["seed"])
+        return whole.subset(parts[drawn.index(split)])
+    if split not in folders:
+        found = f"has {', '.join(folders)}" if folders else "holds class folders; pass --split all to use every image"
+        raise ValueError(f"{root} has no {split} folder; it {found}")
+    files = _read_classes(folders[split], root, names, True)[0]
     return without_broken(files, skip_broken)
 
 
@@ -158,7 +165,9 @@ def image_files(folder: Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
+        found += [
+            Path(parent, name) for name in files if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
+        ]
     return sorted(found)
 
 
@@ -180,6 +189,12 @@ def without_broken(files: ImageFiles, skip_broken: bool) -> ImageFiles:
 
 
 # ------------------------------------------------------------------ details
+def _drawn_parts(origin: dict[str, Any]) -> list[str]:
+    """The parts that were drawn by seed from one folder: none, train and val, or all three."""
+    drawn = [part for part in ("val", "test") if f"{part}_fraction" in origin]
+    return ["train", *drawn] if drawn else []
+
+
 def _problem(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
@@ -207,7 +222,8 @@ def _class_folders(folder: Path) -> list[str]:
 def _read_classes(
     folder: Path, root: Path, class_names: list[str] | None, may_be_empty: bool
 ) -> tuple[ImageFiles, list[str]]:
-    """All images of a folder of class folders, and the class names. class_names: the known ones, or None to find them."""
+    """All images of a folder of class folders, and the class names. class_names: the known ones, or None to find
+    them."""
     present = _class_folders(folder)
     if not present:
         raise ValueError(f"{folder} holds no class folders; {_expected(root)}")
@@ -215,7 +231,8 @@ def _read_classes(
     unknown = [name for name in present if name not in names]
     if unknown:
         raise ValueError(
-            f"{folder} has class folders that are not among the {len(names)} known classes: {_some(unknown)}; known: {_some(names)}"
+            f"{folder} has class folders that are not among the {len(names)} known classes: {_some(unknown)}; "
+            f"known: {_some(names)}"
         )
     paths, labels, empty = [], [], []
     for name in present:
@@ -226,7 +243,8 @@ def _read_classes(
         labels += [names.index(name)] * len(images)
     if not paths:
         raise ValueError(
-            f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))}) in its class folders {_some(present)}; {_expected(root)}"
+            f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))}) in its class folders {_some(present)}; "
+            f"{_expected(root)}"
         )
     if empty and not (may_be_empty and class_names):
         raise ValueError(f"class folders without images in {folder}: {_some(empty)}; {_expected(root)}")
@@ -244,8 +262,8 @@ def _check_same_classes(folders: dict[str, Path], allow_missing: bool) -> None:
             differences.append(f"in train but not in {split}: {_some(sorted(train - here))}")
     if differences:
         raise ValueError(
-            f"the class folders of {folders['train'].parent} differ between splits. {'; '.join(differences)}. Rename or "
-            "complete the folders; where val or test really lack a class, pass allow_missing_classes "
+            f"the class folders of {folders['train'].parent} differ between splits. {'; '.join(differences)}. Rename "
+            "or complete the folders; where val or test really lack a class, pass allow_missing_classes "
             "(--allow-missing-classes true)"
         )
 

@@ -1,7 +1,8 @@
 """Image transforms that follow a model's preprocessing, with torchvision's transforms v2.
 
-`preprocessing` is the dictionary of `deltalens.preprocessing(model)`: input_size (C, H, W), mean, std, interpolation, crop_pct.
-Transforms take a PIL image, a uint8 array (H, W, C) or a uint8 tensor (C, H, W) and give a float32 tensor (C, H, W).
+`preprocessing` is the dictionary of `deltalens.preprocessing(model)`: input_size (C, H, W), mean, std, interpolation,
+crop_pct. Transforms take a PIL image, a uint8 array (H, W, C) or a uint8 tensor (C, H, W) and give a float32 tensor
+(C, H, W).
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ class ClassificationTask(nn.Module):
         for batch in loader:                       # (images (B, C, H, W), labels (B,) integers)
             loss = task(batch)["loss"]
 
-    The loss is cross-entropy with `label_smoothing`, plus, in training mode, the loss terms of the model's active adapters
-    (`Method.losses`). task.train() goes through the model's own train(), which holds frozen modules in eval mode.
+    The loss is cross-entropy with `label_smoothing`, plus, in training mode, the loss terms of the model's active
+    adapters (`Method.losses`). task.train() goes through the model's own train(), which holds frozen modules in eval
+    mode.
 
     Raises ValueError where the model has another number of outputs than there are class names, and, in forward, for
     labels beyond the outputs.
@@ -38,8 +39,8 @@ class ClassificationTask(nn.Module):
         outputs = getattr(model, "num_classes", None)
         if outputs not in (None, len(class_names)):
             raise ValueError(
-                f"the model has {outputs} outputs and the data {len(class_names)} classes; pass num_classes={len(class_names)} "
-                "to attach or create_backbone"
+                f"the model has {outputs} outputs and the data {len(class_names)} classes; pass "
+                f"num_classes={len(class_names)} to attach or create_backbone"
             )
         self.model = model
         self.class_names = list(class_names)
@@ -51,8 +52,8 @@ class ClassificationTask(nn.Module):
         output = self.model(images)
         if output.dim() != 2 or output.shape[1] != len(self.class_names):
             raise ValueError(
-                f"the model's output has shape {tuple(output.shape)}, expected ({len(images)}, {len(self.class_names)}): one "
-                "logit for each class"
+                f"the model's output has shape {tuple(output.shape)}, expected "
+                f"({len(images)}, {len(self.class_names)}): one logit for each class"
             )
         logits = output.float()
         terms = {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
@@ -76,7 +77,8 @@ class ClassificationTask(nn.Module):
         }
 
     def new_metrics(self) -> MetricCollection:
-        """Fresh metrics: "accuracy" (top-1), "mean_class_accuracy", and "top5_accuracy" where there are more than 5 classes."""
+        """Fresh metrics: "accuracy" (top-1), "mean_class_accuracy", and "top5_accuracy" where there are more than 5
+        classes."""
         from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassAccuracy
 

@@ -55,15 +55,18 @@ class StopOnBadLoss(pl.Callback):
 
     def _message(self, what: str, step: int, trainer) -> str:
         epoch = (step - 1) // trainer.num_training_batches + 1
-        kept = f"The last good checkpoint is {self.checkpoint}. " if self.checkpoint and self.checkpoint.is_file() else ""
+        kept = (
+            f"The last good checkpoint is {self.checkpoint}. " if self.checkpoint and self.checkpoint.is_file() else ""
+        )
         return (
-            f"{what} in epoch {epoch}, step {step}; training stopped. {kept}Use a lower learning rate (--lr), --precision 32 "
-            "or --clip-grad 1, and go on with --resume or start again with --overwrite"
+            f"{what} in epoch {epoch}, step {step}; training stopped. {kept}Use a lower learning rate (--lr), "
+            "--precision 32 or --clip-grad 1, and go on with --resume or start again with --overwrite"
         )
 
 
 class KeepLast(pl.Callback):
-    """Write `last.ckpt` after every epoch, and every `every_steps` steps, so that a kill leaves the old or the new one."""
+    """Write `last.ckpt` after every epoch, and every `every_steps` steps, so that a kill leaves the old or the new
+    one."""
 
     def __init__(self, path: Path, every_steps: int = 0):
         self.path, self.every_steps = path, every_steps

@@ -28,8 +28,9 @@ def mixed_seed(*numbers: int) -> int:
 class EpochSampler(Sampler):
     """(epoch, index) keys in an order drawn from (seed, epoch), this process's share of them.
 
-    `set_epoch` is called by Lightning, and by hand in other loops. start: (epoch, items) at which a resumed run begins; that
-    many items of that epoch are passed over. With several processes every one gets the same number of items.
+    `set_epoch` is called by Lightning, and by hand in other loops. start: (epoch, items) at which a resumed run
+    begins; that many items of that epoch are passed over. With several processes every one gets the same number of
+    items.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class EpochSampler(Sampler):
 
 
 class SeededItems(Dataset):
-    """A dataset read by (epoch, index) keys: torch's random numbers inside an item depend on (seed, epoch, index) only."""
+    """A dataset read by (epoch, index) keys: torch's random numbers inside an item depend on (seed, epoch, index)
+    only."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -91,9 +93,7 @@ def training_loader(
     return DataLoader(SeededItems(dataset, seed), batch_size, sampler=sampler, **_worker_options(workers))
 
 
-def evaluation_loader(
-    dataset: Dataset, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1
-) -> DataLoader:
+def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
     """Every item once, in order; with several processes each reads its own share, without padding."""
     indices = range(rank, len(dataset), world)
     return DataLoader(dataset, batch_size, sampler=list(indices), **_worker_options(workers))

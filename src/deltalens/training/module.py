@@ -20,13 +20,16 @@ PROGRESS = "deltalens_progress"
 class TaskModule(pl.LightningModule):
     """Runs any task whose forward gives {"loss", "output"} on any `Splits`.
 
-    Random numbers of a training step depend on (seed, step, process) only, so that a run resumed from a checkpoint goes on
-    exactly as if it had not been stopped. Checkpoints hold trained parameters and buffers, not the frozen backbone.
+    Random numbers of a training step depend on (seed, step, process) only, so that a run resumed from a checkpoint
+    goes on exactly as if it had not been stopped. Checkpoints hold trained parameters and buffers, not the frozen
+    backbone.
 
     position: (epoch, batches) the next step belongs to; `PROGRESS` in checkpoints. resumed_at: where this run begins.
     """
 
-    def __init__(self, task: torch.nn.Module, data: Splits, settings: TrainingSettings, resumed_at: tuple[int, int] = (0, 0)):
+    def __init__(
+        self, task: torch.nn.Module, data: Splits, settings: TrainingSettings, resumed_at: tuple[int, int] = (0, 0)
+    ):
         super().__init__()
         self.task, self.data, self.settings = task, data, settings
         self.position = self.resumed_at = resumed_at
@@ -36,7 +39,12 @@ class TaskModule(pl.LightningModule):
     # ------------------------------------------------------------------ data
     def train_dataloader(self):
         return training_loader(
-            self.data.train, self._batch_size(), self.settings.seed, self.settings.workers, self.resumed_at, *self._process()
+            self.data.train,
+            self._batch_size(),
+            self.settings.seed,
+            self.settings.workers,
+            self.resumed_at,
+            *self._process(),
         )
 
     def val_dataloader(self):
@@ -127,7 +135,9 @@ class TaskModule(pl.LightningModule):
 
     # ------------------------------------------------------------------ checkpoints
     def _frozen_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+        return {
+            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         frozen = self._frozen_names()

@@ -12,7 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from deltalens.lifecycle.state import KEY, state_of
 from deltalens.methods.base import Method
 
-# Learning rates for AdamW at batch size 64, found on small image folders (see docs). A method that is not listed uses FALLBACK. SGD wants about a hundred times as much.
+# Peak learning rates for AdamW at batch size 64; a method that is not listed uses FALLBACK_LEARNING_RATE.
+# SGD wants about a hundred times as much.
 DEFAULT_LEARNING_RATES = {"full": 1e-4, "bitfit": 3e-3, "linear": 1e-2, "lora": 2e-3, "mona": 1e-3, "vpt": 5e-3}
 FALLBACK_LEARNING_RATE = 1e-3
 
@@ -27,9 +28,9 @@ def default_learning_rate(methods: Iterable[Method]) -> float:
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Groups of the trainable parameters for a torch optimiser.
 
-    Weight decay acts on the matrices of linear and convolution layers only: not on biases, norms, other 1-D tensors, nor on
-    free tensors such as prompts, position embeddings, tokens and tables. Learning rates are multiplied as the active
-    adapters' `lr_multipliers` ask; where several substrings match a path, their factors multiply.
+    Weight decay acts on the matrices of linear and convolution layers only: not on biases, norms, other 1-D tensors,
+    nor on free tensors such as prompts, position embeddings, tokens and tables. Learning rates are multiplied as the
+    active adapters' `lr_multipliers` ask; where several substrings match a path, their factors multiply.
 
     Raises ValueError where nothing is trainable.
     """
@@ -49,7 +50,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         for substring, multiplier in multipliers:
             factor *= multiplier if substring in path else 1.0
         decay = weight_decay if id(parameter) in decayed else 0.0
-        group = groups.setdefault((decay, factor), {"params": [], "names": [], "lr": lr * factor, "weight_decay": decay})
+        group = groups.setdefault(
+            (decay, factor), {"params": [], "names": [], "lr": lr * factor, "weight_decay": decay}
+        )
         group["params"].append(parameter)
         group["names"].append(path)
     if not groups:

@@ -14,8 +14,9 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
 class Output:
-    """OUTPUT of a run: the adapter's two files and card, `config.yaml`, `metrics.csv`, `results.json`, and `last.ckpt` while
-    training goes on. All are written to a temporary name and renamed; `results.json` is last and marks a finished run."""
+    """OUTPUT of a run: the adapter's two files and card, `config.yaml`, `metrics.csv`, `results.json`, and
+    `last.ckpt` while training goes on. All are written to a temporary name and renamed; `results.json` is last and
+    marks a finished run."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -29,9 +30,9 @@ class Output:
     def check(self, resume: bool = False, overwrite: bool = False) -> None:
         """Refuse, before anything slow is done, what must not be written over.
 
-        A finished run is refused unless overwrite or resume; an unfinished one unless either says what to do with it; a folder
-        with other files unless overwrite. Raises FileExistsError, NotADirectoryError where a file is in the way, ValueError
-        for both flags.
+        A finished run is refused unless overwrite or resume; an unfinished one unless either says what to do with it;
+        a folder with other files unless overwrite. Raises FileExistsError, NotADirectoryError where a file is in the
+        way, ValueError for both flags.
         """
         if resume and overwrite:
             raise ValueError("--resume continues a run and --overwrite discards it: pass one of them")
@@ -44,7 +45,9 @@ class Output:
             raise FileExistsError(f"{self.folder} holds a finished run; pass --overwrite, or another --output")
         if self.checkpoint.is_file() or self.config.is_file():
             raise FileExistsError(f"{self.folder} holds an unfinished run; pass --resume to go on, or --overwrite")
-        raise FileExistsError(f"{self.folder} is not empty ({', '.join(present[:5])}); pass --overwrite, or another --output")
+        raise FileExistsError(
+            f"{self.folder} is not empty ({', '.join(present[:5])}); pass --overwrite, or another --output"
+        )
 
     def prepare(self, resume: bool = False, overwrite: bool = False) -> None:
         """`check`, then make the folder ready. overwrite removes the files of the earlier run, and nothing else."""

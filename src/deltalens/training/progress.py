@@ -18,7 +18,13 @@ class StepBar(pl.Callback):
         self.console.print(line, markup=False)
 
     def on_train_start(self, trainer, module) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeRemainingColumn(),
+        )
         visible = trainer.is_global_zero and self.console.is_terminal
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not visible)
         total = int(trainer.max_epochs * trainer.num_training_batches)

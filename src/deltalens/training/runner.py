@@ -36,22 +36,24 @@ def fit(
 ) -> dict[str, Any]:
     """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
 
-    data: datasets with their transforms; validation is measured after every epoch and the last epoch's values are reported; test,
-    where there is one, is measured once, at the end. output: a folder for the adapter (`task.model` must have one), `metrics.csv`,
-    `results.json` and a checkpoint per epoch; None writes nothing. resume: go on from the folder's checkpoint; the continued
-    run equals an uninterrupted one, on the CPU bit for bit. See `Output.check` for what is refused. config: written to
-    `config.yaml`.
+    data: datasets with their transforms; validation is measured after every epoch and the last epoch's values are
+    reported; test, where there is one, is measured once, at the end. output: a folder for the adapter (`task.model`
+    must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing. resume: go on from
+    the folder's checkpoint; the continued run equals an uninterrupted one, on the CPU bit for bit. See `Output.check`
+    for what is refused. config: written to `config.yaml`.
 
-    Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds", "device",
-    "settings", "versions".
+    Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
+    "device", "settings", "versions".
 
     Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays.
     """
     place = None if output is None else Output(output)
     if place is not None:
         if KEY not in task.model.__dict__:
-            raise ValueError("the task's model has no adapter to save: call deltalens.attach first, or pass output=None")
-        if resume and place.finished:
+            raise ValueError(
+                "the task's model has no adapter to save: call deltalens.attach first, or pass output=None"
+            )
+        if resume and not overwrite and place.finished:
             return place.read_results()
         if is_main_process():
             place.prepare(resume, overwrite)
@@ -130,7 +132,10 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's tips, and its remarks on things that are so on purpose."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -11,12 +11,13 @@ PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64
 class TrainingSettings:
     """Settings of one training run. Raises ValueError for values that make no sense.
 
-    epochs: passes over the training data. batch_size: images a step, over all devices together. lr: peak learning rate.
-    warmup_epochs: length of the linear warm-up (fractions allowed); a cosine to zero follows. optimizer: adamw or sgd.
-    clip_grad: largest norm of the gradient, 0 for no clipping. seed: of everything random. workers: loader processes.
-    precision: 32, bf16 or 16 (mixed), 64. compile: torch.compile the model. devices: how many, or "0,2", or "auto".
-    accelerator: cpu, gpu, mps or auto. deterministic: torch's deterministic algorithms, needed on a GPU for bit-equal runs.
-    checkpoint_every_steps: besides every epoch, 0 for never. progress: print a line per epoch, and a bar on a terminal.
+    epochs: passes over the training data. batch_size: images a step, over all devices together. lr: peak learning
+    rate. warmup_epochs: length of the linear warm-up (fractions allowed); a cosine to zero follows. optimizer: adamw
+    or sgd. clip_grad: largest norm of the gradient, 0 for no clipping. seed: of everything random. workers: loader
+    processes. precision: 32, bf16 or 16 (mixed), 64. compile: torch.compile the model. devices: how many, or "0,2",
+    or "auto". accelerator: cpu, gpu, mps or auto. deterministic: torch's deterministic algorithms, needed on a GPU
+    for bit-equal runs. checkpoint_every_steps: besides every epoch, 0 for never. progress: print a line per epoch,
+    and a bar on a terminal.
     """
 
     epochs: int = 10

@@ -1,0 +1,78 @@
+"""Measure what the methods cost on this machine: time and memory of the shipped forms beside the published forms,
+the frozen backbone and full fine-tuning, all in one run.
+
+Contenders run in turns (A B C D, A B C D, ...) on random weights with dropout 0; a ratio is the median over the rounds
+of the ratios within a round. A training step is forward and backward; "saved MB" is what autograd keeps for backward,
+each storage once, without parameters. On a GPU the peak memory of a step is shown too. Targets are checked for the
+models they are stated for: VPT-deep on ViT-B/16, Mona on Swin-T, attaching and files on ViT-L.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+PARTS = ("vpt", "mona", "lifecycle")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of `deltalens bench`."""
+    add = parser.add_argument
+    add("parts", nargs="*", type=Literal[PARTS], default=list(PARTS), help="what to measure; all where none is named")
+    add("--model", type=str | None, help="instead of a part's own model; vpt needs a ViT with a class token")
+    add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
+    add("--batch-size", type=int, default=4, help="images in a batch")
+    add("--rounds", type=int, default=7, help="interleaved rounds, after one that is not counted")
+    add("--threads", type=int | None, help="processor threads; null for torch's choice")
+    add("--device", type=str | None, help="cpu, cuda, cuda:1...; null for a GPU where there is one")
+    add(
+        "--clock",
+        type=Literal["wall", "cpu"],
+        default="wall",
+        help="cpu counts this process's processor time; on a busy machine use it with --threads 1",
+    )
+    add("--quick", action="store_true", help="small shipped backbones, batch 2, 3 rounds; no targets")
+    add("--check", action="store_true", help="exit code 1 where a target is missed")
+    add("--json", type=str | None, help="also write everything to this file")
+
+
+def run(args: Namespace) -> int:
+    """Measure, print, write. Exit code 1 where --check was given and a target is missed."""
+    _check(args)
+
+    import torch
+
+    from deltalens.lifecycle.atomic import write_text
+    from deltalens.studies import bench_report, benchmarks, lifecycle_bench
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = benchmarks.Options(
+        args.model, args.img_size, args.batch_size, args.rounds, device, args.clock, args.quick
+    )
+    benches = {
+        "vpt": benchmarks.bench_vpt,
+        "mona": benchmarks.bench_mona,
+        "lifecycle": lifecycle_bench.bench_lifecycle,
+    }
+    reports = []
+    with benchmarks.threads(args.threads):
+        for part in dict.fromkeys(args.parts):
+            reports.append(benches[part](options))
+            print(reports[-1].to_text(), end="\n\n", flush=True)
+        if args.json:
+            write_text(args.json, bench_report.to_json(reports))
+            print(f"written to {args.json}")
+    missed = any(not target.met for report in reports for target in report.targets)
+    return 1 if args.check and missed else 0
+
+
+def _check(args: Namespace) -> None:
+    for name in ("batch_size", "rounds", "threads", "img_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.json and Path(args.json).is_dir():
+        raise IsADirectoryError(f"--json {args.json} is a folder; name a file")

@@ -1,0 +1,56 @@
+"""List methods with their settings, models, or recipes; a pattern such as "vit_base*" narrows it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("what", type=Literal["methods", "models", "recipes"], help="what to list")
+    parser.add_argument("pattern", type=str, nargs="?", default="*", help="shell pattern of the names")
+    parser.add_argument("--pretrained", type=bool, default=True, help="models: only those with pretrained weights")
+
+
+def run(args: Namespace) -> None:
+    """Print the list."""
+    lines = {"methods": _methods, "models": _models, "recipes": _recipes}[args.what](args)
+    if not lines:
+        raise ValueError(f"no {args.what} match {args.pattern!r}; deltalens list {args.what} shows all")
+    print("\n".join(lines))
+
+
+def _methods(args: Namespace) -> list[str]:
+    import dataclasses
+
+    from deltalens.methods import list_methods, method_class
+
+    lines = []
+    for name in list_methods(args.pattern):
+        cls = method_class(name)
+        lines.append(f"{name:<8} {(cls.__doc__ or '').strip().partition(chr(10))[0]}")
+        for field in dataclasses.fields(cls):
+            setting = f"--method.{field.name} {_shown(field.default)}"
+            lines.append(f"         {setting:<36} {field.metadata.get('help', '')}")
+    return lines
+
+
+def _shown(value) -> str:
+    return str(list(value)).replace("'", "") if isinstance(value, tuple) else str(value)
+
+
+def _models(args: Namespace) -> list[str]:
+    import deltalens as dl
+
+    return dl.list_models(args.pattern, pretrained=args.pretrained)
+
+
+def _recipes(args: Namespace) -> list[str]:
+    import fnmatch
+
+    from deltalens.cli.recipes import recipe_files, summary
+
+    return [f"{n:<28} {summary(f)}" for n, f in recipe_files().items() if fnmatch.fnmatch(n, args.pattern)]
