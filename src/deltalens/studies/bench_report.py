@@ -15,7 +15,7 @@ import deltalens
 
 @dataclass(frozen=True)
 class Row:
-    """One contender: median seconds; name of a reference -> median of the per-round ratios to it; memory in bytes."""
+    """One contender: median seconds; label of a reference -> median of the per-round ratios to it; memory in bytes."""
 
     name: str
     seconds: float
@@ -26,11 +26,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """One table: "training step" or "inference". memory_reference: the row that memory columns are a share of."""
+    """One table, such as "training step".
+
+    memory_reference: label and name of the row that saved bytes are shown as a share of.
+    """
 
     title: str
     rows: list[Row]
-    memory_reference: str | None = None
+    memory_reference: tuple[str, str] | None = None
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -78,8 +81,8 @@ class Report:
             width = max(len(target.what) for target in self.targets)
             lines += ["", "targets"]
             lines += [
-                f"  {target.what:<{width}}  {target.value:7.3f} <= {target.limit:<5}  {'met' if target.met else 'MISSED'}"
-                for target in self.targets
+                f"  {each.what:<{width}}  {each.value:7.3f} <= {each.limit:<5}  {'met' if each.met else 'MISSED'}"
+                for each in self.targets
             ]
         return "\n".join(lines)
 
@@ -110,7 +113,7 @@ def _table(section: Section) -> list[str]:
     has_saved = any(row.saved_bytes is not None for row in section.rows)
     has_peak = any(row.peak_bytes is not None for row in section.rows)
     if has_saved:
-        header += ["saved MB", *([f"x {memory}"] if memory else [])]
+        header += ["saved MB", *([f"saved x {memory[0]}"] if memory else [])]
     if has_peak:
         header += ["peak MB"]
     body = []
@@ -120,7 +123,7 @@ def _table(section: Section) -> list[str]:
         if has_saved:
             cells += ["" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.1f}"]
             if memory:
-                cells += ["" if row.saved_bytes is None else f"{section.saved_ratio(row.name, memory):.3f}"]
+                cells += ["" if row.saved_bytes is None else f"{section.saved_ratio(row.name, memory[1]):.3f}"]
         if has_peak:
             cells += ["" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"]
         body.append(cells)

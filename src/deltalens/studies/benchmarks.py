@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,10 @@ MONA_INFERENCE_LIMIT = 0.75  # merged overhead over the frozen backbone / the pl
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark runs. model, img_size: None for the benchmark's own. quick: the small shipped backbones, few rounds."""
+    """How a benchmark runs.
+
+    model, img_size: None for the benchmark's own. quick: the small shipped backbones, batch 2 and 3 rounds at most.
+    """
 
     model: str | None = None
     img_size: int | None = None
@@ -38,10 +41,14 @@ class Options:
 
     def settled(self, own_model: str, quick_model: str) -> Options:
         """With the benchmark's own model filled in, and everything made small where quick."""
-        model = self.model or (quick_model if self.quick else own_model)
         if not self.quick:
-            return Options(model, self.img_size, self.batch_size, self.rounds, self.device, self.clock)
-        return Options(model, self.img_size, min(self.batch_size, 2), min(self.rounds, 3), self.device, self.clock, True)
+            return replace(self, model=self.model or own_model)
+        return replace(
+            self,
+            model=self.model or quick_model,
+            batch_size=min(self.batch_size, 2),
+            rounds=min(self.rounds, 3),
+        )
 
     def describe(self, size: int) -> dict[str, object]:
         return {
@@ -67,7 +74,7 @@ def bench_vpt(options: Options) -> Report:
         merged = dl.merge_and_unload(copy.deepcopy(ours))
         training |= {f"p={tokens} plain": plain, f"p={tokens} deltalens": ours}
         inference |= {f"p={tokens} plain": plain, f"p={tokens} deltalens": ours, f"p={tokens} merged": merged}
-        check_same_outputs(images, {f"p={tokens} {kind}": inference[f"p={tokens} {kind}"] for kind in ("plain", "deltalens", "merged")})
+        check_same_outputs(images, {"plain": plain, "deltalens": ours, "merged": merged})
     plain_of = {f"p={p} {kind}": f"p={p} plain" for p in VPT_LIMITS for kind in ("deltalens", "merged")}
     steps = compare_training(training, images, labels, options, plain_of)
     speeds = compare_inference(inference, images, options, plain_of)[0]
@@ -76,8 +83,8 @@ def bench_vpt(options: Options) -> Report:
         for p, (inference_limit, step_limit) in VPT_LIMITS.items():
             merged, step = speeds.row(f"p={p} merged"), steps.row(f"p={p} deltalens")
             targets += [
-                Target(f"VPT-deep p={p}: merged inference / frozen backbone", merged.ratios[FROZEN], inference_limit),
-                Target(f"VPT-deep p={p}: training step / plain form", step.ratios["plain form"], step_limit),
+                Target(f"VPT-deep p={p}: merged inference / frozen backbone", merged.ratios["frozen"], inference_limit),
+                Target(f"VPT-deep p={p}: training step / plain form", step.ratios["plain"], step_limit),
             ]
     return Report("VPT-deep", options.describe(images.shape[-1]), [steps, speeds], targets)
 
@@ -93,7 +100,13 @@ def bench_mona(options: Options) -> Report:
             module.memory = "low"
     plain, merged = plain_mona(ours), dl.merge_and_unload(copy.deepcopy(ours))
     names = {"normal": "deltalens", "low": 'deltalens memory="low"'}
-    training = {FULL: full(backbone), FROZEN: frozen(backbone), "plain": plain, names["normal"]: ours, names["low"]: low}
+    training = {
+        FULL: full(backbone),
+        FROZEN: frozen(backbone),
+        "plain": plain,
+        names["normal"]: ours,
+        names["low"]: low,
+    }
     inference = {FROZEN: frozen(backbone), "plain": plain, "deltalens": ours, "merged": merged}
     check_same_outputs(images, {"plain": plain, "deltalens": ours, 'memory="low"': low, "merged": merged})
     plain_of = dict.fromkeys([*names.values(), "merged"], "plain")
@@ -105,7 +118,7 @@ def bench_mona(options: Options) -> Report:
     if _is_reference(options, MONA_MODEL, images):
         for memory, (saved_limit, step_limit) in MONA_LIMITS.items():
             name = names[memory]
-            step = steps.row(name).ratios["plain form"]
+            step = steps.row(name).ratios["plain"]
             targets += [
                 Target(f"Mona {memory}: bytes saved / full fine-tuning", steps.saved_ratio(name, FULL), saved_limit),
                 Target(f"Mona {memory}: training step / plain form", step, step_limit),
@@ -136,11 +149,11 @@ def full(backbone: nn.Module) -> nn.Module:
 
 
 def frozen(backbone: nn.Module) -> nn.Module:
-    """A copy that trains the head and the bias of the patch embedding: the gradient passes through every frozen block, which
-    is the least that a method reaching the first block can cost."""
+    """A copy that trains the head and the first bias, which is the patch embedding's: the gradient passes through every
+    frozen block, which is the least that a method reaching the first block can cost."""
     model = copy.deepcopy(backbone).requires_grad_(False)
     model.get_classifier().requires_grad_(True)
-    model.patch_embed.proj.bias.requires_grad_(True)
+    next(parameter for parameter in model.parameters() if parameter.ndim == 1).requires_grad_(True)
     return model
 
 
@@ -152,7 +165,7 @@ def check_same_outputs(images: Tensor, models: Mapping[str, nn.Module], toleranc
     for name, output in outputs.items():
         error = ((output - expected).abs().max() / expected.abs().max()).item()
         if not error <= tolerance:
-            raise RuntimeError(f"{name} and {first} differ by {error:.2g} of the largest output: they are not the same function")
+            raise RuntimeError(f"{name} and {first} differ by {error:.2g} of the largest output: not the same function")
 
 
 def compare_training(
@@ -172,15 +185,13 @@ def compare_training(
     losses = {name: loss_of(model) for name, model in models.items()}
     saved = {name: saved_bytes(losses[name], own_tensors(model)) for name, model in models.items()}
     steps = {name: (lambda loss=loss: loss().backward()) for name, loss in losses.items()}
-    timings = interleaved(
-        steps, options.rounds, between=drop_gradients, device=options.device, clock=options.clock
-    )
+    timings = interleaved(steps, options.rounds, between=drop_gradients, device=options.device, clock=options.clock)
     rows = []
     for name in models:
         peak = peak_bytes(steps[name], options.device)
         drop_gradients()
-        rows.append(_row(name, timings, (FULL, FROZEN), plain_of, saved[name], peak))
-    return Section("training step", rows, FULL)
+        rows.append(_row(name, timings, {"full": FULL, "frozen": FROZEN}, plain_of, saved[name], peak))
+    return Section("training step", rows, ("full", FULL))
 
 
 def compare_inference(
@@ -199,7 +210,7 @@ def compare_inference(
         model.eval()
     forwards = {name: forward_of(model) for name, model in models.items()}
     timings = interleaved(forwards, options.rounds, device=options.device, clock=options.clock)
-    return Section("inference", [_row(name, timings, (FROZEN,), plain_of) for name in models]), timings
+    return Section("inference", [_row(name, timings, {"frozen": FROZEN}, plain_of) for name in models]), timings
 
 
 def own_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -211,14 +222,13 @@ def own_tensors(model: nn.Module) -> Iterator[Tensor]:
 def _row(
     name: str,
     timings: Timings,
-    references: Iterable[str],
+    references: Mapping[str, str],
     plain_of: Mapping[str, str],
     saved: int | None = None,
     peak: int | None = None,
 ) -> Row:
-    ratios = {reference: timings.ratio(name, reference) for reference in references}
-    if name in plain_of:
-        ratios["plain form"] = timings.ratio(name, plain_of[name])
+    references = dict(references) | ({"plain": plain_of[name]} if name in plain_of else {})
+    ratios = {label: timings.ratio(name, reference) for label, reference in references.items()}
     return Row(name, timings.median(name), ratios, saved, peak)
 
 

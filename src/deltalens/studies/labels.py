@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-FONT_SIZE = 13
+FONT_SIZE = 14  # the largest that the page uses for names
 LINE_HEIGHT = 16
-MEAN_CHARACTER = 0.57 * FONT_SIZE
+MEAN_CHARACTER = 0.64 * FONT_SIZE  # bold, in a wide font
 DOT = 7.0  # half the edge of the square kept free around a point
 
 # right, left, above, below first: what people read most easily
@@ -51,18 +51,24 @@ def place_labels(points: Sequence[tuple[float, float]], texts: Sequence[str], fr
     dots = [Box(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in points]
     placed: list[Box] = []
     for (x, y), text in zip(points, texts, strict=True):
-        best, least = None, math.inf
-        for box in _candidates(x, y, text_width(text)):
-            covered = sum(box.overlap(other) for other in (*dots, *placed)) + (1e6 if box.outside(frame) else 0.0)
-            if covered < least:
-                best, least = box, covered
-            if covered == 0:
-                break
-        placed.append(best)
+        taken = [*dots, *placed]
+        placed.append(_least_covering(list(_candidates(x, y, text_width(text))), taken, frame))
     return placed
 
 
-def _candidates(x: float, y: float, width: float):
+def _least_covering(candidates: Sequence[Box], taken: Sequence[Box], frame: Box) -> Box:
+    """The first box that covers nothing; where there is none, the one that covers least, outside the frame last."""
+    best, least = candidates[0], math.inf
+    for box in candidates:
+        covered = sum(box.overlap(other) for other in taken) + (1e6 if box.outside(frame) else 0.0)
+        if covered < least:
+            best, least = box, covered
+        if covered == 0:
+            break
+    return best
+
+
+def _candidates(x: float, y: float, width: float) -> Iterator[Box]:
     for distance in _DISTANCES:
         for angle in _ANGLES:
             dx, dy = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
@@ -78,7 +84,8 @@ def _side(direction: float) -> float:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move positions as little as needed so that neighbours are `gap` apart and all lie in [low, high], in the same order.
+    """Move positions as little as needed so that neighbours are `gap` apart and all lie in [low, high], in the same
+    order.
 
     Where there is not room for all, the gap shrinks.
     """

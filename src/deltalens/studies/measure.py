@@ -69,10 +69,10 @@ def interleaved(
 
 
 def saved_bytes(run: Callable[[], Tensor], existing: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward of run(): each storage once, whole, however many saved tensors view it.
+    """Bytes that autograd keeps for the backward of run(): each storage once and whole, however many tensors view it.
 
-    existing: tensors that stay in memory anyway (parameters, buffers); their storages do not count. What checkpointing
-    recomputes is not saved and does not count.
+    existing: tensors that stay in memory anyway (parameters, buffers); their storages do not count. What
+    checkpointing recomputes is not saved and does not count.
     """
     present = {_storage_key(tensor) for tensor in existing}
     found: dict[tuple, tuple[int, Tensor]] = {}

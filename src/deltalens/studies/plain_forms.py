@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,21 +16,28 @@ from deltalens.methods.vpt import Prompts
 class PlainDeepVPT(nn.Module):
     """VPT-deep on a timm VisionTransformer with a class token, as published.
 
-    Block i runs on (class token, p prompts of block i, patch tokens): the prompts join the sequence before block 0, and
-    what a block made of its prompts is overwritten by the next block's. The head reads the class token.
+    Block i runs on (class token, p prompts of block i, patch tokens): the prompts join the sequence before block 0,
+    and what a block made of its prompts is overwritten by the next block's. The head reads the class token.
 
-    backbone: frozen here, but for its head. prompts: (depth, p, C), trained; a block's initial values are those of `prompts`.
+    backbone: frozen here, but for its head. prompts: initial values of every block's prompts, each (p, C); trained.
     """
 
-    def __init__(self, backbone: VisionTransformer, prompts: Tensor):
+    def __init__(self, backbone: VisionTransformer, prompts: Sequence[Tensor]):
         super().__init__()
-        if backbone.num_prefix_tokens != 1 or backbone.global_pool != "token":
-            raise ValueError("the plain form is written for a backbone with one class token that the head reads")
+        if (
+            not isinstance(backbone, VisionTransformer)
+            or backbone.num_prefix_tokens != 1
+            or backbone.global_pool != "token"
+        ):
+            raise ValueError(
+                "the plain form of VPT-deep is for a VisionTransformer with one class token that the head reads, not "
+                f"for this {type(backbone).__name__}; choose such a model, for example timm/vit_base_patch16_224"
+            )
         if len(prompts) != len(backbone.blocks):
             raise ValueError(f"{len(backbone.blocks)} blocks need as many prompts, got {len(prompts)}")
         self.backbone = backbone.requires_grad_(False)
         self.backbone.head.requires_grad_(True)
-        self.prompts = nn.Parameter(prompts.detach().clone())
+        self.prompts = nn.Parameter(torch.stack([block.detach() for block in prompts]))
 
     def forward(self, images: Tensor) -> Tensor:
         net, (depth, count, _) = self.backbone, self.prompts.shape
@@ -43,8 +51,7 @@ class PlainDeepVPT(nn.Module):
 
 def plain_vpt(backbone: VisionTransformer, adapted: nn.Module) -> PlainDeepVPT:
     """The plain form with the prompts of a model that `attach` gave VPT-deep. `backbone` is its own copy, unadapted."""
-    prompts = [module.embedding for module in adapted.modules() if isinstance(module, Prompts)]
-    return PlainDeepVPT(backbone, torch.stack(prompts))
+    return PlainDeepVPT(backbone, [module.embedding for module in adapted.modules() if isinstance(module, Prompts)])
 
 
 def plain_mona(adapted: nn.Module) -> nn.Module:

@@ -10,8 +10,9 @@ from html import escape
 from deltalens.studies.labels import LINE_HEIGHT, Box, place_labels, spread, text_width
 
 WIDTH, HEIGHT = 460, 330
-LEFT, RIGHT, TOP, BOTTOM = 48, 14, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 46
 COLOURS = 8  # the page defines classes c0 to c7
+Mark = tuple[float, str]  # where on an axis, and what is written there
 MOST_DOTS = 25  # epochs up to which a curve shows each of them
 
 
@@ -27,15 +28,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One value for each epoch, from epoch 1."""
+    """One value for each epoch, from epoch 1. number: of its method, which gives the colour."""
 
     label: str
     values: Sequence[float]
+    number: int
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, x_text: Callable[[float], str]) -> str:
     """Points over a logarithmic x axis, y in per cent, each with its label. x_text: how a value of x is written."""
-    y_low, y_high, y_ticks = _percent_axis([p.y - (p.spread or 0) for p in points] + [p.y + (p.spread or 0) for p in points])
+    y_low, y_high, y_ticks = _percent_axis(
+        [p.y - (p.spread or 0) for p in points] + [p.y + (p.spread or 0) for p in points]
+    )
     x_low, x_high, x_ticks = log_axis([p.x for p in points])
     frame = Box(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
 
@@ -44,22 +48,25 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, x_text: Callabl
         return frame.left + share * (frame.right - frame.left), _height(point.y, y_low, y_high, frame)
 
     x_marks = [(place(Point("", tick, y_low))[0], x_text(tick)) for tick in x_ticks]
-    parts = [_axes(frame, x_marks, [(_height(t, y_low, y_high, frame), f"{100 * t:.0f}") for t in y_ticks], x_title, y_title)]
+    parts = [
+        _axes(frame, x_marks, [(_height(t, y_low, y_high, frame), f"{100 * t:.0f}") for t in y_ticks], x_title, y_title)
+    ]
     places = [place(point) for point in points]
     for number, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
         if point.spread:
             top, bottom = (_height(point.y + s * point.spread, y_low, y_high, frame) for s in (1, -1))
             parts.append(f'<path class="{colour(number)} line" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>')
-        tip = f"{point.label}: {x_text(point.x)}, {100 * point.y:.1f} %"
-        parts.append(f'<circle class="{colour(number)} dot" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(tip)}</title></circle>')
-    for number, (box, point) in enumerate(zip(place_labels(places, [p.label for p in points], frame), points, strict=True)):
+        parts.append(_dot(x, y, number, 5, f"{point.label}: {x_text(point.x)}, {100 * point.y:.1f} %"))
+    for number, (box, point) in enumerate(
+        zip(place_labels(places, [p.label for p in points], frame), points, strict=True)
+    ):
         parts += _label(box, point.label, places[number], number)
     return _svg(parts, f"{y_title} against {x_title}: " + "; ".join(f"{p.label} {100 * p.y:.1f} %" for p in points))
 
 
 def curves(series: Sequence[Curve], y_title: str, as_percent: bool) -> str:
-    """One line per method over epochs, named at its end. as_percent: values are fractions, shown from their low to 100 %;
-    otherwise the axis begins at 0."""
+    """One line per method over epochs, named at its end. as_percent: values are fractions, shown from their low to
+    100 %; otherwise the axis begins at 0."""
     values = [value for curve in series for value in curve.values]
     y_low, y_high, y_ticks = _percent_axis(values) if as_percent else _axis_from_zero(values)
     epochs = max(len(curve.values) for curve in series)
@@ -74,20 +81,20 @@ def curves(series: Sequence[Curve], y_title: str, as_percent: bool) -> str:
     y_marks = [(_height(t, y_low, y_high, frame), f"{100 * t:.0f}" if as_percent else f"{t:g}") for t in y_ticks]
     parts = [_axes(frame, x_marks, y_marks, "epoch", y_title)]
     ends = []
-    for number, curve in enumerate(series):
+    for curve in series:
         path = [(across(e), _height(min(v, y_high), y_low, y_high, frame)) for e, v in enumerate(curve.values, 1)]
         ends.append(path[-1])
         d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in path)
-        parts.append(f'<path class="{colour(number)} line" d="{d}"/>')
+        parts.append(f'<path class="{colour(curve.number)} line" d="{d}"/>')
         dots = enumerate(zip(path, curve.values, strict=True), 1) if len(path) <= MOST_DOTS else []
         for epoch, ((x, y), value) in dots:
             tip = f"{curve.label}, epoch {epoch}: " + (f"{100 * value:.1f} %" if as_percent else f"{value:.3f}")
-            parts.append(f'<circle class="{colour(number)} dot" cx="{x:.1f}" cy="{y:.1f}" r="2.4"><title>{escape(tip)}</title></circle>')
+            parts.append(_dot(x, y, curve.number, 2.4, tip))
     heights = spread([y for _, y in ends], LINE_HEIGHT, frame.top + 4, frame.bottom - 4)
-    for number, (curve, (x, y), height) in enumerate(zip(series, ends, heights, strict=True)):
+    for curve, (x, y), height in zip(series, ends, heights, strict=True):
         left = frame.right + 14
         parts.append(f'<path class="leader" d="M{x + 4:.1f} {y:.1f}L{left - 3:.1f} {height:.1f}"/>')
-        parts.append(f'<text class="{colour(number)} name" x="{left:.1f}" y="{height:.1f}" dy=".35em">{escape(curve.label)}</text>')
+        parts.append(_text(left, height, curve.label, f"{colour(curve.number)} name", "start"))
     return _svg(parts, f"{y_title} by epoch: " + "; ".join(f"{c.label} ends at {c.values[-1]:.3g}" for c in series))
 
 
@@ -98,7 +105,8 @@ def colour(number: int) -> str:
 
 # ------------------------------------------------------------------ axes
 def log_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """(low, high, ticks) of a logarithmic axis with some room at both ends; ValueError for values that are not positive."""
+    """(low, high, ticks) of a logarithmic axis with some room at both ends; ValueError for values that are not
+    positive."""
     if min(values) <= 0:
         raise ValueError(f"a logarithmic axis needs positive values, got {min(values)}")
     low, high = math.log10(min(values)), math.log10(max(values))
@@ -135,35 +143,58 @@ def _height(value: float, low: float, high: float, frame: Box) -> float:
     return frame.bottom - (value - low) / (high - low) * (frame.bottom - frame.top)
 
 
-def _axes(frame: Box, x_marks, y_marks, x_title: str, y_title: str) -> str:
+def _axes(frame: Box, x_marks: Sequence[Mark], y_marks: Sequence[Mark], x_title: str, y_title: str) -> str:
     parts = []
     for y, text in y_marks:
         parts.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.right:.1f}"/>')
-        parts.append(f'<text class="tick" x="{frame.left - 8}" y="{y:.1f}" dy=".35em" text-anchor="end">{escape(text)}</text>')
+        parts.append(
+            f'<text class="tick" x="{frame.left - 8}" y="{y:.1f}" dy=".35em" text-anchor="end">{escape(text)}</text>'
+        )
     for x, text in x_marks:
         parts.append(f'<path class="grid" d="M{x:.1f} {frame.bottom}v5"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{frame.bottom + 18}" text-anchor="middle">{escape(text)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{frame.bottom + 18}" text-anchor="middle">{escape(text)}</text>'
+        )
     middle_x, middle_y = frame.middle
     parts.append(f'<path class="axis" d="M{frame.left} {frame.bottom}H{frame.right:.1f}"/>')
-    parts.append(f'<text class="axis-title" x="{middle_x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>')
     parts.append(
-        f'<text class="axis-title" transform="translate(13 {middle_y:.1f}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
+        f'<text class="axis-title" x="{middle_x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
+    )
+    parts.append(
+        f'<g transform="translate(9 {middle_y:.1f}) rotate(-90)">{_text(0, 0, y_title, "axis-title", "middle")}</g>'
     )
     return "".join(parts)
 
 
 def _label(box: Box, text: str, point: tuple[float, float], number: int) -> list[str]:
-    x, y = box.middle
+    middle, y = box.middle
+    if box.left > point[0]:
+        x, anchor = box.left, "start"
+    elif box.right < point[0]:
+        x, anchor = box.right, "end"
+    else:
+        x, anchor = middle, "middle"
     nearest_x = min(max(point[0], box.left), box.right)
     nearest_y = min(max(point[1], box.top + 3), box.bottom - 3)
     parts = []
     if math.hypot(nearest_x - point[0], nearest_y - point[1]) > 16:
         parts.append(f'<path class="leader" d="M{point[0]:.1f} {point[1]:.1f}L{nearest_x:.1f} {nearest_y:.1f}"/>')
-    parts.append(f'<text class="{colour(number)} name" x="{x:.1f}" y="{y:.1f}" dy=".35em" text-anchor="middle">{escape(text)}</text>')
+    parts.append(_text(x, y, text, f"{colour(number)} name", anchor))
     return parts
 
 
 def _svg(parts: Sequence[str], description: str) -> str:
+    label = escape(description, quote=True)
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _text(x: float, y: float, text: str, classes: str, anchor: str) -> str:
+    """One line of text, centred on y."""
+    return f'<text class="{classes}" x="{x:.1f}" y="{y:.1f}" dy=".35em" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _dot(x: float, y: float, number: int, radius: float, tip: str) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(description, quote=True)}">{"".join(parts)}</svg>'
+        f'<circle class="{colour(number)} dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
+        f"<title>{escape(tip)}</title></circle>"
     )

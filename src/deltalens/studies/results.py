@@ -37,11 +37,11 @@ class Picture:
 class RunResult:
     """One method, trained once.
 
-    method: the name that tables and plots show. settings: what distinguishes the run (rank, learning rate...), in reading order.
-    adapter_parameters, head_parameters: trained ones. accuracy: 0 to 1, on the test images. accuracy_std: over seeds, where there
-    were several. seconds: of training. saved_bytes: what autograd keeps for the backward of one training step. adapter_bytes: the
-    adapter's tensors on disk. folder: where the adapter lies, relative to the report. predictions: one for every picture of the
-    comparison, in its order.
+    method: the name that tables and plots show. settings: what distinguishes the run (rank, learning rate...), in
+    reading order. adapter_parameters, head_parameters: trained ones. accuracy: 0 to 1, on the test images.
+    accuracy_std: over seeds, where there were several. seconds: of training. saved_bytes: what autograd keeps for the
+    backward of one training step. adapter_bytes: the adapter's tensors on disk. folder: where the adapter lies,
+    relative to the report. predictions: one for every picture of the comparison, in its order.
     """
 
     method: str
@@ -73,9 +73,9 @@ class RunResult:
 class Comparison:
     """Everything a report says.
 
-    title, intro: text; the intro's paragraphs are separated by blank lines. pictures: test images that every run has predicted.
-    pictures_note: how they were chosen. conditions: what was run, name -> value (command, data, versions, machine, date).
-    test_images: how many the accuracies are measured on.
+    title, intro: text; the intro's paragraphs are separated by blank lines. pictures: test images that every run has
+    predicted. pictures_note: how they were chosen. conditions: what was run, name -> value (command, data, versions,
+    machine, date). test_images: how many the accuracies are measured on.
 
     Raises ValueError where a run has another number of predictions than there are pictures, or two runs share a name.
     """
@@ -88,7 +88,7 @@ class Comparison:
     pictures_note: str = ""
     conditions: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [run.method for run in self.runs]
         if len(set(names)) != len(names):
             raise ValueError(f"every run of a comparison needs its own name, got {', '.join(names)}")
@@ -119,7 +119,7 @@ def percent_text(value: float) -> str:
     return f"{value:.1f}" if value < 100 and round(value, 1) != 100 else "100"
 
 
-def bytes_text(count: int) -> str:
+def bytes_text(count: float) -> str:
     """Decimal units: 8.2 kB, 1.4 MB, 12 MB."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
@@ -136,3 +136,18 @@ def seconds_text(seconds: float) -> str:
     if seconds < 599.5:
         return f"{seconds:.0f} s"
     return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+
+
+def count_text(count: float) -> str:
+    """950, 1 k, 37 k, 2.7 M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:g}"
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """{"r": 8, "lr": 0.002} -> "r 8, lr 0.002"."""
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items()
+    )

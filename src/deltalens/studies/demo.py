@@ -1,0 +1,300 @@
+"""The demonstration: several methods adapt one small backbone to handwritten digits, on equal terms."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+import deltalens as dl
+from deltalens.data.arrays import ArrayDataset
+from deltalens.data.digits import Digits, Images, load_digits
+from deltalens.data.splits import Splits
+from deltalens.data.transforms import eval_transform
+from deltalens.lifecycle.atomic import write_text
+from deltalens.lifecycle.files import TENSORS
+from deltalens.methods import BitFitConfig, FullConfig, LinearConfig, LoRAConfig, Method, MonaConfig, VPTConfig
+from deltalens.studies.measure import saved_bytes
+from deltalens.studies.pictures import choose_pictures
+from deltalens.studies.report import write_report
+from deltalens.studies.results import Comparison, Epoch, Picture, Prediction, RunResult
+from deltalens.studies.terminal import MethodBars
+from deltalens.tasks import ClassificationTask
+from deltalens.training import TrainingSettings, fit
+from deltalens.training.optim import default_learning_rate
+
+REPORT, RESULTS = "report.html", "results.json"
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # every method's choice is from these
+BATCH_SIZE = 32
+PICTURES = 10
+
+MakeBackbone = Callable[[int], tuple[nn.Module, dict[str, Any]]]  # number of classes -> (model, its preprocessing)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method as the demo runs it. shown: the settings worth naming."""
+
+    label: str
+    config: Method
+    learning_rate: float
+    shown: dict[str, Any]
+
+
+# Learning rates: the best of RATES on the validation images, as found by `deltalens demo --tune` with seed 0.
+CONTENDERS = {
+    "linear": Contender("Linear", LinearConfig(), 3e-2, {}),
+    "bitfit": Contender("BitFit", BitFitConfig(), 1e-2, {}),
+    "lora": Contender("LoRA", LoRAConfig(r=8, alpha=8.0), 1e-2, {"rank": 8}),
+    "vpt": Contender("VPT-deep", VPTConfig(num_tokens=10), 3e-2, {"prompts": 10}),
+    "mona": Contender("Mona", MonaConfig(bottleneck=16), 3e-3, {"bottleneck": 16}),
+    "full": Contender("Full", FullConfig(), 1e-3, {}),
+}
+
+
+def contender(name: str) -> Contender:
+    """The demo's settings of a method; for others their own defaults. ValueError with the nearest names for an
+    unknown one."""
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    config = dl.make_config(name)
+    return Contender(name, config, default_learning_rate([config]), {})
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What is compared, and with how much training. tune: look for every method's learning rate instead of taking the
+    known ones."""
+
+    model: str = "deltalens/vit-mini"
+    methods: tuple[str, ...] = ("linear", "lora", "vpt", "mona", "full")
+    epochs: int = 12
+    train_images: int = 400
+    seed: int = 0
+    tune: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods is empty; name at least one, such as linear or mona")
+        if len(set(self.methods)) != len(self.methods):
+            raise ValueError(f"a method can take part once, got {', '.join(self.methods)}")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+
+def run_demo(
+    settings: DemoSettings, make_backbone: MakeBackbone, output: str | os.PathLike, command: str, console: Console
+) -> Comparison:
+    """Train every method, and leave `report.html`, `results.json` and one folder per adapter in `output`.
+
+    make_backbone: builds the pretrained model for a number of classes; called afresh for every method. command: what
+    the report names as the command. The same settings give the same accuracies on the same machine.
+
+    Raises FileExistsError where the folder holds something that is not an earlier demo.
+    """
+    chosen = {name: contender(name) for name in settings.methods}
+    output = Path(output)
+    _check_output(output)
+    _, preprocessing = make_backbone(len(Digits.class_names))
+    digits = load_digits(preprocessing["input_size"][-1], settings.train_images)
+    runs, answers = [], []
+    with MethodBars(console, [each.label for each in chosen.values()]) as bars:
+        contest = Contest(settings, make_backbone, preprocessing, digits, bars)
+        for name, each in chosen.items():
+            run, answer = contest.run(each, output / name)
+            runs.append(run)
+            answers.append(answer)
+    comparison = _comparison(settings, runs, answers, digits, command)
+    write_text(output / RESULTS, json.dumps(comparison.to_dict(), indent=2) + "\n")
+    write_report(comparison, output / REPORT)
+    return comparison
+
+
+# ------------------------------------------------------------------ one method
+class Contest:
+    """What is the same for all methods: images, training, and how results are measured."""
+
+    def __init__(
+        self,
+        settings: DemoSettings,
+        make_backbone: MakeBackbone,
+        preprocessing: dict[str, Any],
+        digits: Digits,
+        bars: MethodBars,
+    ):
+        self.settings, self.make_backbone, self.bars = settings, make_backbone, bars
+        self.preprocessing, self.class_names = preprocessing, list(digits.class_names)
+        self.train, self.val, self.test = (self._dataset(part) for part in (digits.train, digits.val, digits.test))
+
+    def _dataset(self, part: Images) -> ArrayDataset:
+        """Without augmentation: the images are few, and the methods are to differ, not their training."""
+        return ArrayDataset(part.images, part.labels.tolist(), eval_transform(self.preprocessing))
+
+    def run(self, each: Contender, folder: Path) -> tuple[RunResult, list[Prediction]]:
+        """Train a method, save its adapter, and say how it went and what it answers for every test image."""
+        rate = self.tuned_rate(each) if self.settings.tune else each.learning_rate
+        task, results = self.fit(each, rate, self.test)
+        self.bars.finish(each.label, f"test {100 * results['test']['accuracy']:.1f} %")
+        self._save(task, results, folder)
+        count = dl.count_parameters(task.model)
+        answers = self._answers(task)
+        run = RunResult(
+            method=each.label,
+            settings={**each.shown, "learning rate": rate},
+            adapter_parameters=count.adapter,
+            head_parameters=count.head,
+            backbone_parameters=count.backbone,
+            accuracy=results["test"]["accuracy"],
+            seconds=results["seconds"]["training"],
+            saved_bytes=self._saved_bytes(task),
+            adapter_bytes=(folder / TENSORS).stat().st_size,
+            epochs=[Epoch(row["train_loss"], row["val_accuracy"]) for row in results["history"]],
+            folder=folder.name,
+        )
+        return run, answers
+
+    def tuned_rate(self, each: Contender) -> float:
+        """The rate with the best validation accuracy after the last epoch; the smallest of equals. The test images are
+        not seen."""
+        found = {}
+        for rate in RATES:
+            _, results = self.fit(each, rate, None, prefix=f"rate {rate:g}, ")
+            found[rate] = results["val"]["accuracy"]
+        return max(RATES, key=lambda rate: (found[rate], -rate))
+
+    def fit(
+        self, each: Contender, rate: float, test: ArrayDataset | None, prefix: str = ""
+    ) -> tuple[ClassificationTask, dict[str, Any]]:
+        """A trained task, and the runner's results."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)  # the same head, and the same adapter, whatever ran before
+        model, _ = self.make_backbone(len(self.class_names))
+        task = ClassificationTask(dl.attach(model, each.config), self.class_names)
+        training = TrainingSettings(
+            epochs=settings.epochs,
+            batch_size=BATCH_SIZE,
+            lr=rate,
+            seed=settings.seed,
+            accelerator="cpu",
+            progress=False,
+        )
+        data = Splits(self.train, self.val, self.class_names, test)
+        with self.bars.watch(each.label, task, settings.epochs * len(self.train), len(self.val), prefix):
+            return task, fit(task, data, training)
+
+    def _save(self, task: ClassificationTask, results: dict[str, Any], folder: Path) -> None:
+        dl.adapter_info(task.model).update(
+            task=task.name,
+            class_names=self.class_names,
+            preprocessing=self.preprocessing,
+            metrics={f"{part} accuracy": results[part]["accuracy"] for part in ("val", "test")},
+        )
+        dl.save_pretrained(task.model, folder)
+
+    @torch.no_grad()
+    def _answers(self, task: ClassificationTask) -> list[Prediction]:
+        """The most probable class of every test image."""
+        task.eval()
+        found = []
+        for start in range(0, len(self.test), 250):
+            stop = min(start + 250, len(self.test))
+            batch = torch.stack([self.test[i][0] for i in range(start, stop)])
+            found += [Prediction(*best[0]) for best in task.decode(task.model(batch))]
+        return found
+
+    def _saved_bytes(self, task: ClassificationTask) -> int:
+        """Of one training step on a full batch."""
+        images, labels = zip(*(self.train[i] for i in range(min(BATCH_SIZE, len(self.train)))), strict=True)
+        batch = torch.stack(images), torch.tensor(labels)
+        task.train()
+        return saved_bytes(lambda: task(batch)["loss"], [*task.parameters(), *task.buffers()])
+
+
+# ------------------------------------------------------------------ all of them
+def _check_output(output: Path) -> None:
+    """Refuse a folder with anything but an earlier demo, before anything slow is done."""
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is a file; --output must be a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / REPORT).is_file():
+        raise FileExistsError(f"{output} holds other files and no report of an earlier demo; name another --output")
+
+
+def _comparison(
+    settings: DemoSettings, runs: list[RunResult], answers: list[list[Prediction]], digits: Digits, command: str
+) -> Comparison:
+    truth = np.array([digits.class_names[label] for label in digits.test.labels])
+    correct = np.array([[said.name == name for said, name in zip(answer, truth, strict=True)] for answer in answers])
+    shown = choose_pictures(correct, digits.test.labels, PICTURES)
+    easy = sum(correct[:, index].all() for index in shown)
+    return Comparison(
+        title=f"{_number(len(runs))} to adapt one backbone",
+        intro=_intro(settings, runs, digits),
+        runs=[replace(run, predictions=[answer[i] for i in shown]) for run, answer in zip(runs, answers, strict=True)],
+        test_images=len(digits.test),
+        pictures=[Picture(digits.test.images[index], str(truth[index])) for index in shown],
+        pictures_note="Test images as the backbone sees them, each with every method's answer and its probability. "
+        f"{easy} of them every method gets right; the other {len(shown) - easy} are chosen to tell the methods apart, "
+        "so errors are more frequent here than in the table.",
+        conditions=_conditions(settings, digits, command),
+    )
+
+
+def _intro(settings: DemoSettings, runs: list[RunResult], digits: Digits) -> str:
+    edge, backbone = digits.train.images.shape[1], runs[0].backbone_parameters
+    return (
+        f"The backbone {settings.model} ({backbone / 1e6:.1f} million parameters) was trained on photographs. Each "
+        f"method below taught it handwritten digits from {len(digits.train):,} scans of 8 × 8 pixels, enlarged to "
+        f"{edge} × {edge}: the same images and {settings.epochs} epochs for all.\n\n{_finding(runs)}"
+    )
+
+
+def _finding(runs: list[RunResult]) -> str:
+    best = max((run for run in runs if run.percent < 100), key=lambda run: run.accuracy, default=runs[0])
+    text = f"{best.method} classified {100 * best.accuracy:.1f} % of the test images correctly"
+    if best.adapter_parameters:
+        text += f" by training {best.percent:.1f} % of the backbone's parameters"
+    others = [
+        f"{what} {100 * run.accuracy:.1f} %"
+        for run in runs
+        for what in ["a linear classifier on frozen features" if run.adapter_parameters == 0 else "full fine-tuning"]
+        if run is not best and (run.adapter_parameters == 0 or run.percent >= 100)
+    ]
+    return text + (f"; {', '.join(others)}." if others else ".")
+
+
+def _conditions(settings: DemoSettings, digits: Digits, command: str) -> dict[str, str]:
+    found = "in this run" if settings.tune else "beforehand with deltalens demo --tune"
+    versions = {"deltalens": dl.__version__, "torch": torch.__version__, "Python": platform.python_version()}
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    today = datetime.now()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "Command": command,
+        "Data": f"scikit-learn's handwritten digits; {len(digits.train):,} training, {len(digits.val)} validation and "
+        f"{len(digits.test)} test images, split once, classes in proportion",
+        "Training": f"{settings.epochs} epochs, batches of {BATCH_SIZE}, AdamW, warm-up and cosine, no augmentation, "
+        f"seed {settings.seed}; the last epoch counts",
+        "Learning rates": f"each method's best of {rates} on the validation images, found {found}; the test images "
+        "were used once, at the end",
+        "Measured": "saved for backward: distinct storages that autograd keeps for one step of "
+        f"{BATCH_SIZE} images, without parameters; time: training and validation, on a machine that may have had "
+        "other work",
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Machine": f"{platform.system()}, {platform.machine()}, {cores} CPU cores, {torch.get_num_threads()} threads",
+        "Date": f"{today.day} {today:%B %Y}",
+    }
+
+
+def _number(count: int) -> str:
+    words = ("One way", "Two ways", "Three ways", "Four ways", "Five ways", "Six ways")
+    return words[count - 1] if count <= len(words) else f"{count} ways"
