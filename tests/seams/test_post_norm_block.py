@@ -78,7 +78,7 @@ def test_a_module_at_the_output_reads_the_output():
 
 @pytest.mark.parametrize(
     "config",
-    [MonaConfig(bottleneck=4), BitFitConfig(), LoRAConfig(r=2, target_modules=r".*blocks\.\d+\.(attn\.qkv|mlp\.fc1)")],
+    [MonaConfig(bottleneck=4), BitFitConfig(), LoRAConfig(r=2, target_modules=("attn.proj", "mlp.fc1"))],
 )
 def test_what_fits_works_and_comes_off_again(config):
     model, x = tiny_swin_v2(), images("swin")
@@ -91,3 +91,11 @@ def test_what_fits_works_and_comes_off_again(config):
     assert (adapted - output).abs().max() > 1e-3
     dl.detach(model)
     assert torch.equal(model(x), output)
+
+
+def test_a_layer_that_its_parent_goes_around_is_refused():
+    """Swin v2 multiplies with qkv.weight itself; a LoRA on that layer would train nothing and say nothing."""
+    model = tiny_swin_v2()
+    with pytest.raises(ValueError, match=r"layers\.0\.blocks\.0\.attn\.qkv is never called: its parent WindowAttention"):
+        dl.attach(model, LoRAConfig(target_modules=("attn.qkv",)))
+    assert not any("delta" in name.split(".") for name, _ in model.named_modules())
