@@ -16,7 +16,7 @@ from deltalens.backbones import shipped
 
 MODELS = {"deltalens_swin_mini": 4.86e6, "deltalens_vit_mini": 2.75e6}
 ANY_SIZE = {"deltalens_swin_mini": {"strict_img_size": False}, "deltalens_vit_mini": {"dynamic_img_size": True}}
-LEAST_TOP1 = {"deltalens_swin_mini": 9.0, "deltalens_vit_mini": 21.0}
+LEAST_TOP1 = {"deltalens_swin_mini": 29.0, "deltalens_vit_mini": 32.0}
 DATA = Path(__file__).parents[2] / "shared/data/tiny_imagenet_48"
 
 each_model = pytest.mark.parametrize("name", list(MODELS))
