@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
-import deltalens  # noqa: E402
+import deltalens
 
 project = "deltalens"
 author = "the deltalens authors"
@@ -20,10 +20,12 @@ myst_heading_anchors = 3
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 default_role = "code"
+smartquotes = False
 
 html_theme = "furo"
 html_title = "deltalens"
 html_static_path = ["_static"]
-html_css_files = ["pictures.css"]
+html_css_files = ["style.css"]
 suppress_warnings = ["myst.header"]  # included cards begin at their own heading level

@@ -11,7 +11,7 @@ from deltalens.data import ArrayDataset, eval_transform
 from deltalens.data.digits import load_digits
 
 
-def main(output: str = "runs/digits-lora", epochs: int = 4, train_images: int = 400) -> float:
+def main(output: str = "runs/digits-lora", epochs: int = 5, train_images: int = 1000) -> float:
     accelerator = Accelerator()
     set_seed(0)  # the same initial adapter and head in every process
     model = dl.create_backbone("deltalens/vit-mini", num_classes=10)

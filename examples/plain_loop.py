@@ -9,7 +9,7 @@ from deltalens.data import ArrayDataset, eval_transform
 from deltalens.data.digits import load_digits
 
 
-def main(output: str = "runs/digits-mona", epochs: int = 4, train_images: int = 400) -> float:
+def main(output: str = "runs/digits-mona", epochs: int = 5, train_images: int = 1000) -> float:
     model = dl.create_backbone("deltalens/vit-mini", num_classes=10)  # or any timm.create_model(...)
     dl.attach(model, dl.MonaConfig(bottleneck=32))  # in place: freezes the backbone, inserts the adapter
     dl.print_trainable_parameters(model)

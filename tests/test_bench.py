@@ -299,6 +299,12 @@ def test_bench_mona_on_a_small_model():
     assert all(row.seconds > 0 for row in [*steps.rows, *speeds.rows])
 
 
+def test_bench_mona_on_a_network_that_takes_any_size():
+    report = bench_mona(Options(model="timm/convnext_atto", img_size=32, quick=True, rounds=1))
+    assert report.settings["image size"] == 32
+    assert {row.name for row in report.sections[1].rows} == {FROZEN, "plain", "deltalens", "merged"}
+
+
 def test_bench_lifecycle_on_a_small_model():
     report = bench_lifecycle(ONCE)
     names = [row.name for row in report.sections[0].rows]
@@ -345,8 +351,10 @@ def test_command_fails_on_a_missed_target_only_if_asked(monkeypatch, capsys):
         (["--json", "."], 1, "is a folder"),
         (["vpt", "--quick", "--model", "deltalens/swin-mini"], 1, "VisionTransformer with one class token"),
         (["mona", "--model", "timm/swin_tny"], 1, "did you mean"),
+        (["mona", "--quick", "--device", "cuda"], 1, "torch finds no GPU here"),
     ],
 )
-def test_command_says_what_is_wrong(words, code, said, capsys):
+def test_command_says_what_is_wrong(words, code, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", *words]) == code
     assert said in capsys.readouterr().err

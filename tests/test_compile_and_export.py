@@ -25,13 +25,15 @@ SHORT = {
     "convnext": {"depths": (1, 1, 1, 1)},
     "resnet": {"layers": (2, 1, 1, 1)},
 }
+SHORTEST = {"vit": {"depth": 1}, "swin": {"depths": (2,), "num_heads": (2,)}}  # where nothing passes between blocks
 each_case = pytest.mark.parametrize(
     ("family", "methods"), [*COMBINED, *[pytest.param(*pair, marks=pytest.mark.slow) for pair in ALONE]]
 )
 
 
 def adapted(family, methods):
-    model = dl.attach(MODELS[family](**SHORT[family]), [METHODS[method] for method in methods])
+    size = SHORTEST.get(family, SHORT[family]) if "mona" in methods else SHORT[family]
+    model = dl.attach(MODELS[family](**size), [METHODS[method] for method in methods])
     return randomize_adapter(model)
 
 

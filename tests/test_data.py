@@ -116,6 +116,13 @@ def test_an_empty_class_and_a_single_class(tmp_path):
         read_image_folder(tmp_path)
 
 
+def test_split_folders_inside_other_folders_are_no_classes(tmp_path):
+    for kind in ("images", "labels"):
+        write_splits(tmp_path / kind, 3, 3, 0)
+    with pytest.raises(ValueError, match="train folders inside images, labels"):
+        read_image_folder(tmp_path)
+
+
 def test_class_folders_that_differ_are_listed(tmp_path):
     write_splits(tmp_path, 4, 3, 3)
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "Red")

@@ -110,7 +110,7 @@ def test_tune_takes_the_rate_that_is_best_on_the_validation_images(tmp_path, mon
     folder = tmp_path / "tuned"
     assert main(["demo", *TINY, "--methods", "linear", "--tune", "--output", str(folder)]) == 0
     content = json.loads((folder / demo.RESULTS).read_text(encoding="utf-8"))
-    assert content["runs"][0]["settings"]["learning rate"] == 3e-2
+    assert content["runs"][0]["settings"]["lr"] == 3e-2
     assert "found in this run" in content["conditions"]["Learning rates"]
 
 
@@ -138,8 +138,17 @@ def test_bad_options_are_one_line_and_leave_no_folder(words, message, tmp_path, 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
     assert main(["demo", *TINY, "--methods", "linear", "--output", str(tmp_path)]) == 1
-    assert "--output" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "thesis.txt" in error
+    assert "--output" in error
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_stopped_demo_left_is_taken_over(tmp_path):
+    (tmp_path / "linear").mkdir()
+    (tmp_path / ".report.html.x1.tmp").write_text("half", encoding="utf-8")
+    assert main(["demo", *TINY, "--methods", "linear", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / demo.REPORT).is_file()
 
 
 def test_a_method_without_demo_settings_runs_with_its_own_defaults(monkeypatch):
@@ -193,7 +202,7 @@ def test_enlarged_scans_keep_their_strokes():
     row, column = np.unravel_index(image[..., 0].argmax(), (40, 40))
     assert (row // 4, column // 4) == (3, 6)  # a margin of one scan pixel on each side
     assert image[..., 0].max() > 200
-    assert image[20:, :20].max() == 0
+    assert image[20:, :20].max() <= 2  # bicubic rings a little
     assert np.array_equal(image[..., 0], image[..., 2])
 
 

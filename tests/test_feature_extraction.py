@@ -31,7 +31,9 @@ def test_forward_intermediates_shapes_are_the_backbones(family, method, options)
     if not options:
         assert torch.equal(final, model.forward_features(x))
     with dl.disable_adapter(model):
-        assert all(torch.equal(a, b) for a, b in zip(model.forward_intermediates(x, **options)[1], expected, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.forward_intermediates(x, **options)[1], expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize("method", [method for family, method in PAIRS if family == "vit"])
@@ -40,7 +42,11 @@ def test_vit_output_formats(method, registers):
     """Prefix tokens come out where asked for, added tokens never."""
     plain, x = tiny_vit(reg_tokens=registers), images("vit")
     model = adapted("vit", method, reg_tokens=registers)
-    for options in ({"output_fmt": "NLC"}, {"return_prefix_tokens": True}, {"output_fmt": "NLC", "return_prefix_tokens": True}):
+    for options in (
+        {"output_fmt": "NLC"},
+        {"return_prefix_tokens": True},
+        {"output_fmt": "NLC", "return_prefix_tokens": True},
+    ):
         found, expected = (m.forward_intermediates(x, intermediates_only=True, **options) for m in (model, plain))
         for a, b in zip(found, expected, strict=True):
             pairs = zip(a, b, strict=True) if isinstance(b, tuple) else [(a, b)]

@@ -131,7 +131,10 @@ def test_bf16_error_is_no_worse_than_the_plain_forms(mean, how, memory):
                     return forward(x) - x
 
             found, grads = run(module, call, given)
-            seen = {"output": error(found, exact - x), **{name: error(g, exact_grads[name]) for name, g in grads.items() if name != "x"}}
+            seen = {
+                "output": error(found, exact - x),
+                **{name: error(g, exact_grads[name]) for name, g in grads.items() if name != "x"},
+            }
             for name, value in seen.items():
                 errors[form][name] = errors[form].get(name, 0) + value / 10
     for name, value in errors["fast"].items():
@@ -146,4 +149,6 @@ def test_identity_start():
 
 def test_parameters_follow_the_formula():
     for dim, width in ((96, 64), (12, 6)):
-        assert sum(p.numel() for p in MonaLayer(dim, width).parameters()) == (2 * width + 5) * dim + width**2 + 88 * width
+        assert (
+            sum(p.numel() for p in MonaLayer(dim, width).parameters()) == (2 * width + 5) * dim + width**2 + 88 * width
+        )

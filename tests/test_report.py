@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from deltalens.studies import plots
 from deltalens.studies.labels import Box, place_labels, spread, text_width
@@ -25,6 +26,7 @@ from deltalens.studies.results import (
     percent_text,
     seconds_text,
 )
+from deltalens.studies.terminal import comparison_table
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -284,3 +286,18 @@ def test_pictures_are_chosen_also_where_all_or_none_is_right(share):
     correct = np.full((3, 40), bool(share))
     assert len(choose_pictures(correct, np.arange(40) % 10, 10)) == 10
     assert len(choose_pictures(correct[:, :4], np.arange(4), 10)) == 4
+
+
+def test_terminal_table_fits_80_columns():
+    names = {"Linear": 0, "LoRA": 36_864, "VPT-deep": 11_520, "Mona": 105_216, "Full": 2_710_080}
+    runs = [
+        run(name, adapter_parameters=count, seconds=384.0, saved_bytes=35_900_000, adapter_bytes=10_900_000)
+        for name, count in names.items()
+    ]
+    terminal = io.StringIO()
+    Console(file=terminal, width=80).print(comparison_table(comparison(runs)))
+    lines = terminal.getvalue().splitlines()
+    assert "…" not in terminal.getvalue()
+    assert [line.split()[0] for line in lines[-5:]] == list(names)
+    assert "2,710,080" in lines[-1]
+    assert "2,712,010" in lines[-1]

@@ -2,9 +2,10 @@
 
     ```{method-settings} mona         the fields of MonaConfig
     ```{command-options} train        the options of `deltalens train`
+    ```{learning-rates}               the default learning rate of each method
     ```{installed-recipes}            the recipes with their text
 
-It also lets docstrings be plain text: indented formulas become literal blocks.
+It also lets docstrings be plain text, with indented formulas.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> nodes.table:
     group += [nodes.colspec(colwidth=1) for _ in head]
     group += nodes.thead("", _row(head))
     group += nodes.tbody("", *[_row(row) for row in rows])
-    return nodes.table("", group, classes=["colwidths-auto"])
+    return nodes.table("", group, classes=["colwidths-auto", "package"])
 
 
 def _row(cells: tuple[str, ...]) -> nodes.row:
@@ -51,6 +52,15 @@ class MethodSettings(Directive):
         if not rows:
             return [nodes.paragraph("", "This method has no settings.")]
         return [table(("setting", "default", "meaning"), rows)]
+
+
+class LearningRates(Directive):
+    def run(self) -> list[nodes.Node]:
+        from deltalens.training.optim import DEFAULT_LEARNING_RATES
+
+        return [
+            table(("method", "learning rate"), [(name, f"{rate:g}") for name, rate in DEFAULT_LEARNING_RATES.items()])
+        ]
 
 
 class CommandOptions(Directive):
@@ -108,26 +118,29 @@ class InstalledRecipes(Directive):
 
 
 # ------------------------------------------------------------------ docstrings
-def formulas_as_literal_blocks(app, what, name, obj, options, lines: list[str]) -> None:
-    """Put `::` before every indented block, in place."""
+def plain_text_as_rst(app, what, name, obj, options, lines: list[str]) -> None:
+    """Indented blocks become literal blocks, hanging indents part of their paragraph; in place."""
     result: list[str] = []
-    inside = False
+    literal = False
     for line in lines:
         indented = line.startswith("    ")
-        if indented and not inside and (not result or not result[-1].strip()):
-            previous = next((text for text in reversed(result) if text.strip()), "")
-            if not previous.rstrip().endswith("::"):
+        after_text = bool(result) and bool(result[-1].strip())
+        if indented and not literal:
+            if after_text:
+                line = line.strip()
+            else:
                 result += ["::", ""]
-            inside = True
+                literal = True
         elif line.strip() and not indented:
-            inside = False
+            literal = False
         result.append(line)
     lines[:] = result
 
 
 def setup(app):
     app.add_directive("method-settings", MethodSettings)
+    app.add_directive("learning-rates", LearningRates)
     app.add_directive("command-options", CommandOptions)
     app.add_directive("installed-recipes", InstalledRecipes)
-    app.connect("autodoc-process-docstring", formulas_as_literal_blocks)
+    app.connect("autodoc-process-docstring", plain_text_as_rst)
     return {"parallel_read_safe": True}

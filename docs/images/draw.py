@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+FOLDER = Path(__file__).parent
 STYLE = """
 text { font: 13px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #1f2328; }
 .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
@@ -37,7 +38,9 @@ class Picture:
     def text(self, x: float, y: float, words: str, look: str = "", anchor: str = "middle") -> None:
         self.shapes.append(f'<text class="{look}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>')
 
-    def box(self, x: float, y: float, w: float, h: float, words: str = "", look: str = "frozen", font: str = "") -> None:
+    def box(
+        self, x: float, y: float, w: float, h: float, words: str = "", look: str = "frozen", font: str = ""
+    ) -> None:
         self.shapes.append(f'<rect class="{look}" x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="5"/>')
         lines = words.split("\n") if words else []
         for i, line in enumerate(lines):
@@ -65,7 +68,7 @@ class Picture:
             'markerUnits="userSpaceOnUse" orient="auto"><path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>\n'
             f'<rect class="card" x=".5" y=".5" width="{self.width - 1}" height="{self.height - 1}" rx="8"/>\n'
         )
-        Path(__file__).with_name(name).write_text(svg + "\n".join(self.shapes) + "\n</svg>\n", encoding="utf-8")
+        (FOLDER / name).write_text(svg + "\n".join(self.shapes) + "\n</svg>\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------ rooms and floors
@@ -85,7 +88,9 @@ FLOORS = [  # from the top of the house down
 
 
 def architecture() -> None:
-    picture = Picture(820, 18 + 52 * len(FLOORS) + 30, "The floors of deltalens and the rooms on them; imports go down only")
+    picture = Picture(
+        820, 18 + 52 * len(FLOORS) + 30, "The floors of deltalens and the rooms on them; imports go down only"
+    )
     top = 18
     for i, (name, purpose, rooms, kind) in enumerate(FLOORS):
         y = top + 52 * i
@@ -140,12 +145,12 @@ def slots() -> None:
         picture.line((stream, y + 13), (stream, join - 10), look="line stream")
         picture.dot(stream, top)
         picture.line((stream, top), (branch, top), (branch, top + 14))
-        picture.box(branch - 40, top + 14, 80, 24, "norm")
+        picture.box(branch - 40, top + 14, 80, 24, "norm", "frozen")
         picture.line((branch, top + 38), (branch, top + 62))
         picture.text(branch + 10, top + 54, "n", "small faint", "start")
         slot(branch, top + 75, f"{name}.pre")
         picture.line((branch, top + 88), (branch, top + 102))
-        picture.box(branch - 75, top + 102, 150, height, f"{body}\nx LayerScale")
+        picture.box(branch - 75, top + 102, 150, height, f"{body}\nx LayerScale", "frozen")
         for i, words in enumerate(beside):
             middle = top + 116 + 28 * i
             picture.box(branch + 102, middle - 12, 152, 24, words, "slot", "mono small")
@@ -178,7 +183,9 @@ def slots() -> None:
     slot(stream, join + 76, "tokens.out")
     picture.line((stream, join + 89), (stream, join + 106), look="line stream")
     picture.text(stream, join + 122, "y", "title")
-    for i, (look, words) in enumerate((("frozen", "the frozen block"), ("slot", "a slot: empty, or one or more modules"))):
+    for i, (look, words) in enumerate(
+        (("frozen", "the frozen block"), ("slot", "a slot: empty, or one or more modules"))
+    ):
         picture.box(436, join + 8 + 30 * i, 24, 18, "", look)
         picture.text(470, join + 21 + 30 * i, words, "small", "start")
     picture.height = int(join + 138)
@@ -196,7 +203,7 @@ def method(name: str, title: str, used: set[str]) -> None:
     if "shallow" in used:
         picture.line((x, line), (x + 16, line), look="line stream")
         picture.box(x + 16, line - 13, 66, 26, "prompts", "used", "small")
-        picture.text(x + 49, line + 32, "first block only", "small faint")
+        picture.text(x + 49, line + 32, "before block 0", "small faint")
         x += 82
     for body in ("attention", "MLP"):
         split, norm = x + 14, x + 26
@@ -212,15 +219,12 @@ def method(name: str, title: str, used: set[str]) -> None:
         if body == "attention" and "prompts" in used:
             picture.box(wide - 8, 10, 102, 22, "prompts' K, V", "used", "small")
             picture.line((wide + 43, 32), (wide + 43, top - 23))
-        if body in ("attention", "MLP") and f"lora {body}" in used:
-            words = "B A on q, v" if body == "attention" else "B A on fc1, fc2"
-            picture.box(wide - 6, top + 38, 98, 24, words, "used", "small")
+        if body == "attention" and "lora" in used:
+            picture.box(wide - 6, top + 38, 98, 24, "B A on q, v", "used", "small")
             picture.line((wide + 43, top + 38), (wide + 43, top + 23))
         if "bias" in used:
-            picture.text(norm + 21, top + 30, "+ b", "small")
-            picture.text(wide + 43, top + 38, "+ b", "small")
-            for spot, y in ((norm + 21, top + 26), (wide + 43, top + 34)):
-                picture.shapes.insert(0, f'<rect class="used" x="{spot - 15:g}" y="{y - 10:g}" width="30" height="19" rx="4"/>')
+            for spot, y in ((norm + 21, top + 28), (wide + 43, top + 36)):
+                picture.box(spot - 15, y - 10, 30, 19, "+ b", "used", "small")
         x = added + 31
         if "stream" in used:
             picture.line((x, line), (x + 14, line), look="line stream")
@@ -238,13 +242,18 @@ def method(name: str, title: str, used: set[str]) -> None:
     picture.save(f"method-{name}.svg")
 
 
-if __name__ == "__main__":
+def draw_all() -> None:
+    """Write every picture to FOLDER."""
     architecture()
     slots()
     method("full", "Full fine-tuning trains the whole block and the head", {"norm", "attention", "MLP"})
     method("linear", "Linear probing trains the head only", set())
     method("bitfit", "BitFit trains the biases and the head", {"bias"})
-    method("lora", "LoRA trains low-rank changes of linear layers and the head", {"lora attention"})
+    method("lora", "LoRA trains low-rank changes of linear layers and the head", {"lora"})
     method("vpt", "VPT-deep trains prompts that act as keys and values, and the head", {"prompts"})
     method("vpt-shallow", "VPT-shallow trains prompts that enter before the first block, and the head", {"shallow"})
     method("mona", "Mona trains layers on the stream, and the head", {"stream"})
+
+
+if __name__ == "__main__":
+    draw_all()

@@ -60,7 +60,9 @@ def test_every_module_learns():
     dl.attach(model, OneTokenPerBlock())
     model(x).sum().backward()
     idle = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert idle == [f"blocks.2.delta.mlp_parallel.adapter_default.one_token_per_block.{leaf}" for leaf in ("gamma", "beta")]
+    assert idle == [
+        f"blocks.2.delta.mlp_parallel.adapter_default.one_token_per_block.{leaf}" for leaf in ("gamma", "beta")
+    ]
 
 
 def test_added_tokens_never_come_out():

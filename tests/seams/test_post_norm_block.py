@@ -60,7 +60,9 @@ def test_other_slots_are_a_named_error_and_nothing_changes(config, slot):
         dl.attach(model, config)
     for word in (slot, "layers.0.blocks.0", "SwinTransformerV2Block", "SwinTransformerV2", "block.stream"):
         assert word in str(caught.value)
-    assert {type(config).__name__, type(config).__name__.removesuffix("Config")} & set(str(caught.value).replace("-", " ").split())
+    assert {type(config).__name__, type(config).__name__.removesuffix("Config")} & set(
+        str(caught.value).replace("-", " ").split()
+    )
     assert {name: type(m) for name, m in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
     assert torch.equal(model(x), output)
@@ -96,6 +98,8 @@ def test_what_fits_works_and_comes_off_again(config):
 def test_a_layer_that_its_parent_goes_around_is_refused():
     """Swin v2 multiplies with qkv.weight itself; a LoRA on that layer would train nothing and say nothing."""
     model = tiny_swin_v2()
-    with pytest.raises(ValueError, match=r"layers\.0\.blocks\.0\.attn\.qkv is never called: its parent WindowAttention"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.blocks\.0\.attn\.qkv is never called: its parent WindowAttention"
+    ):
         dl.attach(model, LoRAConfig(target_modules=("attn.qkv",)))
     assert not any("delta" in name.split(".") for name, _ in model.named_modules())

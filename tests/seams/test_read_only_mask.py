@@ -126,7 +126,7 @@ def test_nobody_reads_a_prompt_in_any_block():
 @pytest.mark.parametrize("causal", [False, True])
 def test_mask_meets_prompts_that_are_keys_and_values(additive, causal):
     """The mask covers the tokens of the stream; keys and values of VPT-deep beside it are seen by all."""
-    model, x = tiny_vit().double(), images("vit").double()
+    model = tiny_vit().double()
     visible = torch.rand(17, 17) > 0.4
     visible.fill_diagonal_(True)
     mask = torch.zeros(17, 17).double().masked_fill(~visible, float("-inf")) if additive else visible

@@ -155,7 +155,7 @@ class MultiModalAdapter(Method):
 
 
 def official_name(name: str) -> str:
-    """visual.transformer.resblocks.2.delta.block_parallel.adapter_default.mma.down.weight -> visual_adapter.3.down.0..."""
+    """visual.transformer.resblocks.2.delta. ... .mma.down.weight -> visual_adapter.3.down.0.weight"""
     path, _, leaf = name.partition(".delta.block_parallel.adapter_default.mma.")
     index = int(path.rpartition(".")[2]) + 1
     part, _, kind = leaf.partition(".")

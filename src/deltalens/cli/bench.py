@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--model", type=str | None, help="instead of a part's own model; vpt needs a ViT with a class token")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
     add("--batch-size", type=int, default=4, help="images in a batch")
-    add("--rounds", type=int, default=7, help="interleaved rounds, after one that is not counted")
+    add("--rounds", type=int, default=7, help="interleaved rounds of training steps, twice as many of inference")
     add("--threads", type=int | None, help="processor threads; null for torch's choice")
     add("--device", type=str | None, help="cpu, cuda, cuda:1...; null for a GPU where there is one")
     add(
@@ -49,6 +49,10 @@ def run(args: Namespace) -> int:
     from deltalens.studies import bench_report, benchmarks, lifecycle_bench
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device} was asked for, but torch finds no GPU here; leave it out to use the processor"
+        )
     options = benchmarks.Options(
         args.model, args.img_size, args.batch_size, args.rounds, device, args.clock, args.quick
     )

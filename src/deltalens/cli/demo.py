@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+TASKS = {"classification": "deltalens.studies.demo"}  # modules with DemoSettings, run_demo and REPORT
 DEFAULTS = {
     "task": "classification",
     "output": "./deltalens-demo",
@@ -33,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     def add(option: str, **kwargs: Any) -> None:
         parser.add_argument(option, default=DEFAULTS[option.removeprefix("--").replace("-", "_")], **kwargs)
 
-    add("--task", type=Literal["classification"], help="what to demonstrate")
+    add("--task", type=Literal[tuple(TASKS)], help="what to demonstrate")
     add("--output", type=str, help="folder for the report and the adapters")
     add("--model", type=str, help="the backbone (deltalens list models)")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
@@ -44,27 +45,28 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--tune",
         action="store_true",
-        help="search every method's learning rate on the validation images (6 times as long)",
+        help="search every method's learning rate on the validation images (7 times as long)",
     )
     add("--open", action="store_true", help="open the report in the browser")
 
 
 def run(args: Namespace) -> None:
     """Run the demonstration, print its table, and say where the report is."""
+    from importlib import import_module
     from pathlib import Path
 
     from rich.console import Console
 
     from deltalens.cli.sized_backbone import create_sized_backbone
-    from deltalens.studies.demo import REPORT, DemoSettings, run_demo
     from deltalens.studies.terminal import comparison_table
 
-    settings = DemoSettings(args.model, tuple(args.methods), args.epochs, args.train_images, args.seed, args.tune)
+    demo = import_module(TASKS[args.task])
+    settings = demo.DemoSettings(args.model, tuple(args.methods), args.epochs, args.train_images, args.seed, args.tune)
     console = Console()
     console.print(
         f"{args.model} learns handwritten digits: {args.train_images} images, {args.epochs} epochs\n", highlight=False
     )
-    comparison = run_demo(
+    comparison = demo.run_demo(
         settings,
         lambda num_classes: create_sized_backbone(args.model, num_classes, args.img_size),
         args.output,
@@ -73,7 +75,7 @@ def run(args: Namespace) -> None:
     )
     console.print()
     console.print(comparison_table(comparison))
-    report = Path(args.output) / REPORT
+    report = Path(args.output) / demo.REPORT
     console.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
     if args.open:
         import webbrowser

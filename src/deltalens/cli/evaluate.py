@@ -41,7 +41,8 @@ def run(args: Namespace) -> None:
 
     model, class_names, device = load_trained(args.adapter, args.device)
     preprocessing = dl.preprocessing(model)
-    files = read_split(args.data, args.split, class_names, dl.adapter_info(model).get("split"), args.skip_broken)
+    origin = dl.adapter_info(model).get("split")
+    files = read_split(args.data, args.split, class_names, origin, args.skip_broken)
     files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
     task = ClassificationTask(model, class_names).eval()
     metrics = task.new_metrics().to(device)
@@ -56,7 +57,7 @@ def run(args: Namespace) -> None:
     values = {"loss": loss, **{name: float(value) for name, value in metrics.compute().items()}}
     for name, value in values.items():
         print(f"{name:<20} {value:.4f}")
-    print(f"{'images':<20} {len(files)}")
+    print(f"{'images':<20} {len(files)} ({args.split})")
     if args.output:
         results = {"adapter": args.adapter, "data": args.data, "split": args.split, "images": len(files), **values}
         write_text(args.output, json.dumps(results, indent=2) + "\n")

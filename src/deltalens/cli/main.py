@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import dis
 import importlib
 import re
 import sys
@@ -136,12 +137,17 @@ def _explain(error: argparse.ArgumentError, parser: ArgumentParser, command: str
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether an error is a message to the user: raised by deltalens's own code, or by the operating system."""
+    """Whether an error is a message to the user: from a `raise` in deltalens's code, or from the operating system."""
     if isinstance(error, OSError):
         return True
-    frames = traceback.extract_tb(error.__traceback__)
-    package = str(Path(__file__).resolve().parents[1])
-    return bool(frames) and frames[-1].filename.startswith(package) and not isinstance(error, AssertionError)
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None:
+        return False
+    code = innermost.tb_frame.f_code
+    raised = dis.opname[code.co_code[innermost.tb_lasti]] == "RAISE_VARARGS"
+    return raised and Path(code.co_filename).is_relative_to(Path(__file__).parents[1])
 
 
 def _one_line(error: Exception) -> str:

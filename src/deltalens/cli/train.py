@@ -73,8 +73,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def translate(argv: list[str]) -> list[str]:
-    """Gather the --method words, and put a recipe's file in the place of its name."""
-    return recipes.translate(method_options.translate(argv))
+    """Gather the --method words, put a recipe's file in the place of its name, let --resume read the run's config."""
+    return _with_config_of_the_run(recipes.translate(method_options.translate(argv)))
+
+
+def _with_config_of_the_run(argv: list[str]) -> list[str]:
+    """`--resume --output DIR` takes from DIR/config.yaml whatever is not said again."""
+    from pathlib import Path
+
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--output=") else [word])]
+    if "--resume" not in words or "--config" in words or "--output" not in words[:-1]:
+        return argv
+    config = Path(words[words.index("--output") + 1]) / "config.yaml"
+    return ["--config", str(config), *argv] if config.is_file() else argv
 
 
 def run(args: Namespace) -> None:
@@ -170,7 +181,7 @@ def _check_same_run(output, options: dict[str, Any]) -> None:
     if changed:
         raise ValueError(
             f"a resumed run keeps its settings, and these differ from {output.config}: {'; '.join(changed)}. "
-            f"deltalens train --config {output.config} --resume takes them from there"
+            f"deltalens train --output {output.folder} --resume takes them from there"
         )
 
 

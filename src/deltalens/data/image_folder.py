@@ -227,6 +227,7 @@ def _read_classes(
     present = _class_folders(folder)
     if not present:
         raise ValueError(f"{folder} holds no class folders; {_expected(root)}")
+    _refuse_splits_inside(folder, present, root)
     names = class_names or present
     unknown = [name for name in present if name not in names]
     if unknown:
@@ -249,6 +250,14 @@ def _read_classes(
     if empty and not (may_be_empty and class_names):
         raise ValueError(f"class folders without images in {folder}: {_some(empty)}; {_expected(root)}")
     return ImageFiles(paths, labels), names
+
+
+def _refuse_splits_inside(folder: Path, names: list[str], root: Path) -> None:
+    """Images of another task often lie as images/train, labels/train: those are no classes."""
+    if all(any((folder / name / split).is_dir() for split in SPLIT_FOLDERS["train"]) for name in names):
+        raise ValueError(
+            f"{folder} has train folders inside {_some(names)}, so that these are no class folders; {_expected(root)}"
+        )
 
 
 def _check_same_classes(folders: dict[str, Path], allow_missing: bool) -> None:

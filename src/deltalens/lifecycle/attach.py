@@ -213,7 +213,8 @@ def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: An
     for path in anatomy.head_paths():
         original = state.heads.setdefault(path, model.get_submodule(path))
         if path == anatomy.head and num_classes not in (None, original.out_features):
-            head = nn.Linear(original.in_features, num_classes, bias=original.bias is not None)
+            like = {"device": original.weight.device, "dtype": original.weight.dtype}
+            head = nn.Linear(original.in_features, num_classes, bias=original.bias is not None, **like)
             nn.init.trunc_normal_(head.weight, std=0.02)
             if head.bias is not None:
                 nn.init.zeros_(head.bias)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,11 +131,25 @@ def bench_mona(options: Options) -> Report:
 def _setup(options: Options) -> tuple[nn.Module, Tensor, Tensor]:
     """A backbone with random weights and without drop-path, and a batch of random images and labels."""
     torch.manual_seed(0)
-    size = {} if options.img_size is None else {"img_size": options.img_size}
-    backbone = dl.create_backbone(options.model, pretrained=False, num_classes=100, drop_path_rate=0.0, **size)
-    images = torch.randn(options.batch_size, *input_size(backbone), device=options.device)
+    backbone = random_backbone(options, drop_path_rate=0.0)
+    channels, *own_size = input_size(backbone)
+    size = own_size if options.img_size is None else [options.img_size] * 2
+    images = torch.randn(options.batch_size, channels, *size, device=options.device)
     labels = torch.randint(100, (options.batch_size,), device=options.device)
     return backbone.to(options.device), images, labels
+
+
+def random_backbone(options: Options, **settings: Any) -> nn.Module:
+    """The model of the options with random weights and 100 classes, built for the image size where it depends on it."""
+    settings |= {"pretrained": False, "num_classes": 100}
+    if options.img_size is None:
+        return dl.create_backbone(options.model, **settings)
+    try:
+        return dl.create_backbone(options.model, img_size=options.img_size, **settings)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return dl.create_backbone(options.model, **settings)  # a network that takes images of any size
 
 
 def _is_reference(options: Options, model: str, images: Tensor) -> bool:
@@ -197,7 +212,7 @@ def compare_training(
 def compare_inference(
     models: Mapping[str, nn.Module], images: Tensor, options: Options, plain_of: Mapping[str, str]
 ) -> tuple[Section, Timings]:
-    """Forward in eval mode under inference_mode."""
+    """Forward in eval mode under inference_mode, in twice as many rounds: a forward is short and its ratios scatter."""
 
     def forward_of(model: nn.Module) -> Callable[[], None]:
         def forward() -> None:
@@ -209,7 +224,7 @@ def compare_inference(
     for model in models.values():
         model.eval()
     forwards = {name: forward_of(model) for name, model in models.items()}
-    timings = interleaved(forwards, options.rounds, device=options.device, clock=options.clock)
+    timings = interleaved(forwards, 2 * options.rounds, device=options.device, clock=options.clock)
     return Section("inference", [_row(name, timings, {"frozen": FROZEN}, plain_of) for name in models]), timings
 
 

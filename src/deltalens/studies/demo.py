@@ -34,7 +34,7 @@ from deltalens.training import TrainingSettings, fit
 from deltalens.training.optim import default_learning_rate
 
 REPORT, RESULTS = "report.html", "results.json"
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # every method's choice is from these
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # every method's choice is from these
 BATCH_SIZE = 32
 PICTURES = 10
 
@@ -150,7 +150,7 @@ class Contest:
         answers = self._answers(task)
         run = RunResult(
             method=each.label,
-            settings={**each.shown, "learning rate": rate},
+            settings={**each.shown, "lr": rate},
             adapter_parameters=count.adapter,
             head_parameters=count.head,
             backbone_parameters=count.backbone,
@@ -222,11 +222,17 @@ class Contest:
 
 # ------------------------------------------------------------------ all of them
 def _check_output(output: Path) -> None:
-    """Refuse a folder with anything but an earlier demo, before anything slow is done."""
+    """Refuse a folder with anything but what a demo, finished or stopped, has left there; before anything slow."""
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file; --output must be a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / REPORT).is_file():
-        raise FileExistsError(f"{output} holds other files and no report of an earlier demo; name another --output")
+    own = {REPORT, RESULTS, *dl.list_methods()}
+    others = (
+        sorted(p.name for p in output.iterdir() if p.name not in own and p.suffix != ".tmp") if output.exists() else []
+    )
+    if others:
+        raise FileExistsError(
+            f"{output} holds files that are no demo's ({', '.join(others[:3])}); name another --output"
+        )
 
 
 def _comparison(
@@ -263,13 +269,13 @@ def _finding(runs: list[RunResult]) -> str:
     text = f"{best.method} classified {100 * best.accuracy:.1f} % of the test images correctly"
     if best.adapter_parameters:
         text += f" by training {best.percent:.1f} % of the backbone's parameters"
-    others = [
-        f"{what} {100 * run.accuracy:.1f} %"
-        for run in runs
-        for what in ["a linear classifier on frozen features" if run.adapter_parameters == 0 else "full fine-tuning"]
-        if run is not best and (run.adapter_parameters == 0 or run.percent >= 100)
-    ]
-    return text + (f"; {', '.join(others)}." if others else ".")
+    baselines = {
+        "a linear classifier on frozen features": [run for run in runs if run.adapter_parameters == 0],
+        "full fine-tuning": [run for run in runs if run.percent >= 100],
+    }
+    for what, found in baselines.items():
+        text += "".join(f"; {what} {100 * run.accuracy:.1f} %" for run in found if run is not best)
+    return f"{text}."
 
 
 def _conditions(settings: DemoSettings, digits: Digits, command: str) -> dict[str, str]:

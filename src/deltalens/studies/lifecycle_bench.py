@@ -13,7 +13,7 @@ import torch
 import deltalens as dl
 from deltalens.lifecycle.state import adapter_of
 from deltalens.studies.bench_report import Report, Row, Section, Target
-from deltalens.studies.benchmarks import Options
+from deltalens.studies.benchmarks import Options, random_backbone
 from deltalens.studies.measure import CLOCKS
 
 MODEL, QUICK_MODEL = "timm/vit_large_patch16_224", "deltalens/vit-mini"
@@ -28,8 +28,7 @@ def bench_lifecycle(options: Options) -> Report:
     model card, the fingerprint of the backbone, flushing to disk, building and placing the modules.
     """
     options = options.settled(MODEL, QUICK_MODEL)
-    size = {} if options.img_size is None else {"img_size": options.img_size}
-    backbone = dl.create_backbone(options.model, pretrained=False, num_classes=100, **size)
+    backbone = random_backbone(options)
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):

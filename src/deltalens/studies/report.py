@@ -136,7 +136,7 @@ def _plots(runs: list[RunResult]) -> str:
         )
         figures.append(("Training loss", curves(loss, "mean loss of the epoch", as_percent=False)))
     drawn = "\n".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in figures)
-    return f'<section>\n<h2>What it costs, and how it went</h2>\n<div class="plots">\n{drawn}\n</div>\n</section>'
+    return f'<section>\n<h2>Accuracy, cost and training</h2>\n<div class="plots">\n{drawn}\n</div>\n</section>'
 
 
 def _pictures(comparison: Comparison) -> str:

@@ -16,7 +16,7 @@ from deltalens.studies.results import Comparison, bytes_text, percent_text, seco
 
 COLUMNS = (
     "accuracy",
-    "trained\nparameters",
+    "trained",
     "with\nhead",
     "% of\nbackbone",
     "seconds",
@@ -102,7 +102,7 @@ class _Follow:
 
 def comparison_table(comparison: Comparison) -> Table:
     """The report's table, for rich; 80 columns wide at most for short method names."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True, vertical="bottom")
     for name in COLUMNS:
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")

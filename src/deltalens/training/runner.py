@@ -35,6 +35,7 @@ def fit(
     config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
+    The task is left on the CPU, in eval mode.
 
     data: datasets with their transforms; validation is measured after every epoch and the last epoch's values are
     reported; test, where there is one, is measured once, at the end. output: a folder for the adapter (`task.model`
@@ -185,8 +186,9 @@ def _counts(data: Splits) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("deltalens", "torch", "torchvision", "timm", "lightning")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("deltalens", "torchvision", "timm", "lightning")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return versions | {name: version(name) for name in names}
 
 
 def _describe(task: nn.Module, data: Splits, results: dict[str, Any]) -> None:

@@ -1,0 +1,81 @@
+"""Two processes: one spawned pair does every check that needs other processes.
+
+The models travel to the workers by pickle, which is also the proof that pickled models open in a fresh process.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import METHODS, MODELS, PAIRS, assert_same, backward, images, randomize_adapter
+
+import deltalens as dl
+from deltalens.methods import FullConfig
+
+CASES = [pair for pair in PAIRS if pair[1] != "bitfit"] + [("vit", "bitfit"), ("resnet", "full")]
+
+
+def case(family, method):
+    """(adapted model, two images) of a case. Float64: the order of sums must not matter."""
+    torch.manual_seed(0)
+    model = dl.attach(MODELS[family](), METHODS.get(method, FullConfig()))
+    if family == "resnet":
+        model.eval()  # batch statistics of half a batch are other numbers
+    return randomize_adapter(model).double(), images(family).double()
+
+
+def weighted_sum(output, rank):
+    """Loss whose mean over both ranks is `models.backward`'s over the whole batch, halved."""
+    weights = torch.randn(2, output.shape[1], generator=torch.Generator().manual_seed(5)).to(output)
+    return (output * weights[rank : rank + 1]).sum()
+
+
+def worker(rank, folder, cases):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {}
+    for name, (model, x) in cases.items():
+        output = model(x).detach()
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # unused parameters are an error in the second step
+            wrapped.zero_grad()
+            weighted_sum(wrapped(x[rank : rank + 1]), rank).backward()
+        found[name] = (output, {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """rank -> case -> (output of the unpickled model, gradients after synchronisation)."""
+    folder = tmp_path_factory.mktemp("ddp")
+    mp.spawn(worker, (folder, {pair: case(*pair) for pair in CASES}), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+each_case = pytest.mark.parametrize(("family", "method"), CASES)
+
+
+@each_case
+def test_a_fresh_process_computes_the_same(two_ranks, family, method):
+    model, x = case(family, method)
+    for rank in (0, 1):
+        output, _ = two_ranks[rank][family, method]
+        torch.testing.assert_close(output, model(x).detach(), atol=1e-12, rtol=1e-12)
+
+
+@each_case
+def test_gradients_are_those_of_the_whole_batch(two_ranks, family, method):
+    model, x = case(family, method)
+    _, expected = backward(model, x)
+    for rank in (0, 1):
+        _, grads = two_ranks[rank][family, method]
+        assert not [name for name, gradient in grads.items() if gradient is None]
+        found = {name: 2 * gradient for name, gradient in grads.items()}
+        assert_same(found, expected, atol=1e-10, rtol=1e-8)
+
+
+@each_case
+def test_both_ranks_hold_the_same_gradients(two_ranks, family, method):
+    first, second = (two_ranks[rank][family, method][1] for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
