@@ -106,7 +106,7 @@ def test_same_seed_same_numbers_and_an_earlier_demo_is_replaced(tmp_path, finish
 
 
 def test_tune_takes_the_rate_that_is_best_on_the_validation_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "RATES", (1e-6, 3e-2))
+    monkeypatch.setattr(demo, "RATES", (1e-6, 3e-2, 3e37))  # nearly nothing, a good one, one that diverges
     folder = tmp_path / "tuned"
     assert main(["demo", *TINY, "--methods", "linear", "--tune", "--output", str(folder)]) == 0
     content = json.loads((folder / demo.RESULTS).read_text(encoding="utf-8"))

@@ -135,9 +135,10 @@ def test_printed_commands_parse(line, tmp_path, monkeypatch):
         return
     monkeypatch.chdir(tmp_path)
     for option, file in itertools.pairwise(words):
-        if option == "--config":
-            Path(file).parent.mkdir(exist_ok=True)
-            Path(file).write_text("data: photos\noutput: runs\n")
+        config = Path(file) if option == "--config" else Path(file, "config.yaml")  # that of a run to be resumed
+        if option == "--config" or (option == "--output" and "--resume" in words):
+            config.parent.mkdir(exist_ok=True)
+            config.write_text("data: photos\noutput: runs\n")
     module = importlib.import_module(COMMANDS[command][0])
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")

@@ -56,10 +56,13 @@ class MethodSettings(Directive):
 
 class LearningRates(Directive):
     def run(self) -> list[nodes.Node]:
-        from deltalens.training.optim import DEFAULT_LEARNING_RATES
+        from deltalens.methods import list_methods, method_class
 
         return [
-            table(("method", "learning rate"), [(name, f"{rate:g}") for name, rate in DEFAULT_LEARNING_RATES.items()])
+            table(
+                ("method", "learning rate"),
+                [(name, f"{method_class(name).learning_rate:g}") for name in list_methods()],
+            )
         ]
 
 

@@ -20,12 +20,14 @@ class Source:
     """Where a backbone came from: enough to build it again.
 
     name: "timm/swin_tiny_patch4_window7_224.ms_in22k", "deltalens/vit-mini" or "local-dir:path". kwargs: what its
-    constructor was given beside the number of classes. checkpoint: a weights file loaded into it, or None.
+    constructor was given beside the number of classes. checkpoint: a weights file loaded into it, or None. pretrained:
+    False where its weights were random, and cannot be had again.
     """
 
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    pretrained: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,6 +56,8 @@ def create_backbone(
     resolved = _timm_name(name)
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint file at {checkpoint}")
+    if checkpoint is not None and resolved.startswith("local-dir:"):
+        raise ValueError(f"{name} is a folder with weights of its own: leave checkpoint= out, or name the architecture")
     options = dict(kwargs) | ({} if num_classes is None else {"num_classes": num_classes})
     if checkpoint is not None:
         options["pretrained_cfg_overlay"] = {"file": str(checkpoint), "hf_hub_id": None, "url": ""}
@@ -66,7 +70,8 @@ def create_backbone(
                 "HF_ENDPOINT to a mirror, pass checkpoint= with a weights file, or use deltalens/swin-mini"
             ) from error
         raise
-    source = Source(_canonical(name, resolved), kwargs, None if checkpoint is None else str(checkpoint))
+    weights = None if checkpoint is None else str(checkpoint)
+    source = Source(_canonical(name, resolved), kwargs, weights, pretrained or checkpoint is not None)
     model.__dict__[SOURCE_KEY] = source.to_dict()
     return model
 
@@ -75,7 +80,7 @@ def source_of(model: nn.Module) -> Source | None:
     """The source of a model: as recorded by `create_backbone`, else read from timm's own configuration."""
     recorded = model.__dict__.get(SOURCE_KEY)
     if recorded is not None:
-        return Source(recorded["name"], {**recorded["kwargs"], **_constructor_options(model)}, recorded["checkpoint"])
+        return Source(**{**recorded, "kwargs": {**recorded["kwargs"], **_constructor_options(model)}})
     config = getattr(model, "pretrained_cfg", None) or {}
     architecture = config.get("architecture")
     if not architecture:

@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--tune",
         action="store_true",
-        help="search every method's learning rate on the validation images (7 times as long)",
+        help="search every method's learning rate on the validation images (8 times as long)",
     )
     add("--open", action="store_true", help="open the report in the browser")
 

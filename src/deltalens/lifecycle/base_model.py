@@ -70,6 +70,7 @@ def base_model_block(model: nn.Module) -> dict[str, Any]:
         "id": source.name if source else None,
         "kwargs": source.kwargs if source else {},
         "checkpoint": source.checkpoint if source else None,
+        "pretrained": source.pretrained if source else None,
         "class": type(model).__name__,
         "backbone": state_of(model).backbone,
         "blocks": state_of(model).blocks,
@@ -84,6 +85,11 @@ def rebuild(block: dict[str, Any], num_classes: int | None) -> nn.Module:
         raise ValueError(
             f"the adapter does not name a backbone that can be rebuilt (it was trained on a {block.get('class')} "
             "built by hand): build it yourself and pass it as model="
+        )
+    if block.get("pretrained") is False:
+        raise ValueError(
+            f"the adapter was trained on {block['id']} with random weights, which cannot be had again: pass "
+            "that very model as model="
         )
     source = Source(block["id"], block.get("kwargs") or {}, block.get("checkpoint"))
     return create_backbone(source.name, num_classes=num_classes, checkpoint=source.checkpoint, **source.kwargs)

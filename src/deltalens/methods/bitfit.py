@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from deltalens.methods.base import Method, register, setting
 
 
@@ -13,6 +15,8 @@ class BitFitConfig(Method):
     `relative_position_bias_table`; that is `relative_position=True`, the default here too, because the published
     counts (76,218 for Swin-T with the output norms of a detector) include the tables.
     """
+
+    learning_rate: ClassVar = 5e-3
 
     relative_position: bool = setting(
         default=True, help="also train Swin's relative position bias tables, as the official codes do"

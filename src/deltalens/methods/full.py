@@ -16,6 +16,7 @@ class FullConfig(Method):
     """
 
     frozen_mode: ClassVar = "train"
+    learning_rate: ClassVar = 3e-4
 
     def unfreeze(self, anatomy):
         return [path for path, _ in anatomy.backbone_parameters()]

@@ -12,3 +12,4 @@ class LinearConfig(Method):
     """Train the head on frozen features, with the backbone in eval mode ("Fixed" in Mona's tables)."""
 
     head_only: ClassVar = True
+    learning_rate: ClassVar = 3e-2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -44,6 +45,8 @@ class LoRAConfig(Method):
     list of path endings; a fused qkv then gets one A and B. Parameters per part: r (in + out). Merging is exact up to
     rounding. Mona's official code uses r=64, q and v, alpha=1 on Swin; presets: `LoRAConfig.mona_baseline()`.
     """
+
+    learning_rate: ClassVar = 5e-3
 
     r: int = setting(default=8, help="rank")
     alpha: float = setting(default=8.0, help="scaling numerator: the change is multiplied by alpha / r")

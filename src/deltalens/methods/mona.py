@@ -25,6 +25,7 @@ class MonaConfig(Method):
     """
 
     frozen_mode: ClassVar = "train"
+    learning_rate: ClassVar = 3e-3
 
     bottleneck: int = setting(default=64, help="inner width n")
     kernels: tuple[int, ...] = setting(default=(3, 5, 7), help="sizes of the depthwise kernels, odd")

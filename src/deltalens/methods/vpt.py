@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class VPTConfig(Method):
     with the map, as published. The official Swin code mixes prompts between samples of a batch; this one does not.
     dropout: on the prompts, a mask per sample and block (the paper uses 0.1 for deep).
     """
+
+    learning_rate: ClassVar = 1e-2
 
     num_tokens: int = setting(default=50, help="prompts per prompted block, p")
     deep: bool = setting(default=True, help="prompts in every block instead of the first only")

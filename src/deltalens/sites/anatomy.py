@@ -54,7 +54,8 @@ class Site:
     """A module of the model where adapters can be placed.
 
     path: its path from the model. width: channels of the stream there. index: its place in the tower, from 0.
-    uncalled: paths inside the module of linear layers that its forward is known to bypass, reading their weights itself.
+    uncalled: paths inside the module of linear layers that its forward is known to bypass, reading their weights
+        itself.
     """
 
     path: str

@@ -31,10 +31,11 @@ from deltalens.studies.results import Comparison, Epoch, Picture, Prediction, Ru
 from deltalens.studies.terminal import MethodBars
 from deltalens.tasks import ClassificationTask
 from deltalens.training import TrainingSettings, fit
+from deltalens.training.callbacks import NonFiniteLossError
 from deltalens.training.optim import default_learning_rate
 
 REPORT, RESULTS = "report.html", "results.json"
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # every method's choice is from these
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # every method's choice is from these
 BATCH_SIZE = 32
 PICTURES = 10
 
@@ -53,12 +54,12 @@ class Contender:
 
 # Learning rates: the best of RATES on the validation images, as found by `deltalens demo --tune` with seed 0.
 CONTENDERS = {
-    "linear": Contender("Linear", LinearConfig(), 3e-2, {}),
+    "linear": Contender("Linear", LinearConfig(), 1e-1, {}),
     "bitfit": Contender("BitFit", BitFitConfig(), 1e-2, {}),
     "lora": Contender("LoRA", LoRAConfig(r=8, alpha=8.0), 1e-2, {"rank": 8}),
-    "vpt": Contender("VPT-deep", VPTConfig(num_tokens=10), 3e-2, {"prompts": 10}),
-    "mona": Contender("Mona", MonaConfig(bottleneck=16), 3e-3, {"bottleneck": 16}),
-    "full": Contender("Full", FullConfig(), 1e-3, {}),
+    "vpt": Contender("VPT-deep", VPTConfig(num_tokens=10), 1e-2, {"prompts": 10}),
+    "mona": Contender("Mona", MonaConfig(bottleneck=16), 1e-2, {"bottleneck": 16}),
+    "full": Contender("Full", FullConfig(), 3e-4, {}),
 }
 
 
@@ -165,12 +166,17 @@ class Contest:
 
     def tuned_rate(self, each: Contender) -> float:
         """The rate with the best validation accuracy after the last epoch; the smallest of equals. The test images are
-        not seen."""
-        found = {}
+        not seen. A rate at which the loss becomes infinite is out; where all are, the last one's error is raised."""
+        found: dict[float, float] = {}
         for rate in RATES:
-            _, results = self.fit(each, rate, None, prefix=f"rate {rate:g}, ")
-            found[rate] = results["val"]["accuracy"]
-        return max(RATES, key=lambda rate: (found[rate], -rate))
+            try:
+                _, results = self.fit(each, rate, None, prefix=f"rate {rate:g}, ")
+            except NonFiniteLossError:
+                if rate == RATES[-1] and not found:
+                    raise
+            else:
+                found[rate] = results["val"]["accuracy"]
+        return max(found, key=lambda rate: (found[rate], -rate))
 
     def fit(
         self, each: Contender, rate: float, test: ArrayDataset | None, prefix: str = ""

@@ -12,17 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 from deltalens.lifecycle.state import KEY, state_of
 from deltalens.methods.base import Method
 
-# Peak learning rates for AdamW at batch size 64; a method that is not listed uses FALLBACK_LEARNING_RATE.
-# SGD wants about a hundred times as much.
-DEFAULT_LEARNING_RATES = {"full": 1e-4, "bitfit": 3e-3, "linear": 1e-2, "lora": 2e-3, "mona": 1e-3, "vpt": 5e-3}
-FALLBACK_LEARNING_RATE = 1e-3
-
 _DECAYED = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention)
 
 
 def default_learning_rate(methods: Iterable[Method]) -> float:
-    """The default of the method; of several that make one adapter, the smallest."""
-    return min(DEFAULT_LEARNING_RATES.get(method.name, FALLBACK_LEARNING_RATE) for method in methods)
+    """The method's own default, for AdamW at batch size 64; of several that make one adapter, the smallest."""
+    return min(method.learning_rate for method in methods)
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -149,6 +149,7 @@ def quiet_lightning() -> Iterator[None]:
                 ".*GPU available but not used.*",
                 ".*MPS available but not used.*",
                 ".*LeafSpec.* is deprecated.*",
+                ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has already joined the processes
             ):
                 warnings.filterwarnings("ignore", remark)
             yield
