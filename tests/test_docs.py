@@ -16,6 +16,7 @@ from models import tiny_vit
 from PIL import Image
 
 import deltalens as dl
+from deltalens.methods import method_class
 from deltalens.cli.main import COMMANDS
 from deltalens.methods import base
 
@@ -182,7 +183,8 @@ def test_the_recipe_on_the_page_is_one(tmp_path):
 # ------------------------------------------------------------------ completeness
 def test_every_method_has_a_page():
     index = (DOCS / "methods/index.md").read_text()
-    for method in dl.list_methods():
+    shipped = [m for m in dl.list_methods() if method_class(m).__module__.startswith("deltalens.")]
+    for method in shipped:  # other tests register methods of their own
         page = (DOCS / f"methods/{method}.md").read_text()
         assert f"```{{method-settings}} {method}\n" in page, method
         assert re.search(r"!\[.+\]\(\.\./images/method-.+\.svg\)", page), method

@@ -38,10 +38,6 @@ OUTSIDE = [
 ]
 
 
-BUGS_IN_FILES = {  # of an adapter with backbone=; strict, so that a fix is noticed
-    "lora": "peft_format._split describes the model without backbone=",
-    "bitfit": "tensors.head_tensors names the outside norm.bias as the backbone's norm.bias",
-}
 INSIDE = {
     "mona": MONA,
     "lora": LoRAConfig(r=2),
@@ -80,13 +76,7 @@ def test_everything_outside_a_named_backbone_is_trained_and_restored(method):
     assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(m, marks=pytest.mark.xfail(reason=BUGS_IN_FILES[m], strict=True)) if m in BUGS_IN_FILES else m
-        for m in INSIDE
-    ],
-)
+@pytest.mark.parametrize("method", INSIDE)
 def test_what_is_outside_travels_in_the_file(method, tmp_path):
     model, x, _, output = adapted_segmenter(method)
     dl.save_pretrained(model, tmp_path)

@@ -21,7 +21,7 @@ from deltalens.lifecycle.card import model_card
 from deltalens.lifecycle.count import count_parameters
 from deltalens.lifecycle.state import KEY, adapter_of, state_of
 from deltalens.lifecycle.switch import delete_adapter
-from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, load_tensors
+from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors
 from deltalens.methods.base import Method, make_config
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -173,11 +173,8 @@ def _has_classifier(model: nn.Module, config: dict[str, Any]) -> bool:
 
 def _fitting(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without a head in the file, the adapter keeps the model's own; cast nothing, `copy_` does."""
-    own = adapter_tensors(model, name)
-    heads = tuple(f"{path}." for path in state_of(model).adapters[name].heads)
-    if heads and not any(key.startswith(heads) for key in tensors):
-        return {**{key: own[key].detach().clone() for key in own if key.startswith(heads)}, **tensors}
-    return tensors
+    heads = {key: tensor.detach().clone() for key, tensor in head_tensors(model, name).items()}
+    return tensors if heads.keys() & tensors.keys() else {**heads, **tensors}
 
 
 def _beyond(model: nn.Module) -> Callable[[str], bool]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.lifecycle.state import adapter_of, state_of
-from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, load_tensors
+from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors
 
 
 def import_official(
@@ -27,9 +27,7 @@ def import_official(
         raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
     name, _ = adapter_of(model, name)
     found, used = SOURCES[source](model, name, state_dict)
-    own = adapter_tensors(model, name)
-    heads = tuple(f"{path}." for path in state_of(model).adapters[name].heads)
-    kept = {key: tensor.detach().clone() for key, tensor in own.items() if heads and key.startswith(heads)}
+    kept = {key: tensor.detach().clone() for key, tensor in head_tensors(model, name).items()}
     load_tensors(model, name, {**kept, **found})
     return len(found), len(state_dict) - used
 

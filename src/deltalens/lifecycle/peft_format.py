@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from deltalens.backbones.describe import describe
+from deltalens.lifecycle.state import KEY
 from deltalens.lifecycle.tensors import anatomy_of, inserted_tensors
 from deltalens.methods.base import Method, make_config
 from deltalens.methods.lora import LoRAConfig
+from deltalens.sites.anatomy import Anatomy
 
 PREFIX = "base_model.model."
 
@@ -42,7 +44,7 @@ def encode(
     lora = make_config(**_keywords(config["methods"][0]))
     inserted = inserted_tensors(model, name)
     layers: dict[str, list[tuple[slice, str]]] = defaultdict(list)
-    for path, part, rows in _parts(model, lora):
+    for path, part, rows in _parts(anatomy_of(model), lora):
         layers[path].append((rows, f"{path}.{part}.lora"))
     widths = {anatomy_path: layer.out_features for anatomy_path, layer in _linears(model)}
     found = {PREFIX + key: tensor for key, tensor in tensors.items() if key not in inserted}
@@ -82,7 +84,7 @@ def decode(
     """peft's configuration and tensors -> ours. Raises ValueError for LoRA variants that are not plain LoRA."""
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     if config.get("methods"):
-        return config, _split(model, make_config(**_keywords(config["methods"][0])), tensors)
+        return config, _split(model, config, tensors)
     for key, plain in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
         if config.get(key, plain) != plain:
             raise ValueError(f"this peft adapter has {key}={config[key]!r}; only plain LoRA can be loaded")
@@ -111,10 +113,12 @@ def decode(
     return {**config, "methods": methods, "num_classes": num_classes, "heads": head_paths}, {**ours, **rest}
 
 
-def _split(model: nn.Module, lora: LoRAConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _split(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    lora, base = make_config(**_keywords(config["methods"][0])), config.get("base_model") or {}
+    anatomy = anatomy_of(model) if KEY in model.__dict__ else describe(model, base.get("backbone"), base.get("blocks"))
     taken: dict[str, int] = defaultdict(int)
     found = {}
-    for path, part, rows in _parts(model, lora):
+    for path, part, rows in _parts(anatomy, lora):
         start = taken[path]
         taken[path] += lora.r
         down, up = tensors.get(f"{path}.lora_A.weight"), tensors.get(f"{path}.lora_B.weight")
@@ -138,20 +142,15 @@ def _pattern(patterns: dict[str, float] | None, path: str, default: float) -> fl
     return default
 
 
-def _anatomy(model: nn.Module):
-    return anatomy_of(model) if "_deltalens" in model.__dict__ else describe(model)
-
-
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    canonical = _anatomy(model).canonical
+    canonical = anatomy_of(model).canonical
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
             yield canonical(path), module
 
 
-def _parts(model: nn.Module, lora: LoRAConfig) -> Iterator[tuple[str, str, slice]]:
+def _parts(anatomy: Anatomy, lora: LoRAConfig) -> Iterator[tuple[str, str, slice]]:
     """(layer path, part, its rows) for every LoRA pair that the configuration places, in its order."""
-    anatomy = _anatomy(model)
     for site, slot, _ in lora.place(anatomy):
         name = slot.partition(":")[2]
         part = site.parts[name]

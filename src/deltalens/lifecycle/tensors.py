@@ -23,31 +23,40 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     return describe(model, state.backbone, state.blocks)
 
 
+def names_in_files(model: nn.Module) -> Callable[[str], str]:
+    """Path in this model -> name in files. Where a submodule is the backbone, names count from it, and what lies
+    around it is named `outside.<path>`."""
+    canonical, backbone = anatomy_of(model).canonical, state_of(model).backbone
+    if backbone is None:
+        return canonical
+    return lambda path: canonical(path) if path.startswith(f"{backbone}.") else f"outside.{path}"
+
+
 def inserted_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Name -> tensor of the modules that the adapter inserted; parameters and buffers, not copied."""
-    canonical, seen, found = anatomy_of(model).canonical, set(), {}
+    file_name, seen, found = names_in_files(model), set(), {}
     for owner, slots in all_slots(model):
         for place, module in slots.of(name):
             for leaf, tensor in module.state_dict(keep_vars=True).items():
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    found[canonical(f"{owner}.{place}.{leaf}".lstrip("."))] = tensor
+                    found[file_name(f"{owner}.{place}.{leaf}".lstrip("."))] = tensor
     return found
 
 
 def unfrozen_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Name -> tensor of the backbone that the adapter replaces, with running statistics."""
-    canonical, state = anatomy_of(model).canonical, state_of(model)
+    file_name, state = names_in_files(model), state_of(model)
     adapter = state.adapters[name]
     live = {path: model.get_buffer(path) for path in adapter.buffers} if name in state.active else adapter.buffers
-    return {canonical(path): tensor for path, tensor in [*adapter.parameters.items(), *live.items()]}
+    return {file_name(path): tensor for path, tensor in [*adapter.parameters.items(), *live.items()]}
 
 
 def head_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Name -> tensor of the adapter's heads."""
-    canonical = anatomy_of(model).canonical if state_of(model).backbone is None else str
+    file_name = names_in_files(model)
     return {
-        canonical(f"{path}.{leaf}"): tensor
+        file_name(f"{path}.{leaf}"): tensor
         for path, head in state_of(model).adapters[name].heads.items()
         for leaf, tensor in head.state_dict(keep_vars=True).items()
     }
