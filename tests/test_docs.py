@@ -16,9 +16,8 @@ from models import tiny_vit
 from PIL import Image
 
 import deltalens as dl
-from deltalens.methods import method_class
 from deltalens.cli.main import COMMANDS
-from deltalens.methods import base
+from deltalens.methods import base, method_class
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"

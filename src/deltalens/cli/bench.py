@@ -9,6 +9,7 @@ models they are stated for: VPT-deep on ViT-B/16, Mona on Swin-T, attaching and 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -64,6 +65,7 @@ def run(args: Namespace) -> int:
     reports = []
     with benchmarks.threads(args.threads):
         for part in dict.fromkeys(args.parts):
+            print(f"measuring {part}, which may take minutes ...", file=sys.stderr, flush=True)
             reports.append(benches[part](options))
             print(reports[-1].to_text(), end="\n\n", flush=True)
         if args.json:
