@@ -252,7 +252,7 @@ def anchors(page: Path) -> set[str]:
 def test_links_lead_somewhere(page):
     text = re.sub(r"```(?!{).*?```", "", page.read_text(), flags=re.DOTALL)
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r'(?:\]\(|src="|href=")([^)"\s]+)[)"]', text):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
@@ -270,5 +270,5 @@ def test_the_readme_begins_with_the_two_commands():
     code = "\n".join(screen)
     for command in ("pip install uv && uv run deltalens demo", "pip install uv && uv run pytest"):
         assert any(line.startswith(command) for line in screen), command
-    assert re.search(r"!\[.+\]\(docs/images/demo-report\.png\)", code)
+    assert '<img src="docs/images/demo-table.png"' in code
     assert "dl.attach(model, dl.MonaConfig(" in code

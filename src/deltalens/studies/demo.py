@@ -310,7 +310,7 @@ def _conditions(settings: DemoSettings, digits: Digits, command: str) -> dict[st
         "Training": f"{settings.epochs} epochs, batches of {BATCH_SIZE}, AdamW, warm-up and cosine, no augmentation, "
         f"seed {settings.seed}; the last epoch counts",
         "Learning rates": f"each method's best of {rates} on the validation images, found {found}; the test images "
-        "were used once, at the end",
+        "have no part in it",
         "Measured": "saved for backward: distinct storages that autograd keeps for one step of "
         f"{BATCH_SIZE} images, without parameters; time: training and validation, on a machine that may have had "
         "other work",
