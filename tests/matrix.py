@@ -141,9 +141,10 @@ def page() -> str:
 
 TEMPLATE = """# What fits what
 
-Made by `python tests/matrix.py`. "yes" means that the method was attached to a small network of the family, trained for three
-steps, saved, loaded into a fresh backbone with identical outputs, switched against another adapter, disabled, exported with
-`torch.export`, and detached, which gave the backbone back bit for bit. The test suite does the same.
+Made by `python tests/matrix.py`. "yes" means that the method was attached to a small network of the family, trained
+for three steps, saved, loaded into a fresh backbone with identical outputs, switched against another adapter,
+disabled, exported with `torch.export`, and detached, which gave the backbone back bit for bit. The test suite does the
+same.
 
 | method | {head} |
 {rule}|
