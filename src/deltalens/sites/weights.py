@@ -65,7 +65,7 @@ def output_channels(layer: nn.Module) -> tuple[int, int] | None:
     These are nn.Linear, nn.Conv2d, and the leaf norms: LayerNorm, LayerNorm2d, BatchNorm2d, GroupNorm. Layers that
     compute their weight (weight standardisation) or end with an activation are none of them.
     """
-    if any(name != "delta" for name, _ in layer.named_children()):
+    if getattr(layer, "weight", None) is None or any(name != "delta" for name, _ in layer.named_children()):
         return None
     forward = original_class(layer).forward
     if isinstance(layer, nn.Linear):
@@ -110,7 +110,7 @@ LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forwar
 
 
 def linear_rows(layer: nn.Linear, x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start:stop of layer(x), computing no others where the layer is a plain nn.Linear and no module mixes rows."""
+    """Rows start:stop of layer(x), computing no others where the layer is an nn.Linear and no module mixes rows."""
     if original_class(layer) is not nn.Linear:
         return layer(x)[..., start:stop]
     low, high = _rows_needed(layer, start, stop)
@@ -171,17 +171,13 @@ def equip(block: nn.Module, part: Part, layout) -> nn.Module:
 
 def merge_changes(layer: nn.Module) -> None:
     """Fold the active modules of a layer into its weight and bias, in the order in which they act. A layer without a
-    bias, or a norm without a weight, gets one where a module needs it."""
-    channels = layer.delta.channels
+    bias gets one where a module needs it."""
     for start, stop, module in layer.delta.changes():
         if not transforms_output(module):
             layer.weight[start:stop] += module.weight_change().to(layer.weight.dtype)
             continue
-        like = next(module.parameters())
-        if layer.weight is None:
-            layer.weight = nn.Parameter(like.new_ones(channels))
         if layer.bias is None:
-            layer.bias = nn.Parameter(like.new_zeros(channels))
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.delta.channels))
         rows, bias = layer.weight[start:stop], layer.bias[start:stop]
         new_rows, new_bias = module.merged(rows.reshape(stop - start, -1), bias)
         rows.copy_(new_rows.reshape(rows.shape))
