@@ -42,9 +42,10 @@ class SSFConfig(Method):
     Parameters: 2 per output channel of each such layer; ViT-B/16 205,824. Merging is exact: weights and biases take it
     all, and layers without a bias get one. std=0 starts as the backbone; 0.02 is the official code's.
 
-    Swin's patch merging is scaled after its norm only, as in the official code (`exclude`). Where a model pools before
-    its last norm (mean-pooled ViT, ConvNeXt), the official code scales the features before the pooling and not that
-    norm; here the norm is scaled, which merges. Layers whose parent reads the weight itself are passed over.
+    The layers between the stages of Swin and ConvNeXt are left alone (`exclude`): the official code has scales for them,
+    but never switches them on, and the published counts are without. Where a model pools before its last norm
+    (mean-pooled ViT, ConvNeXt), the official code scales the features before the pooling and not that norm; here the
+    norm is scaled, which merges. Layers whose parent reads the weight itself are passed over.
     """
 
     frozen_mode: ClassVar = "train"
@@ -52,7 +53,8 @@ class SSFConfig(Method):
 
     std: float = setting(default=0.02, help="standard deviation of the initial scales and shifts")
     exclude: str | None = setting(
-        default=r".*\.downsample\.reduction", help="regular expression of the paths of layers to leave alone"
+        default=r"(layers|stages)\.\d+\.downsample\..*",
+        help="regular expression of the paths of layers to leave alone",
     )
 
     def __post_init__(self):
