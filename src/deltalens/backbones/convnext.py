@@ -42,6 +42,7 @@ BLOCK = Family(
     slots=frozenset({"mlp.pre", "mlp.inner", "block.stream"}),
     parts=_parts,
     width=_width,
+    readers=lambda block: {"mlp.pre": ("mlp.fc1",)},
 )
 
 

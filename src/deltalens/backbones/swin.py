@@ -141,6 +141,12 @@ def _width(block: SwinTransformerBlock) -> int:
     return block.dim
 
 
+def _may_pad(block: SwinTransformerBlock) -> bool:
+    """Whether `_attn` may pad the normed map: the zeros are read by qkv beside what comes out of `attention.pre`."""
+    sizes = zip(block.input_resolution, block.window_size, strict=True)
+    return getattr(block, "dynamic_mask", False) or any(size % window for size, window in sizes)
+
+
 BLOCK = Family(
     name="deltalens.backbones.swin:BLOCK",
     methods={"forward": _block_forward},
@@ -148,6 +154,7 @@ BLOCK = Family(
     parts=_parts,
     width=_width,
     keys_values=prompt_keys_values,
+    readers=lambda block: {"mlp.pre": ("mlp.fc1",)} | ({} if _may_pad(block) else {"attention.pre": ("attn.qkv",)}),
 )
 
 

@@ -111,6 +111,7 @@ BLOCK = Family(
     parts=_parts,
     width=_width,
     keys_values=prompt_keys_values,
+    readers=lambda block: {"attention.pre": ("attn.qkv", "attn.gate"), "mlp.pre": ("mlp.fc1",)},
 )
 
 

@@ -124,10 +124,10 @@ def _check(model, configs, name, backbone, blocks) -> State | None:
 
 def _placements(method: Method, anatomy: Anatomy) -> list[Placement]:
     placed = list(method.place(anatomy))
-    for site, slot, _ in placed:
+    for site, slot, module in placed:
         require(site, slot, type(method).__name__, anatomy.model)
         if slot.startswith("weights:"):
-            weights.linear_of(site.module, site.parts[slot.partition(":")[2]])
+            weights.check_fit(site.module, site.parts[slot.partition(":")[2]], module)
     return placed
 
 

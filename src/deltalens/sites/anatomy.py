@@ -33,6 +33,9 @@ class Family:
     width: block -> channels of its stream.
     keys_values: (block, prompts (1 or B, p, C)) -> (k, v) that those prompts become in the block's attention, for
         families whose attention takes prompts; merging stores them as constants.
+    readers: block -> {"mlp.pre": ("mlp.fc1",), ...}: for each `pre` slot the paths of all linear layers that read
+        what comes out of it, and nothing else does; merging folds affine modules of the slot into them. Paths that
+        a block lacks are passed over.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Family:
     parts: Callable[[nn.Module], dict[str, Part]] = lambda block: {}
     width: Callable[[nn.Module], int] | None = None
     keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
+    readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
