@@ -311,9 +311,7 @@ class VPTConfig(Method):
 
     def _place_pool(self, tower: Tower, anatomy: Anatomy) -> Placement:
         if tower.classifier is None:
-            raise TypeError(
-                f"pool={self.pool!r} changes what a head reads: {type(anatomy.model).__name__} has none"
-            )
+            raise TypeError(f"pool={self.pool!r} changes what a head reads: {type(anatomy.model).__name__} has none")
         require(tower.classifier, "pool", f"VPT with pool={self.pool!r}", anatomy.model)
         if self.pool == "cls" and not tower.class_token:
             raise ValueError(f"pool='cls' reads the class token, which {type(anatomy.model).__name__} does not have")
