@@ -16,6 +16,7 @@ from .methods import (
     MonaConfig,
     MonaLayer,
     VPTConfig,
+    from_peft,
     list_methods,
     make_config,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "describe",
     "detach",
     "disable_adapter",
+    "from_peft",
     "from_pretrained",
     "import_official",
     "list_methods",

@@ -2,6 +2,7 @@
 
 from deltalens.methods.base import Method, list_methods, make_config, method_class, register, setting
 from deltalens.methods.bitfit import BitFitConfig
+from deltalens.methods.from_peft import from_peft
 from deltalens.methods.full import FullConfig
 from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
@@ -17,6 +18,7 @@ __all__ = [
     "MonaConfig",
     "MonaLayer",
     "VPTConfig",
+    "from_peft",
     "list_methods",
     "make_config",
     "method_class",
