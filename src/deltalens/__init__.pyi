@@ -22,6 +22,7 @@ from .methods import (
     SCTConfig,
     SSFConfig,
     VPTConfig,
+    from_peft,
     list_methods,
     make_config,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "describe",
     "detach",
     "disable_adapter",
+    "from_peft",
     "from_pretrained",
     "import_official",
     "list_methods",

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from deltalens.lifecycle.state import KEY, ROOT, all_slots, state_of
+from deltalens.lifecycle.wrapped import merge_wrapped
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
 from deltalens.sites.swap import Swapped, original_class, swapped_class, unswap
 from deltalens.sites.weights import WeightSlots, merge_changes
@@ -38,6 +39,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """
     state = state_of(model)
     active = state.active
+    merge_wrapped(model)
     model.eval()
     owners = [(model.get_submodule(path), slots) for path, slots in all_slots(model)]
     for _, slots in owners:
