@@ -4,9 +4,6 @@ import csv
 import itertools
 import json
 import math
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,43 +12,17 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_vit
-from safetensors.torch import load_file
 from torch import nn
+from toy_training import NAMES, QUIET, Interrupted, adapted_task, coloured, interrupt_at, splits
 
 import deltalens as dl
-from deltalens.data import ArrayDataset, Splits
+from deltalens.data import Splits
 from deltalens.tasks import ClassificationTask
 from deltalens.training import TrainingSettings, fit
 from deltalens.training.callbacks import NonFiniteLossError
 from deltalens.training.loaders import training_loader
 from deltalens.training.optim import default_learning_rate, make_optimizer, parameter_groups
 from deltalens.training.schedule import warmup_cosine, warmup_cosine_factor
-
-NAMES = ["a", "b", "c"]
-QUIET = {"progress": False, "batch_size": 8, "lr": 1e-2}
-
-
-def coloured(count: int, seed: int) -> ArrayDataset:
-    """Pictures whose brightest channel is their class, with a random brightness at each reading."""
-    random = np.random.default_rng(seed)
-    labels = np.arange(count) % 3
-    images = random.integers(0, 120, (count, 32, 32, 3))
-    images[np.arange(count), :, :, labels] += 100
-    return ArrayDataset(images, labels, lambda image: image.float() / 255 - 0.5 + 0.1 * torch.rand(()))
-
-
-def splits() -> Splits:
-    return Splits(coloured(40, 0), coloured(12, 1), NAMES, coloured(9, 2))
-
-
-def adapted_task(config=None, **kwargs) -> ClassificationTask:
-    model = tiny_vit(num_classes=3, **kwargs)
-    torch.manual_seed(3)
-    return ClassificationTask(dl.attach(model, config or dl.MonaConfig(bottleneck=4)), NAMES)
-
-
-def trained_tensors(task: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
 
 
 # ------------------------------------------------------------------ the task
@@ -132,6 +103,18 @@ def test_metrics_and_decoding():
     assert best == ("class 1", pytest.approx(math.exp(4) / (math.exp(4) + 6)))
     assert second[1] < best[1]
     assert "top5_accuracy" not in ClassificationTask(nn.Identity(), NAMES).new_metrics()
+
+
+def test_a_perfect_first_batch_does_not_tie_top5_to_top1():
+    """torchmetrics shares the state of metrics that agree on the first batch, unless told not to."""
+    task = ClassificationTask(nn.Identity(), [f"class {i}" for i in range(7)])
+    metrics = task.new_metrics()
+    task.update_metrics(metrics, {"output": torch.eye(7)[:3]}, (None, torch.tensor([0, 1, 2])))
+    second_best = torch.tensor([[0.0, 1, 2, 3, 4, 6, 5]])
+    task.update_metrics(metrics, {"output": second_best}, (None, torch.tensor([6])))
+    values = metrics.compute()
+    assert values["accuracy"] == pytest.approx(3 / 4)
+    assert values["top5_accuracy"] == 1
 
 
 # ------------------------------------------------------------------ optimiser and schedule
@@ -277,151 +260,6 @@ def test_frozen_weights_do_not_move_and_are_not_in_checkpoints(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in task.named_parameters() if name in before)
 
 
-# ------------------------------------------------------------------ resume
-class Interrupted(Exception):
-    """Stands for a kill."""
-
-
-def interrupt_at(task: nn.Module, forward: int) -> None:
-    """Let the task's training forward number `forward` raise."""
-    seen = []
-
-    def count(module, inputs):
-        seen.extend([1] if module.training else [])
-        if len(seen) == forward:
-            raise Interrupted
-
-    task.register_forward_pre_hook(count)
-
-
-CONFIGS = {
-    "mona": (dl.MonaConfig(bottleneck=4, dropout=0.3), {"drop_path_rate": 0.3}),
-    "mona with batch norm": (dl.MonaConfig(bottleneck=4, norm="batch"), {}),
-    "full": (dl.FullConfig(), {"proj_drop_rate": 0.2}),
-    "vpt and lora": ([dl.VPTConfig(num_tokens=2, dropout=0.2), dl.LoRAConfig(r=2, dropout=0.2)], {}),
-}
-
-
-@pytest.mark.parametrize(("stop_at", "every"), [(7, 0), (6, 0), (9, 2), (10, 2)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, stop_at, every):
-    check_resume(tmp_path, "mona", stop_at, every)
-
-
-@pytest.mark.parametrize("config", [name for name in CONFIGS if name != "mona"])
-def test_resume_with_other_methods(tmp_path, config):
-    check_resume(tmp_path, config, stop_at=9, every=3)
-
-
-def check_resume(folder: Path, name: str, stop_at: int, every: int) -> None:
-    """Bit for bit: tensors, metrics and history, stopped within an epoch of 5 steps or right after one."""
-    config, kwargs = CONFIGS[name]
-    settings = TrainingSettings(epochs=3, checkpoint_every_steps=every, **QUIET)
-    whole = adapted_task(config, **kwargs)
-    expected = fit(whole, splits(), settings, folder / "whole")
-
-    killed = adapted_task(config, **kwargs)
-    interrupt_at(killed, stop_at)
-    with pytest.raises(Interrupted):
-        fit(killed, splits(), settings, folder / "killed")
-    torch.rand(17)  # another process has another random state
-    resumed = adapted_task(config, **kwargs)
-    steps = []
-    resumed.register_forward_pre_hook(lambda module, inputs: steps.extend([1] if module.training else []))
-    results = fit(resumed, splits(), settings, folder / "killed", resume=True)
-
-    last_saved = 5 if not every else (stop_at - 1) // every * every
-    assert len(steps) == 15 - max(5, last_saved)
-    assert results["val"] == expected["val"]
-    assert results["test"] == expected["test"]
-    without_time = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in r["history"]] for r in (results, expected)
-    ]
-    assert without_time[0] == without_time[1]
-    first, second = (load_file(folder / run / "adapter_model.safetensors") for run in ("whole", "killed"))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_resume_of_a_finished_run_returns_its_results(tmp_path):
-    settings = TrainingSettings(epochs=1, **QUIET)
-    results = fit(adapted_task(), splits(), settings, tmp_path)
-    task = adapted_task()
-    before = trained_tensors(task)
-    assert fit(task, splits(), settings, tmp_path, resume=True) == json.loads(json.dumps(results))
-    assert all(torch.equal(before[name], tensor) for name, tensor in trained_tensors(task).items())
-
-
-def test_resume_with_a_lower_learning_rate_uses_it(tmp_path):
-    killed = adapted_task()
-    interrupt_at(killed, 6)
-    with pytest.raises(Interrupted):
-        fit(killed, splits(), TrainingSettings(epochs=3, **QUIET), tmp_path)
-    results = fit(adapted_task(), splits(), TrainingSettings(epochs=3, **QUIET | {"lr": 1e-4}), tmp_path, resume=True)
-    rates = [row["lr"] for row in results["history"]]
-    assert rates[0] > 1e-3
-    assert 0 < rates[1] < 1e-4
-
-
-def test_resume_with_another_method_is_an_error(tmp_path):
-    killed = adapted_task()
-    interrupt_at(killed, 6)
-    with pytest.raises(Interrupted):
-        fit(killed, splits(), TrainingSettings(epochs=3, **QUIET), tmp_path)
-    with pytest.raises(ValueError, match="other tensors than this run trains"):
-        fit(adapted_task(dl.LoRAConfig()), splits(), TrainingSettings(epochs=3, **QUIET), tmp_path, resume=True)
-
-
-def test_runs_are_not_written_over(tmp_path):
-    settings = TrainingSettings(epochs=1, **QUIET)
-    fit(adapted_task(), splits(), settings, tmp_path / "run")
-    with pytest.raises(FileExistsError, match="finished run"):
-        fit(adapted_task(), splits(), settings, tmp_path / "run")
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    fit(adapted_task(), splits(), settings, tmp_path / "run", overwrite=True)
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "README.md").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"not empty \(README\.md\)"):
-        fit(adapted_task(), splits(), settings, other)
-    with pytest.raises(NotADirectoryError):
-        fit(adapted_task(), splits(), settings, other / "README.md")
-    with pytest.raises(ValueError, match="pass one of them"):
-        fit(adapted_task(), splits(), settings, tmp_path / "run", overwrite=True, resume=True)
-    assert (other / "README.md").read_text() == "mine"
-
-
-def run_until_killed(output: Path) -> None:
-    """Train, and die of SIGKILL when the second checkpoint is written but not yet renamed."""
-    saves = []
-    replace = os.replace
-
-    def replace_or_die(source, target):
-        if str(target).endswith("last.ckpt"):
-            saves.append(target)
-            if len(saves) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    os.replace = replace_or_die
-    fit(adapted_task(), splits(), TrainingSettings(epochs=3, **QUIET), output)
-
-
-def test_kill_minus_nine_while_saving(tmp_path):
-    """A process killed in the middle of writing a checkpoint leaves the one before, and the run goes on from it."""
-    output = tmp_path / "run"
-    process = multiprocessing.get_context("fork").Process(target=run_until_killed, args=(output,))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    assert [path.name for path in output.glob(".*.tmp")] != []
-    assert torch.load(output / "last.ckpt", weights_only=True)["deltalens_progress"]["epoch"] == 1
-    results = fit(adapted_task(), splits(), TrainingSettings(epochs=3, **QUIET), output, resume=True)
-    expected = fit(adapted_task(), splits(), TrainingSettings(epochs=3, **QUIET))
-    assert results["val"] == expected["val"]
-    assert list(output.glob(".*.tmp")) == []
-
-
 # ------------------------------------------------------------------ bad losses
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     data = splits()
@@ -474,7 +312,8 @@ def test_two_processes(tmp_path):
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import torch; torch.set_num_threads(1)\n"
-        "from test_training import *\n"
+        "from toy_training import *\n"
+        "from deltalens.training import TrainingSettings, fit\n"
         "settings = TrainingSettings(epochs=2, devices=2, accelerator='cpu', **QUIET)\n"
         f"fit(adapted_task(), splits(), settings, {str(tmp_path / 'run')!r})\n"
     )

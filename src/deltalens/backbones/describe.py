@@ -6,9 +6,9 @@ import importlib
 
 from torch import nn
 
-from deltalens.backbones import unknown
+from deltalens.backbones import classifier, unknown
 from deltalens.backbones.timm_features import canonical_names
-from deltalens.sites.anatomy import Anatomy, Tower, prefixed
+from deltalens.sites.anatomy import Anatomy, Site, Tower, prefixed
 from deltalens.sites.swap import original_class
 
 # top package of a module's class -> the files that know blocks of that package
@@ -32,6 +32,8 @@ def describe(model: nn.Module, backbone: str | None = None, blocks: str | None =
             "paths, such as blocks=r'stages\\.\\d+\\.\\d+'"
         )
     canonical = canonical_names(model, backbone or "")
+    if backbone is None and all(tower.classifier is None for tower in towers) and classifier.reads_as(model):
+        towers[0].classifier = Site("", model, classifier.CLASSIFIER, towers[0].blocks[-1].width, tower=towers[0])
     if backbone:
         modules, tensors = _outside(model, backbone)
         return Anatomy(model, prefixed(backbone, towers), None, modules, canonical, tensors)
@@ -62,17 +64,18 @@ def _towers(body: nn.Module, blocks: str | None) -> list[Tower]:
 
 
 def _head(model: nn.Module) -> str | None:
-    """Path of the classifier layer."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
-    if isinstance(classifier, nn.Module):
+    """Path of the classifier layer: a linear layer, or what an adapter has put in its place."""
+    layer = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(layer, nn.Module):
         for path, module in model.named_modules():
-            if module is classifier:
-                return path if isinstance(module, nn.Linear) else None
-    for path in COMMON_HEADS:
-        module = dict(model.named_modules()).get(path)
-        if isinstance(module, nn.Linear):
-            return path
-    return None
+            if module is layer:
+                return path if _classifies(module) else None
+    modules = dict(model.named_modules())
+    return next((path for path in COMMON_HEADS if _classifies(modules.get(path))), None)
+
+
+def _classifies(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _outside(model: nn.Module, backbone: str) -> tuple[list[str], list[str]]:

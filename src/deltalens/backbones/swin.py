@@ -26,6 +26,7 @@ from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.attention import attention
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
 from deltalens.sites.layout import ChannelsLast, Tokens
+from deltalens.sites.output import live, pooled, through_output
 from deltalens.sites.swap import original_class, original_method
 from deltalens.sites.weights import linear_rows
 
@@ -164,12 +165,19 @@ def _map_of(x: Tensor | MapAndPrompts) -> Tensor:
 
 
 def _forward(self: SwinTransformer, x: Tensor) -> Tensor:
-    """The head pools map and prompts together, as published."""
-    x = self.layers(self.patch_embed(x))
-    if not isinstance(x, tuple):
-        return self.forward_head(self.norm(x))
-    feature_map, prompts = x
-    return self.forward_head(self.norm(torch.cat([prompts, feature_map.flatten(1, 2)], 1)).unsqueeze(1))
+    """The head pools map and prompts together, as published, unless a `pool` module says otherwise."""
+    images, x = x, self.layers(self.patch_embed(x))
+    if isinstance(x, tuple) or live(self, "pool"):
+        feature_map = _map_of(x)
+        tokens = feature_map.flatten(1, 2)
+        tokens = self.norm(torch.cat([x[1], tokens], 1) if isinstance(x, tuple) else tokens)
+        features = pooled(self, tokens, Tokens(prefix=0, grid=feature_map.shape[1:3]))
+        x = tokens.unsqueeze(1) if features is None else features[:, None, None]
+    else:
+        x = self.norm(x)
+    if not live(self, "output"):
+        return self.forward_head(x)
+    return through_output(self, self.forward_head(x, pre_logits=True), images)
 
 
 def _forward_features(self: SwinTransformer, x: Tensor) -> Tensor:
@@ -213,6 +221,7 @@ OWNER = Family(
         "forward_features": _forward_features,
         "forward_intermediates": _forward_intermediates,
     },
+    slots=frozenset({"pool", "output"}),
 )
 
 
@@ -227,7 +236,8 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
         elif isinstance(module, PatchMerging):
             tower.carriers.append(Site(path, module, MERGING, module.dim, tower=tower))
         elif isinstance(module, SwinTransformer):
-            tower.carriers.append(Site(path, module, OWNER, module.num_features, tower=tower))
+            tower.classifier = Site(path, module, OWNER, module.num_features, tower=tower)
+            tower.carriers.append(tower.classifier)
             tower.patch_size = module.patch_embed.patch_size
         elif tower.patch_size is None and hasattr(module, "patch_size") and hasattr(module, "grid_size"):
             tower.patch_size = module.patch_size

@@ -16,6 +16,7 @@ from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.attention import attention
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
 from deltalens.sites.layout import Tokens
+from deltalens.sites.output import live, pooled, through_output
 from deltalens.sites.swap import Swapped, original_class, original_method
 from deltalens.sites.weights import linear_rows
 
@@ -88,7 +89,8 @@ def _block_forward(
         Branch("mlp", self.norm2, mlp, self.drop_path2),
     )
     x = residual_block(slots, slots.layout, x, branches, keep)
-    return slots.layout.trim(x) if slots.last and keep is None else x
+    leaves = slots.last and keep is None and not slots.live("tokens.kept")
+    return slots.layout.trim(x) if leaves else x
 
 
 def _width(block: Block) -> int:
@@ -131,6 +133,7 @@ def _head_reads_class_row_only(model: VisionTransformer) -> bool:
         and model.global_pool == "token"
         and model.attn_pool is None
         and model.cls_token is not None
+        and not live(model, "pool")
         and cls.forward is VisionTransformer.forward
         and cls.forward_features is VisionTransformer.forward_features
         and cls.forward_head is VisionTransformer.forward_head
@@ -145,14 +148,27 @@ def _head_reads_class_row_only(model: VisionTransformer) -> bool:
 
 
 def _owner_forward(self: VisionTransformer, x: Tensor, attn_mask: Tensor | None = None, **kwargs) -> Tensor:
-    if attn_mask is not None or kwargs or not _head_reads_class_row_only(self):
-        return original_method(self, "forward")(x, **({} if attn_mask is None else {"attn_mask": attn_mask}), **kwargs)
+    masks = {} if attn_mask is None else {"attn_mask": attn_mask}
+    if masks or kwargs or not _head_reads_class_row_only(self):
+        if not live(self, "output"):
+            return original_method(self, "forward")(x, **masks, **kwargs)
+        features = self.forward_head(self.forward_features(x, **masks, **kwargs), pre_logits=True)
+        return through_output(self, features, x)
+    images = x
     x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
     for block in self.blocks[:-1]:
         x = checkpoint(block, x) if self.grad_checkpointing else block(x)
     last = self.blocks[-1]
     x = checkpoint(last, x, keep=1) if self.grad_checkpointing else last(x, keep=1)
-    return self.forward_head(self.norm(x))
+    x = self.norm(x)
+    if not live(self, "output"):
+        return self.forward_head(x)
+    return through_output(self, self.forward_head(x, pre_logits=True), images)
+
+
+def _pool(self: VisionTransformer, x: Tensor, pool_type: str | None = None) -> Tensor:
+    features = pooled(self, x, self.__dict__["delta_layout"]) if pool_type is None else None
+    return original_method(self, "pool")(x, pool_type) if features is None else features
 
 
 def _forward_intermediates(
@@ -194,7 +210,8 @@ def _forward_intermediates(
 
 OWNER = Family(
     name="deltalens.backbones.vit:OWNER",
-    methods={"forward": _owner_forward, "forward_intermediates": _forward_intermediates},
+    methods={"forward": _owner_forward, "pool": _pool, "forward_intermediates": _forward_intermediates},
+    slots=frozenset({"pool", "output"}),
 )
 
 
@@ -214,5 +231,5 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
             tower.add(f"blocks.{i}", block, _family(block), owner.embed_dim)
         tower.embed = Site("patch_embed", owner.patch_embed, EMBED, owner.embed_dim, tower=tower)
         if original_class(owner).forward_intermediates is VisionTransformer.forward_intermediates:
-            tower.owner = Site("", owner, OWNER, owner.embed_dim, tower=tower)
+            tower.owner = tower.classifier = Site("", owner, OWNER, owner.embed_dim, tower=tower)
         yield path, tower

@@ -77,8 +77,6 @@ def attach(
         _swap_owner(tower)
     _overlay_tensors(model, state, adapter, unfrozen)
     _overlay_heads(model, state, adapter, anatomy, num_classes)
-    if anatomy.head:
-        adapter.num_classes = adapter.heads[anatomy.head].out_features
     set_adapter(model, name)
     return model
 
@@ -161,6 +159,8 @@ def _install(anatomy: Anatomy, site: Site, slot: str, name: str, method: str, mo
         layer.delta.put(part_name, name, method, module)
         return
     _slots_of(site).put(slot, name, method, module)
+    if slot == "pool":  # it wants the tokens that adapters added, too
+        _slots_of(site.tower.blocks[-1]).put("tokens.kept", name, method, module)
     if slot.startswith("tokens") and site.tower.carriers:
         for carrier in site.tower.carriers:
             swap(carrier.module, carrier.family)
@@ -220,4 +220,8 @@ def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: An
                 nn.init.zeros_(head.bias)
         else:
             head = copy.deepcopy(original)
+        if path == anatomy.head:
+            adapter.num_classes = head.out_features
+            for method in adapter.configs:
+                head = method.head(head)
         adapter.heads[path] = head.requires_grad_(True)

@@ -44,6 +44,11 @@ class Method:
         """Paths of backbone parameters to train."""
         return ()
 
+    def head(self, layer: nn.Module) -> nn.Module:
+        """What takes the place of the classifier layer, which is trained from a copy of its own. A module with
+        `in_features` and `out_features`."""
+        return layer
+
     def losses(self, model: nn.Module, output: Any, batch: Any) -> dict[str, Tensor]:
         """Further loss terms of the method, by name; a task adds them to its own loss."""
         return {}

@@ -86,6 +86,7 @@ class Tower:
     embed: the module that records the token grid, or None where the layout needs none.
     carriers: sites besides the blocks that must be swapped where tokens live on between blocks (patch merging, the
         model that owns the tokens), so that nobody outside sees those tokens.
+    classifier: the model that reads this stream for its head and offers the slots `pool` and `output`, or None.
     patch_size: (h, w) of the patch embedding's kernel where known; VPT's initialisation reads it.
     """
 
@@ -95,6 +96,7 @@ class Tower:
     embed: Site | None = None
     owner: Site | None = None
     carriers: list[Site] = field(default_factory=list)
+    classifier: Site | None = None
     patch_size: tuple[int, int] | None = None
 
     def add(self, path: str, module: nn.Module, family: Family, width: int) -> None:
@@ -103,7 +105,7 @@ class Tower:
     def sites(self) -> Iterator[Site]:
         """Every site of the tower, blocks first."""
         yield from self.blocks
-        yield from (site for site in (self.embed, self.owner) if site is not None)
+        yield from (site for site in (self.embed, self.owner, self.classifier) if site is not None)
         yield from self.carriers
 
 

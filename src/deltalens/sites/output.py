@@ -1,0 +1,33 @@
+"""The end of a classifier: which tokens the head reads, and what becomes of the features it reads.
+
+Two slots of the model that owns the head:
+
+* `pool`: f(tokens (B, N, C) after the final norm, layout) -> features (B, C), instead of its own pooling. Tokens that
+  adapters added to the stream are then kept until there, and `forward_features` returns them too.
+* `output`: f(features (B, C), images) -> features (B, C), chained, right before the classifier layer.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from deltalens.sites.layout import Layout
+
+
+def live(owner: nn.Module, slot: str) -> list[nn.Module]:
+    """The active modules of a slot of the owner; none where nothing was placed in it."""
+    slots = owner._modules.get("delta")
+    return [] if slots is None else slots.live(slot)
+
+
+def pooled(owner: nn.Module, tokens: Tensor, layout: Layout) -> Tensor | None:
+    """What the last active `pool` module makes of the tokens, None without one."""
+    modules = live(owner, "pool")
+    return modules[-1](tokens, layout) if modules else None
+
+
+def through_output(owner: nn.Module, features: Tensor, images: Tensor) -> Tensor:
+    """Features -> `output` modules -> logits of the classifier layer."""
+    for module in live(owner, "output"):
+        features = module(features, images)
+    return owner.get_classifier()(features)

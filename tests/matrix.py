@@ -1,0 +1,161 @@
+"""Every method on every family: the steps of a cell, the methods of the rows, and the page made of both.
+
+python tests/matrix.py          writes docs/compatibility.md
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from models import MODELS, images, randomize_adapter
+from torch import nn
+
+import deltalens as dl
+from deltalens.methods import Method
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/compatibility.md"
+HEADINGS = {"vit": "ViT", "swin": "Swin", "convnext": "ConvNeXt", "resnet": "unknown network (ResNet)"}
+LABELS = torch.tensor([0, 3, 1, 2, 4, 3])
+
+# row of the table -> a small configuration; every shipped method has at least one
+ROWS: dict[str, Callable[[], Method | list[Method]]] = {
+    "Full": dl.FullConfig,
+    "Linear": dl.LinearConfig,
+    "BitFit": dl.BitFitConfig,
+    "LoRA on q, v": lambda: dl.LoRAConfig(r=2, parts=("q", "v")),
+    "LoRA on fc1, fc2": lambda: dl.LoRAConfig(r=2, parts=("fc1", "fc2")),
+    "VPT-deep": lambda: dl.VPTConfig(num_tokens=3),
+    "VPT-shallow": lambda: dl.VPTConfig(num_tokens=3, deep=False),
+    "Mona": lambda: dl.MonaConfig(bottleneck=6),
+}
+
+
+# ------------------------------------------------------------------ one cell
+def refusal(family: str, row: str) -> str | None:
+    """The message with which a method refuses a family, None where it fits. The model must then be untouched."""
+    model = MODELS[family]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        dl.attach(model, ROWS[row]())
+    except (TypeError, ValueError) as error:
+        assert_equal_states(model.state_dict(), before)
+        return str(error)
+    return None
+
+
+def walk(family: str, row: str, folder: Path) -> nn.Module:
+    """Attach, prepare, train three steps, save, load, switch, disable, detach. Raises where anything is wrong.
+    Returns the loaded model, which the caller may export."""
+    x = images(family, batch=len(LABELS))
+    model = MODELS[family]()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        expected_plain = model(x)
+    dl.attach(model, ROWS[row]())
+    if hasattr(dl, "prepare"):
+        dl.prepare(model, [(x, LABELS)])
+    train_three_steps(model, x)
+    with torch.no_grad():
+        expected = model.eval()(x)
+    assert torch.isfinite(expected).all()
+    assert not torch.equal(expected, expected_plain)
+
+    dl.save_pretrained(model, folder)
+    loaded = dl.from_pretrained(folder, MODELS[family]())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), expected), "the loaded adapter computes something else"
+
+    dl.attach(model, dl.LinearConfig(), name="other", num_classes=3)
+    randomize_adapter(model)
+    with torch.no_grad():
+        assert model.eval()(x).shape == (len(x), 3)
+        dl.set_adapter(model, "default")
+        assert torch.equal(model.eval()(x), expected), "switching there and back changed the adapter"
+        with dl.disable_adapter(model):
+            torch.testing.assert_close(
+                model.eval()(x), expected_plain, atol=1e-5, rtol=1e-5
+            )  # class row only: rounding
+    dl.detach(model)
+    assert_equal_states(model.state_dict(), plain)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), expected_plain), "detach left something behind"
+    return loaded
+
+
+def train_three_steps(model: nn.Module, x: torch.Tensor) -> None:
+    """AdamW; every step must change the loss, and gradients must be finite."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    before = [parameter.detach().clone() for parameter in parameters]
+    model.train()
+    losses = []
+    for step in range(3):
+        torch.manual_seed(step)
+        loss = F.cross_entropy(model(x), LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert len(set(losses)) == 3, f"training stands still: {losses}"
+    assert any(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+
+
+def export(model: nn.Module, x: torch.Tensor) -> None:
+    """torch.export of the adapted model computes the same."""
+    with torch.no_grad():
+        exported = torch.export.export(model.eval(), (x,)).module()
+        torch.testing.assert_close(exported(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def assert_equal_states(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+# ------------------------------------------------------------------ the page
+def page() -> str:
+    """Run every cell and write down what happened."""
+    rows, reasons = [], []
+    for row in ROWS:
+        cells = []
+        for family in HEADINGS:
+            message = refusal(family, row)
+            if message is None:
+                with tempfile.TemporaryDirectory() as folder:
+                    export(walk(family, row, Path(folder)), images(family))
+                cells.append("yes")
+            else:
+                cells.append("no")
+                reasons.append(f"| {row} | {HEADINGS[family]} | {message.replace('|', chr(92) + '|')} |")
+        rows.append(f"| {row} | {' | '.join(cells)} |")
+    return TEMPLATE.format(
+        head=" | ".join(HEADINGS.values()), rule="|---" * (len(HEADINGS) + 1), rows="\n".join(rows),
+        reasons="\n".join(reasons),
+    )  # fmt: skip
+
+
+TEMPLATE = """# What fits what
+
+Made by `python tests/matrix.py`. "yes" means that the method was attached to a small network of the family, trained
+for three steps, saved, loaded into a fresh backbone with identical outputs, switched against another adapter,
+disabled, exported with `torch.export`, and detached, which gave the backbone back bit for bit. The test suite does the
+same.
+
+| method | {head} |
+{rule}|
+{rows}
+
+Where it says "no", attaching is refused, and the model stays as it was:
+
+| method | family | error |
+|---|---|---|
+{reasons}
+"""
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

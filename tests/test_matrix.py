@@ -1,0 +1,49 @@
+"""Every method x family: it works from attach to detach, or it is refused by name. See docs/compatibility.md."""
+
+import re
+
+import pytest
+from matrix import HEADINGS, PAGE, ROWS, export, refusal, walk
+from models import images
+
+import deltalens as dl
+from deltalens.methods import method_class
+
+CELLS = [(family, row) for row in ROWS for family in HEADINGS]
+
+
+def printed() -> dict[tuple[str, str], str]:
+    """(row, family) -> "yes" or "no", as the page says."""
+    table = {}
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == len(HEADINGS) + 1 and cells[0] in ROWS:
+            table |= {(cells[0], family): word for family, word in zip(HEADINGS, cells[1:], strict=True)}
+    return table
+
+
+@pytest.mark.parametrize(("family", "row"), CELLS)
+def test_cell(family, row, tmp_path):
+    message = refusal(family, row)
+    assert printed()[row, family] == ("yes" if message is None else "no")
+    if message is None:
+        walk(family, row, tmp_path)
+    else:
+        assert re.search(r"slot|map|layer|part|size|block|channel", message), message
+        assert message in PAGE.read_text().replace("\\|", "|")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "row"), CELLS)
+def test_export(family, row, tmp_path):
+    if refusal(family, row) is None:
+        export(walk(family, row, tmp_path), images(family))
+
+
+def test_every_method_has_a_row():
+    shown = set()
+    for make in ROWS.values():
+        config = make()
+        shown |= {method.name for method in (config if isinstance(config, list) else [config])}
+    shipped = {m for m in dl.list_methods() if method_class(m).__module__.startswith("deltalens.")}
+    assert {m for m in shipped if not m.startswith("peft/")} - shown == set()
