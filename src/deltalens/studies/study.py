@@ -151,7 +151,6 @@ class _Reader:
         return Study(
             title=self.document.text(top.get("title", self.document.path.stem), ("title",)),
             backbones=self._backbones(top["backbones"]),
-            datasets=self._datasets(top.get("datasets") or {}, given),
             variants=self._variants(top["methods"]),
             seeds=self._seeds(top.get("seeds", [0, 1, 2])),
             training=self._training(top.get("training") or {}),
@@ -160,6 +159,7 @@ class _Reader:
             fixed_rate=fixed,
             keep_adapters=self.document.flag(top.get("keep_adapters", True), ("keep_adapters",)),
             x_title=self.document.text(top.get("x_title", "x"), ("x_title",)),
+            datasets=self._datasets(top.get("datasets") or {}, given),
         )
 
     # ------------------------------------------------------------------ what is compared
