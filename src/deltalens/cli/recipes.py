@@ -1,16 +1,25 @@
-"""`--recipe NAME`: YAML files of settings that come with the package."""
+"""YAML files that come with the package: settings of `deltalens train --recipe NAME`, studies of `deltalens compare
+NAME`."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from importlib.resources import files
 from pathlib import Path
 
 
-def recipe_files() -> dict[str, Path]:
-    """Name -> file of every recipe."""
+def recipe_files(command: str | None = None) -> dict[str, Path]:
+    """Name -> file of every recipe; command: only those of "train" or "compare"."""
     folder = Path(str(files("deltalens.studies") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {name: path for name, path in found.items() if command in (None, command_of(path))}
+
+
+def command_of(path: Path) -> str:
+    """The command a recipe is for: studies are those that list backbones."""
+    text = path.read_text(encoding="utf-8")
+    return "compare" if re.search(r"^backbones:", text, re.M) else "train"
 
 
 def summary(path: Path) -> str:
@@ -22,7 +31,7 @@ def translate(argv: list[str]) -> list[str]:
     """Put `--config FILE` in the place of `--recipe NAME`. UsageError with the nearest names for an unknown one."""
     from deltalens.cli.main import UsageError
 
-    translated, words, known = [], iter(argv), recipe_files()
+    translated, words, known = [], iter(argv), recipe_files("train")
     for word in words:
         option, equals, name = word.partition("=")
         if option != "--recipe":

@@ -46,25 +46,44 @@ def eval_transform(preprocessing: dict[str, Any]) -> v2.Compose:
     crop_mode "squash" in the preprocessing resizes to the input size without keeping proportions.
     """
     _, height, width = preprocessing["input_size"]
-    mode = InterpolationMode(preprocessing["interpolation"])
-    crop_pct = preprocessing.get("crop_pct") or 1.0
-    if preprocessing.get("crop_mode") == "squash":
-        resize: Any = v2.Resize((math.floor(height / crop_pct), math.floor(width / crop_pct)), mode, antialias=True)
-    else:
-        resize = ResizeToCover((math.floor(height / crop_pct), math.floor(width / crop_pct)), mode)
+    resize = eval_resize(preprocessing)
     return v2.Compose([v2.ToImage(), resize, v2.CenterCrop((height, width)), *_normalise(preprocessing)])
 
 
-class ResizeToCover(torch.nn.Module):
-    """Resize with kept proportions to the smallest size that covers (height, width)."""
+def eval_resize(preprocessing: dict[str, Any]) -> torch.nn.Module:
+    """The resizing of `eval_transform`. An image that has gone through it is left as it is by a second time."""
+    _, height, width = preprocessing["input_size"]
+    mode = InterpolationMode(preprocessing["interpolation"])
+    crop_pct = preprocessing.get("crop_pct") or 1.0
+    size = (math.floor(height / crop_pct), math.floor(width / crop_pct))
+    if preprocessing.get("crop_mode") == "squash":
+        return v2.Resize(size, mode, antialias=True)
+    return ResizeToCover(size, mode)
 
-    def __init__(self, size: tuple[int, int], interpolation: InterpolationMode):
+
+def train_resize(preprocessing: dict[str, Any], min_crop: float) -> torch.nn.Module:
+    """Shrink images before `train_transform` so far that its smallest crops still have the input's pixels; smaller
+    images are left as they are."""
+    _, height, width = preprocessing["input_size"]
+    size = (math.ceil(height / math.sqrt(min_crop)), math.ceil(width / math.sqrt(min_crop)))
+    return ResizeToCover(size, InterpolationMode(preprocessing["interpolation"]), enlarge=False)
+
+
+class ResizeToCover(torch.nn.Module):
+    """Resize with kept proportions to the smallest size that covers (height, width).
+
+    enlarge=False leaves smaller images alone.
+    """
+
+    def __init__(self, size: tuple[int, int], interpolation: InterpolationMode, enlarge: bool = True):
         super().__init__()
-        self.size, self.interpolation = size, interpolation
+        self.size, self.interpolation, self.enlarge = size, interpolation, enlarge
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[-2:]
         scale = max(self.size[0] / height, self.size[1] / width)
+        if scale > 1 and not self.enlarge:
+            return image
         size = [max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))]
         return v2.functional.resize(image, size, self.interpolation, antialias=True)
 

@@ -27,6 +27,15 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Line:
+    """(x, y, spread or None) in the order of x. number: gives the colour."""
+
+    label: str
+    points: Sequence[tuple[float, float, float | None]]
+    number: int
+
+
+@dataclass(frozen=True)
 class Curve:
     """One value for each epoch, from epoch 1. number: of its method, which gives the colour."""
 
@@ -35,13 +44,20 @@ class Curve:
     number: int
 
 
-def scatter(points: Sequence[Point], x_title: str, y_title: str, x_text: Callable[[float], str]) -> str:
-    """Points over a logarithmic x axis, y in per cent, each with its label. x_text: how a value of x is written."""
-    y_low, y_high, y_ticks = _percent_axis(
-        [p.y - (p.spread or 0) for p in points] + [p.y + (p.spread or 0) for p in points]
-    )
+def scatter(
+    points: Sequence[Point],
+    x_title: str,
+    y_title: str,
+    x_text: Callable[[float], str],
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    to_hundred: bool = True,
+) -> str:
+    """Points over a logarithmic x axis, y in per cent, each with its label. x_text: how a value of x is written.
+    to_hundred: the y axis ends at 100 %, however low the points are."""
+    values = [p.y - (p.spread or 0) for p in points] + [p.y + (p.spread or 0) for p in points]
+    y_low, y_high, y_ticks = _percent_axis(values) if to_hundred else _close_axis(values, 0.0, 1.0)
     x_low, x_high, x_ticks = log_axis([p.x for p in points])
-    frame = Box(LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
+    frame = Box(LEFT, TOP, size[0] - RIGHT, size[1] - BOTTOM)
 
     def place(point: Point) -> tuple[float, float]:
         share = (math.log10(point.x) - math.log10(x_low)) / (math.log10(x_high) - math.log10(x_low))
@@ -49,7 +65,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, x_text: Callabl
 
     x_marks = [(place(Point("", tick, y_low))[0], x_text(tick)) for tick in x_ticks]
     parts = [
-        _axes(frame, x_marks, [(_height(t, y_low, y_high, frame), f"{100 * t:.0f}") for t in y_ticks], x_title, y_title)
+        _axes(frame, x_marks, [(_height(t, y_low, y_high, frame), f"{100 * t:.4g}") for t in y_ticks], x_title, y_title)
     ]
     places = [place(point) for point in points]
     for number, (point, (x, y)) in enumerate(zip(points, places, strict=True)):
@@ -61,7 +77,48 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, x_text: Callabl
         zip(place_labels(places, [p.label for p in points], frame), points, strict=True)
     ):
         parts += _label(box, point.label, places[number], number)
-    return _svg(parts, f"{y_title} against {x_title}: " + "; ".join(f"{p.label} {100 * p.y:.1f} %" for p in points))
+    said = "; ".join(f"{p.label} {100 * p.y:.1f} %" for p in points)
+    return _svg(parts, f"{y_title} against {x_title}: {said}", size)
+
+
+def lines(
+    series: Sequence[Line], x_title: str, y_title: str, as_percent: bool, size: tuple[int, int] = (WIDTH, HEIGHT)
+) -> str:
+    """Lines over any x, logarithmic where x is positive and spans a factor of 20, each named at its end, with one
+    standard deviation as a bar. as_percent: y are fractions; otherwise the y axis begins at 0."""
+    values = [y + sign * (deviation or 0) for line in series for _, y, deviation in line.points for sign in (1, -1)]
+    y_low, y_high, y_ticks = _close_axis(values, 0.0, 1.0) if as_percent else _axis_from_zero(values)
+    xs = sorted({x for line in series for x, _, _ in line.points})
+    logarithmic = xs[0] > 0 and xs[-1] / xs[0] >= 20
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
+    room = max(text_width(line.label) for line in series) + 22
+    frame = Box(LEFT, TOP, size[0] - room, size[1] - BOTTOM)
+
+    def across(x: float) -> float:
+        span = scale(xs[-1]) - scale(xs[0])
+        return frame.left + 10 + (scale(x) - scale(xs[0])) / (span or 1.0) * (frame.right - frame.left - 20)
+
+    x_marks: list[Mark] = []
+    for x in xs:
+        if not x_marks or across(x) - x_marks[-1][0] > text_width(f"{x:g}") + 4:
+            x_marks.append((across(x), f"{x:g}"))
+    y_marks = [(_height(t, y_low, y_high, frame), f"{100 * t:.4g}" if as_percent else f"{t:g}") for t in y_ticks]
+    parts, ends = [_axes(frame, x_marks, y_marks, x_title, y_title)], []
+    for line in series:
+        path = [(across(x), _height(y, y_low, y_high, frame)) for x, y, _ in line.points]
+        ends.append(path[-1])
+        parts.append(f'<path class="{colour(line.number)} line" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in path)}"/>')
+        for (x, y, deviation), (left, _) in zip(line.points, path, strict=True):
+            if deviation:
+                top, bottom = (_height(y + sign * deviation, y_low, y_high, frame) for sign in (1, -1))
+                parts.append(f'<path class="{colour(line.number)} line" d="M{left:.1f} {top:.1f}V{bottom:.1f}"/>')
+            shown = f"{100 * y:.1f} %" if as_percent else f"{y:.3g}"
+            parts.append(
+                _dot(left, _height(y, y_low, y_high, frame), line.number, 3.5, f"{line.label}, {x:g}: {shown}")
+            )
+    parts += _names(series, ends, frame)
+    said = "; ".join(f"{line.label} ends at {line.points[-1][1]:.3g}" for line in series)
+    return _svg(parts, f"{y_title} against {x_title}: {said}", size)
 
 
 def curves(series: Sequence[Curve], y_title: str, as_percent: bool) -> str:
@@ -90,17 +147,24 @@ def curves(series: Sequence[Curve], y_title: str, as_percent: bool) -> str:
         for epoch, ((x, y), value) in dots:
             tip = f"{curve.label}, epoch {epoch}: " + (f"{100 * value:.1f} %" if as_percent else f"{value:.3f}")
             parts.append(_dot(x, y, curve.number, 2.4, tip))
-    heights = spread([y for _, y in ends], LINE_HEIGHT, frame.top + 4, frame.bottom - 4)
-    for curve, (x, y), height in zip(series, ends, heights, strict=True):
-        left = frame.right + 14
-        parts.append(f'<path class="leader" d="M{x + 4:.1f} {y:.1f}L{left - 3:.1f} {height:.1f}"/>')
-        parts.append(_text(left, height, curve.label, f"{colour(curve.number)} name", "start"))
+    parts += _names(series, ends, frame)
     return _svg(parts, f"{y_title} by epoch: " + "; ".join(f"{c.label} ends at {c.values[-1]:.3g}" for c in series))
 
 
 def colour(number: int) -> str:
     """The page's class for the colour of the number-th method."""
     return f"c{number % COLOURS}"
+
+
+def _names(series: Sequence[Curve | Line], ends: Sequence[tuple[float, float]], frame: Box) -> list[str]:
+    """The name of each line beside its end, moved apart where ends are close."""
+    parts = []
+    heights = spread([y for _, y in ends], LINE_HEIGHT, frame.top + 4, frame.bottom - 4)
+    for line, (x, y), height in zip(series, ends, heights, strict=True):
+        left = frame.right + 14
+        parts.append(f'<path class="leader" d="M{x + 4:.1f} {y:.1f}L{left - 3:.1f} {height:.1f}"/>')
+        parts.append(_text(left, height, line.label, f"{colour(line.number)} name", "start"))
+    return parts
 
 
 # ------------------------------------------------------------------ axes
@@ -131,6 +195,17 @@ def _percent_axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     return start, 1.0 + 0.02 * (1 - start), ticks
 
 
+def _close_axis(values: Sequence[float], least: float, most: float) -> tuple[float, float, list[float]]:
+    """Between round numbers just beyond the values, within [least, most], with 4 to 7 ticks."""
+    low, high = min(values), max(values)
+    room = max(0.06 * (high - low), 0.005)
+    low, high = max(least, low - room), min(most, high + room)
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return first * step, last * step, [step * k for k in range(first, last + 1)]
+
+
 def _axis_from_zero(values: Sequence[float]) -> tuple[float, float, list[float]]:
     finite = sorted(value for value in values if math.isfinite(value))
     high = 1.05 * (finite[-1] if finite and finite[-1] > 0 else 1.0)
@@ -157,8 +232,9 @@ def _axes(frame: Box, x_marks: Sequence[Mark], y_marks: Sequence[Mark], x_title:
         )
     middle_x, middle_y = frame.middle
     parts.append(f'<path class="axis" d="M{frame.left} {frame.bottom}H{frame.right:.1f}"/>')
+    title_y = frame.bottom + BOTTOM - 8
     parts.append(
-        f'<text class="axis-title" x="{middle_x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
+        f'<text class="axis-title" x="{middle_x:.1f}" y="{title_y:g}" text-anchor="middle">{escape(x_title)}</text>'
     )
     parts.append(
         f'<g transform="translate(9 {middle_y:.1f}) rotate(-90)">{_text(0, 0, y_title, "axis-title", "middle")}</g>'
@@ -183,9 +259,9 @@ def _label(box: Box, text: str, point: tuple[float, float], number: int) -> list
     return parts
 
 
-def _svg(parts: Sequence[str], description: str) -> str:
+def _svg(parts: Sequence[str], description: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
     label = escape(description, quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _text(x: float, y: float, text: str, classes: str, anchor: str) -> str:

@@ -1,0 +1,131 @@
+"""Compare methods: run every method of a study file on every backbone, dataset and seed, and make one table.
+
+STUDY is a YAML file, or the name of one that comes with the package (deltalens list recipes). Every run is a folder
+under OUTPUT/runs. What is finished is not done again: after a kill the same command goes on where it stopped. OUTPUT
+gets table.md, runs.csv and plots/*.svg.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from deltalens.cli import recipes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jsonargparse import ArgumentParser, Namespace
+
+    from deltalens.studies.grid import Grid
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("study", type=str, help="study file, or the name of one in the package")
+    add("--output", type=str, required=True, help="folder for the runs and the table")
+    add(
+        "--data",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a folder of images and its name, beside or instead of those in the study file; may be repeated",
+    )
+    add("--dry-run", action="store_true", help="list the runs and their number, and stop")
+    add("--only-table", action="store_true", help="make table and plots from the runs that are there, and stop")
+    add("--retry-failed", action="store_true", help="try runs that failed once more")
+    add("--threads", type=int | None, default=None, help="processor threads; null for torch's choice")
+    add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
+    add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
+
+
+def translate(argv: list[str]) -> list[str]:
+    """Gather the words of several `--data` into one, which argparse would take the last of."""
+    rest, found, words = [], [], iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--data" and (equals or (value := next(words, ""))):
+            found.append(value)
+        else:
+            rest.append(word)
+    return rest + (["--data", *found] if found else [])
+
+
+def run(args: Namespace) -> None:
+    """Run the study, and print its table."""
+    from deltalens.cli.sized_backbone import create_sized_backbone
+    from deltalens.studies.benchmarks import threads
+    from deltalens.studies.grid import Grid, run_grid
+    from deltalens.studies.study import read_study
+    from deltalens.studies.trial import Workplace
+    from deltalens.training.loaders import default_workers
+
+    for name, least in (("threads", 1), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    study = read_study(study_file(args.study), read_data(args.data))
+    grid = Grid(study, args.output)
+    if args.dry_run:
+        _list(grid)
+        return
+    if args.only_table:
+        _write_table(grid)
+        return
+    workers = default_workers() if args.workers is None else args.workers
+    workplace = Workplace(study, create_sized_backbone, workers, args.accelerator)
+    with threads(args.threads):
+        try:
+            run_grid(grid, workplace, retry_failed=args.retry_failed, show=lambda line: print(line, flush=True))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the study was stopped; the same command goes on") from None
+    _write_table(grid)
+
+
+def study_file(name: str) -> Path:
+    """The file of that name, or the package's. ValueError with the nearest names where there is neither."""
+    import difflib
+    from pathlib import Path
+
+    known = recipes.recipe_files("compare")
+    if Path(name).is_file():
+        return Path(name)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=2) or list(known)
+    raise ValueError(f"there is no study file {name!r}, nor one of that name in the package; it has {', '.join(near)}")
+
+
+def read_data(words: list[str]) -> dict[str, str]:
+    """NAME=FOLDER words as a mapping."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--data takes NAME=FOLDER, such as --data flowers=/data/flowers, got {word!r}")
+        if name in found:
+            raise ValueError(f"--data names {name!r} twice")
+        found[name] = folder
+    return found
+
+
+def _list(grid: Grid) -> None:
+    for run in grid.runs():
+        state = grid.state(run)
+        print(run.describe() + ("" if state == "open" else f" ({state})"))
+    counts = grid.counts()
+    print(f"{sum(counts.values())} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}")
+
+
+def _write_table(grid: Grid) -> None:
+    from deltalens.lifecycle.atomic import write_text
+    from deltalens.studies.study_plots import write_plots
+    from deltalens.studies.study_table import read_table
+
+    table = read_table(grid)
+    write_text(grid.output / "table.md", table.to_markdown())
+    write_text(grid.output / "runs.csv", table.to_csv())
+    plots = write_plots(table, grid.output / "plots", grid.study.x_title)
+    print(f"\n{table.to_markdown()}")
+    print(f"table.md, runs.csv and {len(plots)} plots are in {grid.output}")

@@ -1,0 +1,216 @@
+"""The runs of a study: which there are, which are left, and doing them one after the other."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from deltalens.studies.results import seconds_text
+from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Variant, folder_name
+from deltalens.studies.trial import Run, Workplace, run_config
+
+RUNS = "runs"
+
+
+class Grid:
+    """Every run of a study, in a folder each under `output`/runs; the folders are all the state there is.
+
+    Cells are (backbone, dataset, method). A cell has one search run for each candidate rate (none where there is but
+    one), with the first seed, and one final run for each seed.
+    """
+
+    def __init__(self, study: Study, output: str | os.PathLike):
+        self.study, self.output = study, Path(output)
+        self.searches: dict[tuple[str, str, str], list[Run]] = {}
+        self.finals: dict[tuple[str, str, str], list[Run]] = {}
+        for backbone in study.backbones:
+            for dataset in study.datasets:
+                for variant in study.variants:
+                    self._add_cell(backbone, dataset, variant)
+
+    def _add_cell(self, backbone: BackboneEntry, dataset: DatasetEntry, variant: Variant) -> None:
+        place = self.output / RUNS
+        for name in (backbone.label, dataset.name, variant.label):
+            place /= folder_name(name)
+        study, cell = self.study, (backbone.label, dataset.name, variant.label)
+        candidates = study.candidates(variant)
+        searched = len(candidates) > 1
+        self.searches[cell] = [
+            Run("search", backbone, dataset, variant, study.seeds[0], place / f"lr-{rate:g}", rate)
+            for rate in (candidates if searched else [])
+        ]
+        only = None if searched else candidates[0]
+        self.finals[cell] = [
+            Run("final", backbone, dataset, variant, seed, place / f"seed-{seed}", only) for seed in study.seeds
+        ]
+
+    def runs(self) -> Iterator[Run]:
+        """All runs in the order they are done: every cell with the first seed, then every cell with the second, ..., so
+        that a table of all methods is there as early as can be."""
+        for index in range(len(self.study.seeds)):
+            for cell in self.finals:
+                if index == 0:
+                    yield from self.searches[cell]
+                yield self.finals[cell][index]
+
+    # ------------------------------------------------------------------ what the folders say
+    def state(self, run: Run) -> str:
+        """ "finished", "failed" or "open"."""
+        if run.output.finished:
+            return "finished"
+        return "failed" if run.failure() is not None else "open"
+
+    def chosen_rate(self, cell: tuple[str, str, str]) -> float | None:
+        """The candidate with the best validation accuracy after its last epoch, the smallest of equals; failed ones are
+        out. None while a search is open, or where all have failed."""
+        searches = self.searches[cell]
+        if not searches:
+            return self.finals[cell][0].rate
+        if any(self.state(run) == "open" for run in searches):
+            return None
+        accuracies = {run.rate: run.results()["val"]["accuracy"] for run in searches if run.output.finished}
+        return max(accuracies, key=lambda rate: (accuracies[rate], -rate)) if accuracies else None
+
+    def check_unchanged(self) -> None:
+        """ValueError where a folder holds a run that the study now describes otherwise."""
+        for run in self.runs():
+            earlier = run.output.read_config()
+            found = list(_differences(earlier or {}, run_config(self.study, run)))
+            if found:
+                raise ValueError(
+                    f"{run.folder} was trained with other settings: {'; '.join(found)}. Name another --output, or "
+                    "remove that folder to train it again"
+                )
+
+    def counts(self) -> dict[str, int]:
+        """State -> number of runs."""
+        found = {"finished": 0, "failed": 0, "open": 0}
+        for run in self.runs():
+            found[self.state(run)] += 1
+        return found
+
+
+def run_grid(
+    grid: Grid, workplace: Workplace, *, retry_failed: bool = False, show: Callable[[str], None] = print
+) -> None:
+    """Do every run that is not finished. A failed one is recorded and passed over, and tried again only with
+    retry_failed. show: gets a line for each run done.
+
+    Raises what makes all runs impossible: a missing folder of images, an unknown backbone.
+    """
+    grid.check_unchanged()
+    runs = list(grid.runs())
+    if retry_failed:
+        for run in runs:
+            if grid.state(run) == "failed":
+                run.forget_failure()
+                run.output.checkpoint.unlink(missing_ok=True)
+    workplace.check([run for run in runs if grid.state(run) == "open"])
+    clock = Clock(grid, runs)
+    for number, run in enumerate(runs, 1):
+        outcome = _do(grid, workplace, run)
+        if outcome:
+            clock.note(run)
+            show(f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.describe()}: {outcome} | {clock.text()}")
+
+
+def _do(grid: Grid, workplace: Workplace, run: Run) -> str | None:
+    """Do a run where it is to be done. What came out, or None where there was nothing to do."""
+    rate = run.rate if run.stage == "search" else grid.chosen_rate(run.cell)
+    if run.failure() is not None:
+        return None
+    results = run.results()
+    stale = results is not None and results["settings"]["lr"] != rate  # a search has chosen another rate since
+    if results is not None and not stale:
+        _tidy(grid, run)
+        return None
+    try:
+        if rate is None:
+            reasons = "; ".join(dict.fromkeys(each.failure() or "" for each in grid.searches[run.cell]))
+            raise RuntimeError(f"every learning rate failed: {reasons}")
+        earlier = run.output.read_config() or {}
+        trained = next((each for each in grid.searches[run.cell] if each.rate == rate), None)
+        if run.stage == "final" and trained is not None and run.seed == trained.seed and trained.has_adapter():
+            results = workplace.test_trained(run, trained, rate)
+        else:
+            results = workplace.train(run, rate, again=stale or earlier.get("lr", rate) != rate)
+    except Exception as error:  # whatever goes wrong in one run, the others are done
+        run.note_failure(error)
+        return f"failed: {run.failure()}"
+    _tidy(grid, run)
+    part = "test" if results["test"] else "val"
+    chosen = "" if run.stage == "search" else f", lr {rate:g}"
+    return f"{part} {100 * results[part]['accuracy']:.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
+
+
+def _tidy(grid: Grid, run: Run) -> None:
+    """Drop adapters that nobody will ask for: those of searches once the first final run is there, and of final runs
+    where the study does not keep them."""
+    if run.stage == "final":
+        if not grid.study.keep_adapters:
+            run.drop_adapter()
+        for search in grid.searches[run.cell]:
+            search.drop_adapter()
+
+
+class Clock:
+    """How long it has taken, and may take yet: an open run is taken to last as long as the finished ones most like
+    it."""
+
+    def __init__(self, grid: Grid, runs: list[Run]):
+        self.grid, self.all, self.started = grid, runs, time.monotonic()
+        self.open = {run.folder for run in runs if grid.state(run) == "open"}
+        self.seconds: dict[tuple[str, ...], list[float]] = {}
+        for run in runs:
+            if run.folder not in self.open:
+                self._remember(run)
+
+    def note(self, run: Run) -> None:
+        """A run was done."""
+        self.open.discard(run.folder)
+        self._remember(run)
+
+    def _remember(self, run: Run) -> None:
+        results = run.results()
+        if results and "trained_in" not in results:
+            for kind in (run.cell, run.cell[:2], ()):
+                self.seconds.setdefault(kind, []).append(results["seconds"]["total"])
+
+    def left(self) -> float:
+        """Seconds that the open runs will take."""
+        return sum(self._expected(run) for run in self.all if run.folder in self.open)
+
+    def _expected(self, run: Run) -> float:
+        if run.stage == "final" and self.grid.searches[run.cell] and run.seed == self.grid.study.seeds[0]:
+            return 0.0  # its training is one of the searches
+        known = next((self.seconds[kind] for kind in (run.cell, run.cell[:2], ()) if kind in self.seconds), [0.0])
+        return sum(known) / len(known)
+
+    def text(self) -> str:
+        elapsed = time.monotonic() - self.started
+        left = f", about {duration_text(self.left())} left" if self.open else ""
+        return f"{duration_text(elapsed)}{left}"
+
+
+def duration_text(seconds: float) -> str:
+    """42 s, 3 min, 2 h 5 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _differences(earlier: Any, wanted: Any, field: str = "") -> Iterator[str]:
+    """Where two nested configurations differ, as far as both name a thing: settings that came later do not count."""
+    if isinstance(earlier, dict) and isinstance(wanted, dict):
+        for key in wanted:
+            if key in earlier:
+                yield from _differences(earlier[key], wanted[key], f"{field}.{key}".lstrip("."))
+    elif isinstance(earlier, list) and isinstance(wanted, list) and len(earlier) == len(wanted):
+        for index, (before, now) in enumerate(zip(earlier, wanted, strict=True)):
+            yield from _differences(before, now, f"{field}.{index}")
+    elif earlier != wanted:
+        yield f"{field} was {earlier!r} and is {wanted!r}"

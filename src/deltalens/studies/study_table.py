@@ -1,0 +1,249 @@
+"""What the runs of a study found: a row per method as Markdown, and a row per run as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from deltalens.studies.grid import Grid
+from deltalens.studies.results import percent_text, seconds_text
+from deltalens.studies.study import Variant
+from deltalens.studies.trial import Run
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run, a line of runs.csv. Accuracies are fractions; what is not known is None."""
+
+    stage: str
+    backbone: str
+    dataset: str
+    method: str
+    seed: int
+    lr: float | None
+    status: str
+    val_accuracy: float | None
+    test_accuracy: float | None
+    test_mean_class_accuracy: float | None
+    adapter_parameters: int | None
+    head_parameters: int | None
+    backbone_parameters: int | None
+    percent: float | None
+    training_seconds: float | None
+    total_seconds: float | None
+    x: float | None
+    curve: str | None
+    folder: str
+    message: str | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one backbone and dataset: its final runs together.
+
+    accuracies: on the test images (validation where there is no test), of the finished runs, in the order of the
+    seeds. lr: the chosen rate; at_edge: it is the smallest or largest candidate of a search. failures: messages, of
+    the searches too. left: final runs that are neither finished nor failed.
+    """
+
+    backbone: str
+    dataset: str
+    variant: Variant
+    accuracies: tuple[float, ...]
+    adapter_parameters: int | None
+    head_parameters: int | None
+    percent: float | None
+    lr: float | None
+    at_edge: bool
+    seconds: float | None
+    failures: tuple[str, ...]
+    left: int
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.accuracies) if self.accuracies else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    def accuracy_text(self) -> str:
+        """ "91.2 ± 0.4", with what is missing said; "failed" or "-" where there is nothing."""
+        if self.mean is None:
+            return "failed" if self.failures and not self.left else "-"
+        text = f"{100 * self.mean:.1f}" + (f" ± {100 * self.std:.1f}" if self.std is not None else "")
+        failed = len(self.failures_of_finals)
+        notes = ([f"{failed} failed"] if failed else []) + ([f"{self.left} to come"] if self.left else [])
+        return text + (f" ({', '.join(notes)})" if notes else "")
+
+    @property
+    def failures_of_finals(self) -> list[str]:
+        return [message for message in self.failures if message.startswith("seed ")]
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """All that is there of a study at the moment."""
+
+    title: str
+    rows: list[RunRow]
+    cells: list[Cell]
+    description: str
+
+    # ------------------------------------------------------------------ texts
+    def to_csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [each.name for each in fields(RunRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(vars(row) for row in self.rows)
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """An overview over all backbones and datasets, where there are several, then one table for each."""
+        pairs = list(dict.fromkeys((cell.backbone, cell.dataset) for cell in self.cells))
+        parts = [f"# {self.title}", self.description]
+        if len(pairs) > 1:
+            parts += ["## Test accuracy, %", self._overview(pairs)]
+        for backbone, dataset in pairs:
+            cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
+            parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
+        return "\n\n".join(parts) + "\n"
+
+    def _overview(self, pairs: Sequence[tuple[str, str]]) -> str:
+        found = {(cell.variant.label, cell.backbone, cell.dataset): cell for cell in self.cells}
+        labels = list(dict.fromkeys(cell.variant.label for cell in self.cells))
+        one_backbone = len({backbone for backbone, _ in pairs}) == 1
+        header = ["method", *(dataset if one_backbone else f"{backbone}, {dataset}" for backbone, dataset in pairs)]
+        body = []
+        for label in labels:
+            cells = [found[label, *pair] for pair in pairs]
+            means = [cell.mean for cell in cells]
+            complete = all(mean is not None for mean in means) and not any(cell.left for cell in cells)
+            average = f"{100 * statistics.fmean(means):.1f}" if complete else "-"
+            body.append([label, *(cell.accuracy_text() for cell in cells), average])
+        return markdown_table([*header, "mean"], body)
+
+
+def read_table(grid: Grid) -> StudyTable:
+    """Read what the folders of a study hold."""
+    rows = [_row(grid, run) for run in grid.runs()]
+    by_folder = {row.folder: row for row in rows}
+    cells = [_cell(grid, [by_folder[_folder(grid, run)] for run in finals], finals) for finals in grid.finals.values()]
+    return StudyTable(grid.study.title, rows, cells, _description(grid))
+
+
+def _folder(grid: Grid, run: Run) -> str:
+    return run.folder.relative_to(grid.output).as_posix()
+
+
+def _row(grid: Grid, run: Run) -> RunRow:
+    results = run.results() or {}
+    test, parameters, seconds = (results.get(key) or {} for key in ("test", "parameters", "seconds"))
+    return RunRow(
+        stage=run.stage,
+        backbone=run.backbone.label,
+        dataset=run.dataset.name,
+        method=run.variant.label,
+        seed=run.seed,
+        lr=results["settings"]["lr"] if results else run.rate,
+        status=grid.state(run),
+        val_accuracy=(results.get("val") or {}).get("accuracy"),
+        test_accuracy=test.get("accuracy"),
+        test_mean_class_accuracy=test.get("mean_class_accuracy"),
+        adapter_parameters=parameters.get("adapter"),
+        head_parameters=parameters.get("head"),
+        backbone_parameters=parameters.get("backbone"),
+        percent=parameters.get("percent"),
+        training_seconds=seconds.get("training"),
+        total_seconds=seconds.get("total"),
+        x=run.variant.x,
+        curve=run.variant.curve,
+        folder=_folder(grid, run),
+        message=None if results else run.failure(),
+    )
+
+
+def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
+    run = finals[0]
+    done = [row for row in rows if row.status == "finished"]
+    searches = grid.searches[run.cell]
+    failures = [f"lr {each.rate:g}: {each.failure()}" for each in searches if grid.state(each) == "failed"]
+    failures += [f"seed {row.seed}: {row.message}" for row in rows if row.status == "failed"]
+    lr = done[0].lr if done else None
+    rates = [each.rate for each in searches]
+    return Cell(
+        backbone=run.backbone.label,
+        dataset=run.dataset.name,
+        variant=run.variant,
+        accuracies=tuple(row.val_accuracy if row.test_accuracy is None else row.test_accuracy for row in done),
+        adapter_parameters=done[0].adapter_parameters if done else None,
+        head_parameters=done[0].head_parameters if done else None,
+        percent=done[0].percent if done else None,
+        lr=lr,
+        at_edge=bool(rates) and lr in (min(rates), max(rates)),
+        seconds=statistics.fmean(row.training_seconds for row in done) if done else None,
+        failures=tuple(failures),
+        left=sum(row.status == "open" for row in rows),
+    )
+
+
+def _description(grid: Grid) -> str:
+    study, training = grid.study, grid.study.training
+    factors = ", ".join(f"{factor:g}" for factor in sorted(study.rates))
+    if len(study.rates) > 1:
+        tried = (
+            f"best of {len(study.rates)} ({factors} times the method's own) on the validation images after the last "
+        )
+        tried += "epoch, with the first seed"
+    else:
+        tried = f"{study.fixed_rate:g}" if study.fixed_rate else "the method's own default"
+    return (
+        f"{training.epochs} epochs, batches of {training.batch_size}, {training.optimizer}, weight decay "
+        f"{training.weight_decay:g}; seeds {', '.join(map(str, study.seeds))}. Learning rate: {tried}. Test images are "
+        "looked at once, after the last epoch. Top-1 accuracy in per cent: mean ± sample standard deviation over seeds."
+    )
+
+
+# ------------------------------------------------------------------ tables
+def _pair_table(cells: Sequence[Cell]) -> str:
+    header = ["method", "test top-1", "trained", "with head", "% of backbone", "lr", "seconds"]
+    body = []
+    for cell in cells:
+        counted = cell.adapter_parameters is not None
+        body.append(
+            [
+                cell.variant.label,
+                cell.accuracy_text(),
+                f"{cell.adapter_parameters:,}" if counted else "",
+                f"{cell.adapter_parameters + cell.head_parameters:,}" if counted else "",
+                percent_text(cell.percent) if counted else "",
+                "" if cell.lr is None else f"{cell.lr:g}" + (" *" if cell.at_edge else ""),
+                "" if cell.seconds is None else seconds_text(cell.seconds).removesuffix(" s"),
+            ]
+        )
+    return markdown_table(header, body)
+
+
+def _notes(cells: Sequence[Cell]) -> list[str]:
+    notes = []
+    if any(cell.at_edge for cell in cells):
+        notes.append("\\* the smallest or largest rate that was tried")
+    failed = [f"- {cell.variant.label}, {message}" for cell in cells for message in cell.failures]
+    return notes + (["Failed:\n\n" + "\n".join(failed)] if failed else [])
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table with aligned columns, numbers to the right, readable as it is."""
+    lines = [[str(each).replace("|", "\\|") for each in line] for line in [header, *body]]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
