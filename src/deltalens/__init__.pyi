@@ -8,13 +8,20 @@ from .lifecycle.merge import merge_and_unload
 from .lifecycle.official import import_official
 from .lifecycle.switch import active_adapters, delete_adapter, disable_adapter, set_adapter
 from .methods import (
+    AdapterConfig,
+    AdaptFormerConfig,
     BitFitConfig,
     FullConfig,
     LinearConfig,
     LoRAConfig,
+    LoRandConfig,
     Method,
+    MLPConfig,
     MonaConfig,
     MonaLayer,
+    NormTuningConfig,
+    PartialConfig,
+    SidetuneConfig,
     VPTConfig,
     list_methods,
     make_config,
@@ -22,13 +29,20 @@ from .methods import (
 
 __version__: str
 __all__ = [
+    "AdaptFormerConfig",
+    "AdapterConfig",
     "BitFitConfig",
     "FullConfig",
     "LinearConfig",
     "LoRAConfig",
+    "LoRandConfig",
+    "MLPConfig",
     "Method",
     "MonaConfig",
     "MonaLayer",
+    "NormTuningConfig",
+    "PartialConfig",
+    "SidetuneConfig",
     "VPTConfig",
     "__version__",
     "active_adapters",
