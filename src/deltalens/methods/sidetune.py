@@ -75,8 +75,8 @@ def _classifier(anatomy: Anatomy) -> Site:
     sites = [tower.classifier for tower in anatomy.towers if tower.classifier is not None]
     if not sites or not isinstance(sites[0].module.get_classifier(), nn.Module):
         raise TypeError(
-            f"Sidetune needs the features that a classifier layer reads, and {type(anatomy.model).__name__} has no such "
-            "place: use a classifier with timm's interface (forward_features, forward_head, get_classifier)"
+            f"Sidetune needs the features that a classifier layer reads, and {type(anatomy.model).__name__} has no "
+            "such place: use a classifier with timm's interface (forward_features, forward_head, get_classifier)"
         )
     return sites[0]
 
