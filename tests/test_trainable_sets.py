@@ -5,10 +5,9 @@ import re
 import pytest
 import reference
 import torch
-from models import images, tiny_convnext, tiny_resnet, tiny_swin, tiny_vit
+from models import images, tiny_convnext, tiny_resnet, tiny_swin, tiny_swin_v2, tiny_vit
 from timm.models.levit import Levit
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -187,15 +186,16 @@ def test_biases_and_tables(relative):
         tiny_vit(),
         tiny_vit(qkv_bias=False, class_token=False, global_pool="avg"),
         tiny_swin(),
-        SwinTransformerV2(img_size=32, patch_size=4, embed_dim=12, depths=(1, 1), num_heads=(2, 4), window_size=4),
-        Levit(img_size=64, embed_dim=(16, 16), key_dim=8, depth=(1, 1), num_heads=(2, 2), num_classes=3, down_ops=(
-            ("Subsample", 8, 2, 4, 2, 2), ("",))),
-    ]  # fmt: skip
+        tiny_swin_v2(),
+        Levit(embed_dim=(16, 16), key_dim=8, depth=(2, 2), num_heads=(2, 2), attn_ratio=2, num_classes=0),
+    ]
     for model in networks:
-        model.pretrained_cfg = {"input_size": (3, 64, 64) if isinstance(model, Levit) else (3, 32, 32)}
-        heads = ("head.", "head_dist.")
-        by_name = {n for n, _ in model.named_parameters() if "bias" in n.rpartition(".")[2] and not n.startswith(heads)}
+        model.pretrained_cfg = {"input_size": (3, 224, 224) if isinstance(model, Levit) else (3, 32, 32)}
+        by_name = {
+            n for n, _ in model.named_parameters() if "bias" in n.rpartition(".")[2] and not n.startswith("head.")
+        }
         endings = {name for name in by_name if name.endswith("bias")}
         assert trained(model, BitFitConfig(relative_position=relative)) == (by_name if relative else endings)
     tables = [n for n, _ in networks[2].named_parameters() if n.endswith("relative_position_bias_table")]
     assert len(tables) == 4
+    assert any(name.endswith("attention_biases") for name, _ in networks[4].named_parameters())

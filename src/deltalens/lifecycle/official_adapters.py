@@ -64,7 +64,7 @@ def mona_lorand(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -
 
 
 def vpt_adapter(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -> Import:
-    """`enc.transformer.encoder.layer.0.adapter_downsample.weight`, for MAE and MoCo-v3 `enc.blocks.0`: to `mlp.inner`."""
+    """`enc.transformer.encoder.layer.0.adapter_downsample.bias`, for MAE and MoCo-v3 `enc.blocks.0` -> `mlp.inner`."""
     found = {}
     for key, tensor in state_dict.items():
         match = re.fullmatch(r"(?:.+\.)?(?:layer|blocks)\.(\d+)\.(adapter_(?:down|up)sample)\.(weight|bias)", key)
