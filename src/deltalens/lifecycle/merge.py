@@ -63,11 +63,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 def _fold_into_readers(block: nn.Module, slots: Slots) -> None:
     """Fold the modules at the end of a `pre` slot that are affine in n, n -> M n + c, into the layers that read n.
 
-    Prompts are projected by the same layers and do not pass the slot: where some are left, its modules stay.
+    Prompts are projected by attention's layers and do not pass `attention.pre`: where some are left, its modules stay.
     """
     family = next((family for family in type(block)._families if family.slots), None)
+    prompted = any(not isinstance(module, ConstantKeysValues) for module in slots.live("attention.prompts"))
     for slot, paths in family.readers(block).items() if family else ():
-        if any(not isinstance(prompts, ConstantKeysValues) for prompts in slots.live("attention.prompts")):
+        if slot == "attention.pre" and prompted:
             continue
         readers = [layer for path in paths if (layer := _layer_at(block, path)) is not None]
         if not readers or any(original_class(layer) is not nn.Linear for layer in readers):
