@@ -16,6 +16,7 @@ from .methods import (
     MonaConfig,
     MonaLayer,
     VPTConfig,
+    class_prototypes,
     list_methods,
     make_config,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "adapter_info",
     "attach",
     "class_names",
+    "class_prototypes",
     "count_parameters",
     "create_backbone",
     "delete_adapter",

@@ -7,6 +7,7 @@ from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
 from deltalens.methods.mona import MonaConfig, MonaLayer
 from deltalens.methods.vpt import VPTConfig
+from deltalens.methods.vpt_prototypes import class_prototypes
 
 __all__ = [
     "BitFitConfig",
@@ -17,6 +18,7 @@ __all__ = [
     "MonaConfig",
     "MonaLayer",
     "VPTConfig",
+    "class_prototypes",
     "list_methods",
     "make_config",
     "method_class",
