@@ -30,6 +30,7 @@ from .methods import (
     SidetuneConfig,
     VPTConfig,
     from_peft,
+    class_prototypes,
     list_methods,
     make_config,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "adapter_info",
     "attach",
     "class_names",
+    "class_prototypes",
     "count_parameters",
     "create_backbone",
     "delete_adapter",

@@ -98,9 +98,8 @@ def _fold_slots(block: nn.Module, slots: Slots, active: tuple[str, ...]) -> None
             for key, module in list(methods.items()):
                 if slot == "attention_prompts" and family.keys_values is not None:
                     tokens = module(next(block.parameters()))
-                    if not isinstance(tokens, tuple):
-                        keys, values = family.keys_values(block, tokens)
-                        methods[key] = ConstantKeysValues(keys.clone(), values.clone())
+                    keys, values = tokens if isinstance(tokens, tuple) else family.keys_values(block, tokens)
+                    methods[key] = ConstantKeysValues(keys.clone(), values.clone())
                 elif hasattr(module, "folded"):
                     methods[key] = module.folded()
 

@@ -20,6 +20,7 @@ from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
 from deltalens.methods.sidetune import SidetuneConfig
 from deltalens.methods.vpt import VPTConfig
+from deltalens.methods.vpt_prototypes import class_prototypes
 
 __all__ = [
     "AdaptFormerConfig",
@@ -43,6 +44,7 @@ __all__ = [
     "SidetuneConfig",
     "VPTConfig",
     "from_peft",
+    "class_prototypes",
     "list_methods",
     "make_config",
     "method_class",
