@@ -10,7 +10,16 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from deltalens.methods import BitFitConfig, LoRAConfig, MonaConfig, VPTConfig
+from deltalens.methods import (
+    BitFitConfig,
+    ConvpassConfig,
+    FacTConfig,
+    LoRAConfig,
+    MonaConfig,
+    RepAdapterConfig,
+    SSFConfig,
+    VPTConfig,
+)
 
 CLASSES = 5
 
@@ -99,6 +108,12 @@ METHODS = {
     "lora": LoRAConfig(r=2, parts=("q", "v")),
     "lora-mlp": LoRAConfig(r=2, parts=("fc1", "fc2")),
     "bitfit": BitFitConfig(),
+    "ssf": SSFConfig(),
+    "fact": FacTConfig(r=3, scale=0.5, dropout=0.0),
+    "fact-tk": FacTConfig(r=3, form="tk", scale=0.5, dropout=0.0),
+    "fact-mlp": FacTConfig(r=3, parts=("fc1", "fc2"), dropout=0.0),
+    "repadapter": RepAdapterConfig(bottleneck=4, scale=0.5, dropout=0.0),
+    "convpass": ConvpassConfig(bottleneck=3, scale=0.5, dropout=0.0),
 }
 # what each family can be adapted with
 PAIRS = [
@@ -106,6 +121,12 @@ PAIRS = [
     *[("swin", method) for method in ("mona", "vpt-deep", "vpt-shallow", "lora", "bitfit")],
     *[("convnext", method) for method in ("mona", "lora-mlp", "bitfit")],
     *[("resnet", method) for method in ("mona", "bitfit")],
+    *[(family, "ssf") for family in ("vit", "swin", "convnext", "resnet")],
+    *[(family, "fact") for family in ("vit", "swin")],
+    ("vit", "fact-tk"),
+    ("convnext", "fact-mlp"),
+    *[(family, "repadapter") for family in ("vit", "swin", "convnext")],
+    *[(family, "convpass") for family in ("vit", "swin")],
 ]
 
 

@@ -182,12 +182,20 @@ def test_the_recipe_on_the_page_is_one(tmp_path):
 # ------------------------------------------------------------------ completeness
 def test_every_method_has_a_page():
     index = (DOCS / "methods/index.md").read_text()
-    shipped = [m for m in dl.list_methods() if method_class(m).__module__.startswith("deltalens.")]
+    own = [m for m in dl.list_methods() if not m.startswith("peft/")]
+    shipped = [m for m in own if method_class(m).__module__.startswith("deltalens.")]
     for method in shipped:  # other tests register methods of their own
         page = (DOCS / f"methods/{method}.md").read_text()
         assert f"```{{method-settings}} {method}\n" in page, method
         assert re.search(r"!\[.+\]\(\.\./images/method-.+\.svg\)", page), method
         assert f"({method}.md)" in index, method
+
+
+def test_every_tuner_of_peft_is_in_the_table_of_its_page():
+    page = (DOCS / "methods/peft.md").read_text()
+    assert "(peft.md)" in (DOCS / "methods/index.md").read_text()
+    for method in dl.list_methods("peft/*"):
+        assert f"| `{method}` |" in page, method
 
 
 def test_every_page_is_in_a_table_of_contents():

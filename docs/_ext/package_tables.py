@@ -61,7 +61,11 @@ class LearningRates(Directive):
         return [
             table(
                 ("method", "learning rate"),
-                [(name, f"{method_class(name).learning_rate:g}") for name in list_methods()],
+                [
+                    (name, f"{method_class(name).learning_rate:g}")
+                    for name in list_methods()
+                    if not name.startswith("peft/")
+                ],
             )
         ]
 

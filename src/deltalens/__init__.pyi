@@ -6,16 +6,23 @@ from .lifecycle.files import from_pretrained, load_adapter, save_pretrained
 from .lifecycle.info import adapter_info, class_names, preprocessing
 from .lifecycle.merge import merge_and_unload
 from .lifecycle.official import import_official
+from .lifecycle.prepare import prepare
 from .lifecycle.switch import active_adapters, delete_adapter, disable_adapter, set_adapter
 from .methods import (
     BitFitConfig,
+    ConvpassConfig,
+    FacTConfig,
     FullConfig,
     LinearConfig,
     LoRAConfig,
     Method,
     MonaConfig,
     MonaLayer,
+    RepAdapterConfig,
+    SCTConfig,
+    SSFConfig,
     VPTConfig,
+    from_peft,
     list_methods,
     make_config,
 )
@@ -23,12 +30,17 @@ from .methods import (
 __version__: str
 __all__ = [
     "BitFitConfig",
+    "ConvpassConfig",
+    "FacTConfig",
     "FullConfig",
     "LinearConfig",
     "LoRAConfig",
     "Method",
     "MonaConfig",
     "MonaLayer",
+    "RepAdapterConfig",
+    "SCTConfig",
+    "SSFConfig",
     "VPTConfig",
     "__version__",
     "active_adapters",
@@ -41,6 +53,7 @@ __all__ = [
     "describe",
     "detach",
     "disable_adapter",
+    "from_peft",
     "from_pretrained",
     "import_official",
     "list_methods",
@@ -49,6 +62,7 @@ __all__ = [
     "make_config",
     "merge_and_unload",
     "parameter_table",
+    "prepare",
     "preprocessing",
     "print_trainable_parameters",
     "save_pretrained",

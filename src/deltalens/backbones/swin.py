@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
@@ -22,6 +23,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
+from deltalens.backbones.pixels import IMAGE, STEM
 from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.attention import attention
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
@@ -115,20 +117,25 @@ def _block_forward(self: SwinTransformerBlock, x: Tensor | MapAndPrompts) -> Ten
 
         return residual_block(slots, slots.layout, x, _branches(self, attend))
 
-    feature_map, prompts = x if isinstance(x, tuple) else (x, x.new_empty(x.shape[0], 0, x.shape[-1]))
+    feature_map = _map_of(x)
     height, width = feature_map.shape[1:3]
-    tokens = torch.cat([prompts, feature_map.flatten(1, 2)], 1)
+    tokens = feature_map.flatten(1, 2)
+    tokens = torch.cat([x[1], tokens], 1) if isinstance(x, tuple) else tokens
 
     def attention_beside_prompts(normed: Tensor) -> Tensor:
-        start = normed.shape[1] - height * width
+        start, extra = normed.shape[1] - height * width, keys_values(normed)
         normed_map = normed[:, start:].unflatten(1, (height, width))
-        update, prompt_update = _attend(self, normed_map, keys_values(normed), normed[:, :start])
+        if not start:
+            update = _attend(self, normed_map, extra, None)[0] if extra else self._attn(normed_map)
+            return update.flatten(1, 2)
+        update, prompt_update = _attend(self, normed_map, extra, normed[:, :start])
         return torch.cat([prompt_update, update.flatten(1, 2)], 1)
 
     layout = Tokens(prefix=0, grid=(height, width))
     tokens = residual_block(slots, layout, tokens, _branches(self, attention_beside_prompts))
     start = tokens.shape[1] - height * width
-    return tokens[:, start:].unflatten(1, (height, width)), tokens[:, :start]
+    feature_map = tokens[:, start:].unflatten(1, (height, width))
+    return (feature_map, tokens[:, :start]) if start else feature_map  # `tokens.in` modules may add none
 
 
 def _parts(block: SwinTransformerBlock) -> dict[str, Part]:
@@ -141,6 +148,12 @@ def _width(block: SwinTransformerBlock) -> int:
     return block.dim
 
 
+def _may_pad(block: SwinTransformerBlock) -> bool:
+    """Whether `_attn` may pad the normed map: the zeros are read by qkv beside what comes out of `attention.pre`."""
+    sizes = zip(block.input_resolution, block.window_size, strict=True)
+    return getattr(block, "dynamic_mask", False) or any(size % window for size, window in sizes)
+
+
 BLOCK = Family(
     name="deltalens.backbones.swin:BLOCK",
     methods={"forward": _block_forward},
@@ -148,6 +161,7 @@ BLOCK = Family(
     parts=_parts,
     width=_width,
     keys_values=prompt_keys_values,
+    readers=lambda block: {"mlp.pre": ("mlp.fc1",)} | ({} if _may_pad(block) else {"attention.pre": ("attn.qkv",)}),
 )
 
 
@@ -225,6 +239,14 @@ OWNER = Family(
 )
 
 
+def _add_pixels(tower: Tower, path: str, embed: PatchEmbed) -> None:
+    tower.patch_size, tower.image_size = embed.patch_size, embed.img_size
+    tower.resizable = "strict_img_size=False" if embed.strict_img_size else ""
+    width = embed.proj.out_channels
+    tower.image = Site(path, embed, IMAGE, width, tower=tower)
+    tower.stem = Site(f"{path}.proj".lstrip("."), embed.proj, STEM, width, tower=tower)
+
+
 def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
     """One tower of all Swin blocks in the tree."""
     tower = Tower("vision", ChannelsLast())
@@ -232,14 +254,13 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
         if isinstance(module, SwinTransformerBlock):
             cls = original_class(module)
             if cls.forward is SwinTransformerBlock.forward and type(module.attn).forward is WindowAttention.forward:
-                tower.add(path, module, BLOCK, module.dim)
+                tower.add(path, module, BLOCK, module.dim, tuple(module.input_resolution))
         elif isinstance(module, PatchMerging):
             tower.carriers.append(Site(path, module, MERGING, module.dim, tower=tower))
         elif isinstance(module, SwinTransformer):
             tower.classifier = Site(path, module, OWNER, module.num_features, tower=tower)
             tower.carriers.append(tower.classifier)
-            tower.patch_size = module.patch_embed.patch_size
-        elif tower.patch_size is None and hasattr(module, "patch_size") and hasattr(module, "grid_size"):
-            tower.patch_size = module.patch_size
+        elif isinstance(module, PatchEmbed) and tower.image is None:
+            _add_pixels(tower, path, module)
     if tower.blocks:
         yield "", tower

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from deltalens.backbones.pixels import IMAGE, STEM, read_pixels
 from deltalens.sites.anatomy import Family, Site, Tower
 from deltalens.sites.layout import ChannelsFirst, ChannelsLast, Layout, Sequence, Tokens
 from deltalens.sites.swap import original_class, original_method
@@ -31,13 +32,13 @@ def _block_forward(self: nn.Module, *args, **kwargs):
 
 
 def _first_map(self: nn.Module, *args, **kwargs):
-    y = original_method(self, "forward")(*args, **kwargs)
+    y = read_pixels(self, *args, **kwargs)
     self.__dict__["delta_layout"].record(*y.shape[2:4])
     return y
 
 
 def _last_map(self: nn.Module, *args, **kwargs):
-    y = original_method(self, "forward")(*args, **kwargs)
+    y = read_pixels(self, *args, **kwargs)
     self.__dict__["delta_layout"].record(*y.shape[1:3])
     return y
 
@@ -49,19 +50,33 @@ UNKNOWN_BLOCK = Family(
 )
 CHANNELS_FIRST_EMBED = Family(name="deltalens.backbones.unknown:CHANNELS_FIRST_EMBED", methods={"forward": _first_map})
 CHANNELS_LAST_EMBED = Family(name="deltalens.backbones.unknown:CHANNELS_LAST_EMBED", methods={"forward": _last_map})
+# a module that both receives the pixels and gives the grid: the same readings, with slots
+_PIXELS = frozenset({"image", "stem.parallel"})
+CHANNELS_FIRST_PIXELS = Family(
+    name="deltalens.backbones.unknown:CHANNELS_FIRST_PIXELS", methods={"forward": _first_map}, slots=_PIXELS
+)
+CHANNELS_LAST_PIXELS = Family(
+    name="deltalens.backbones.unknown:CHANNELS_LAST_PIXELS", methods={"forward": _last_map}, slots=_PIXELS
+)
 
 
 # ------------------------------------------------------------------ one forward of fake tensors
 class _Trace:
-    """Output shapes by path, in order of execution."""
+    """Output shapes by path, in order of execution, and the innermost module that received the input first."""
 
-    def __init__(self):
+    def __init__(self, size: tuple[int, int, int]):
+        self.size = size
+        self.input: torch.Tensor | None = None
+        self.receiver: str | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.maps: list[tuple[str, tuple[int, ...]]] = []
         self.maps_before: dict[str, int] = {}
 
-    def before(self, path: str) -> None:
+    def before(self, path: str, module: nn.Module, args: tuple) -> None:
         self.maps_before.setdefault(path, len(self.maps))
+        is_leaf = all(name == "delta" for name, _ in module.named_children())
+        if self.receiver is None and is_leaf and args and args[0] is self.input:
+            self.receiver = path
 
     def after(self, path: str, output) -> None:
         if isinstance(output, (tuple, list)) and output:
@@ -83,17 +98,18 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 def _trace(model: nn.Module) -> _Trace:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    trace, handles, modes = _Trace(), [], {m: m.training for m in model.modules()}
+    trace, handles, modes = _Trace(input_size(model)), [], {m: m.training for m in model.modules()}
     for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, args, path=path: trace.before(path)))
+        handles.append(module.register_forward_pre_hook(lambda m, args, path=path: trace.before(path, m, args)))
         handles.append(module.register_forward_hook(lambda m, args, y, path=path: trace.after(path, y)))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            model.eval()(torch.empty(2, *input_size(model)))
+            trace.input = torch.empty(2, *trace.size)
+            model.eval()(trace.input)
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} is of no known family, and a trial forward with an input of shape "
-            f"{(2, *input_size(model))} failed, so that its blocks cannot be described: {error}"
+            f"{(2, *trace.size)} failed, so that its blocks cannot be described: {error}"
         ) from error
     finally:
         for handle in handles:
@@ -178,6 +194,21 @@ def _uncalled(path: str, block: nn.Module, trace: _Trace) -> frozenset[str]:
     return frozenset(name for name in layers if f"{path}.{name}" not in trace.maps_before)
 
 
+def _add_pixels(tower: Tower, model: nn.Module, trace: _Trace) -> None:
+    tower.image_size = trace.size[1:]
+    if getattr(getattr(model, "patch_embed", None), "strict_img_size", False):
+        tower.resizable = "strict_img_size=False or dynamic_img_size=True"
+    if trace.receiver is None:
+        return
+    module, width = model.get_submodule(trace.receiver), tower.blocks[0].width
+    image, stem = IMAGE, STEM
+    if tower.embed is not None and tower.embed.path == trace.receiver:
+        image = stem = CHANNELS_FIRST_PIXELS if tower.embed.family is CHANNELS_FIRST_EMBED else CHANNELS_LAST_PIXELS
+    tower.image = Site(trace.receiver, module, image, width, tower=tower)
+    if isinstance(module, nn.Conv2d):
+        tower.stem = Site(trace.receiver, module, stem, width, tower=tower)
+
+
 def find_towers(model: nn.Module, pattern: str | None = None) -> Iterator[tuple[str, Tower]]:
     """Towers of an unknown network. pattern: regular expression of the block paths, instead of looking for them."""
     trace = _trace(model)
@@ -200,4 +231,5 @@ def find_towers(model: nn.Module, pattern: str | None = None) -> Iterator[tuple[
         towers[key].add(path, block, UNKNOWN_BLOCK, width)
         towers[key].blocks[-1].uncalled = _uncalled(path, block, trace)
     for tower in towers.values():
+        _add_pixels(tower, model, trace)
         yield "", tower

@@ -11,6 +11,7 @@ from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from deltalens.backbones.pixels import STEM, through_images
 from deltalens.backbones.unknown import UNKNOWN_BLOCK
 from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.attention import attention
@@ -111,17 +112,23 @@ BLOCK = Family(
     parts=_parts,
     width=_width,
     keys_values=prompt_keys_values,
+    readers=lambda block: {"attention.pre": ("attn.qkv", "attn.gate"), "mlp.pre": ("mlp.fc1",)},
 )
 
 
 # ------------------------------------------------------------------ the patch embedding and the owner of the tokens
 def _embed_forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+    """The image as adapters change it; its grid is recorded."""
+    x = through_images(self, x)
     height, width = self.dynamic_feat_size(x.shape[-2:])
     self.__dict__["delta_layout"].record(height, width)
     return original_method(self, "forward")(x, *args, **kwargs)
 
 
 EMBED = Family(name="deltalens.backbones.vit:EMBED", methods={"forward": _embed_forward})
+IMAGE = Family(
+    name="deltalens.backbones.vit:IMAGE", methods={"forward": _embed_forward}, slots=frozenset({"image"})
+)  # the same reading: either may be put on top of the other
 
 
 def _head_reads_class_row_only(model: VisionTransformer) -> bool:
@@ -225,11 +232,16 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
     for path, owner in model.named_modules():
         if not isinstance(owner, VisionTransformer) or not len(owner.blocks):
             continue
-        patch_size = getattr(owner.patch_embed, "patch_size", None)
-        tower = Tower("vision", Tokens(owner.num_prefix_tokens), patch_size=patch_size)
+        embed, width = owner.patch_embed, owner.embed_dim
+        tower = Tower("vision", Tokens(owner.num_prefix_tokens), class_token=owner.cls_token is not None)
         for i, block in enumerate(owner.blocks):
-            tower.add(f"blocks.{i}", block, _family(block), owner.embed_dim)
-        tower.embed = Site("patch_embed", owner.patch_embed, EMBED, owner.embed_dim, tower=tower)
+            tower.add(f"blocks.{i}", block, _family(block), width, getattr(embed, "grid_size", None))
+        tower.patch_size, tower.image_size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
+        tower.resizable = "dynamic_img_size=True" if getattr(embed, "strict_img_size", False) else ""
+        tower.embed = Site("patch_embed", embed, EMBED, width, tower=tower)
+        tower.image = Site("patch_embed", embed, IMAGE, width, tower=tower)
+        if isinstance(getattr(embed, "proj", None), nn.Conv2d):
+            tower.stem = Site("patch_embed.proj", embed.proj, STEM, width, tower=tower)
         if original_class(owner).forward_intermediates is VisionTransformer.forward_intermediates:
             tower.owner = tower.classifier = Site("", owner, OWNER, owner.embed_dim, tower=tower)
         yield path, tower

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from deltalens.cli.method_options import MODEL_HELP, add_method_argument, translate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from jsonargparse import ArgumentParser, Namespace
     from torch import nn
 
@@ -66,7 +68,7 @@ def run(args: Namespace) -> None:
 
 def _inserted(model: nn.Module, offered: dict[str, list[str]]) -> list[str]:
     """The inserted modules by block and slot; blocks where they are the same are said once."""
-    from deltalens.lifecycle.state import all_slots
+    from deltalens.lifecycle.state import all_slots, state_of
 
     found: dict[tuple[str, ...], list[str]] = {}
     for owner, slots in all_slots(model):
@@ -76,13 +78,25 @@ def _inserted(model: nn.Module, offered: dict[str, list[str]]) -> list[str]:
             slot = next((name for name in offered.get(block, ()) if name.replace(".", "_") == key), f"weights:{key}")
             count = sum(parameter.numel() for parameter in module.parameters())
             title = f"{slot:<22} {method}: {type(module).__name__}, {count:,} parameters"
-            tensors = "; ".join(f"{name} {tuple(p.shape)}" for name, p in module.named_parameters())
-            wrapped = textwrap.wrap(tensors, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
-            found.setdefault((f"    {title}", *wrapped), []).append(block)
+            found.setdefault((f"    {title}", *_tensors(module.named_parameters())), []).append(block)
+    for wrapping in state_of(model).active_wrappings():
+        own = {id(parameter) for parameter in wrapping.parameters() if parameter.requires_grad}
+        for path, layer in wrapping.layers.items():
+            block = max((each for each in offered if path.startswith(f"{each}.")), key=len, default="")
+            tensors = [(name, parameter) for name, parameter in layer.named_parameters() if id(parameter) in own]
+            count = sum(parameter.numel() for _, parameter in tensors)
+            place = "around " + path.removeprefix(f"{block}.")
+            title = f"{place:<22} {wrapping.method}: {type(layer).__name__}, {count:,} parameters"
+            found.setdefault((f"    {title}", *_tensors(tensors)), []).append(block or path)
     by_blocks: dict[tuple[str, ...], list[str]] = {}
     for lines, blocks in found.items():
         by_blocks.setdefault(tuple(blocks), []).extend(lines)
     return [line for blocks, lines in by_blocks.items() for line in (_range(blocks), *lines)] or ["nothing is inserted"]
+
+
+def _tensors(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    text = "; ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters)
+    return textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
 
 
 def _replaced(model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -30,15 +31,22 @@ def _methods(args: Namespace) -> list[str]:
 
     lines = []
     for name in list_methods(args.pattern):
+        if name.startswith("peft/") and args.pattern == "*":
+            continue  # their settings are peft's, and many
         cls = method_class(name)
         lines.append(f"{name:<8} {(cls.__doc__ or '').strip().partition(chr(10))[0]}")
         for field in dataclasses.fields(cls):
-            setting = f"--method.{field.name} {_shown(field.default)}"
+            setting = f"--method.{field.name} {_shown(field)}"
             lines.append(f"         {setting:<36} {field.metadata.get('help', '')}")
+    if args.pattern == "*":
+        tuners = ", ".join(list_methods("peft/*"))
+        lines += textwrap.wrap(f"of the peft library: {tuners}", 110, subsequent_indent=" " * 9, break_on_hyphens=False)
+        lines.append("         deltalens list methods 'peft/loha' shows the settings of one")
     return lines
 
 
-def _shown(value) -> str:
+def _shown(field) -> str:
+    value = field.default_factory() if callable(field.default_factory) else field.default
     return str(list(value)).replace("'", "") if isinstance(value, tuple) else str(value)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from deltalens.backbones import describe
 from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, state_of
 from deltalens.lifecycle.switch import set_adapter
+from deltalens.lifecycle.wrapped import make_wrappings, on_plain_layers
 from deltalens.methods.base import Method, Placement
 from deltalens.sites import weights
 from deltalens.sites.anatomy import Anatomy, Site, Tower, require
@@ -18,6 +19,7 @@ from deltalens.sites.slots import Slots
 from deltalens.sites.swap import Swapped, refuse_unswappable, swap, unswap
 
 
+@on_plain_layers
 def attach(
     model: nn.Module,
     config: Method | Sequence[Method],
@@ -51,7 +53,8 @@ def attach(
     placements = [_placements(method, anatomy) for method in configs]
     unfrozen = list(dict.fromkeys(path for method in configs for path in method.unfreeze(anatomy)))
     unfrozen += [path for path in anatomy.outside_tensors if path not in unfrozen]
-    _check_matches(configs, placements, unfrozen, anatomy)
+    wrappings = make_wrappings(configs, placements, anatomy, state)
+    _check_matches(configs, placements, wrappings, unfrozen, anatomy)
     if num_classes is not None and anatomy.head is None:
         raise ValueError(
             f"num_classes={num_classes} was given, but {type(model).__name__} has no classifier layer to replace; "
@@ -69,7 +72,7 @@ def attach(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         swap(model, ROOT)
-    adapter = state.adapters[name] = Adapter(configs, num_classes=state.num_classes)
+    adapter = state.adapters[name] = Adapter(configs, wrappings=wrappings, num_classes=state.num_classes)
     for method, placed in zip(configs, placements, strict=True):
         for site, slot, module in placed:
             _install(anatomy, site, slot, name, method.name, module)
@@ -124,24 +127,25 @@ def _check(model, configs, name, backbone, blocks) -> State | None:
 
 def _placements(method: Method, anatomy: Anatomy) -> list[Placement]:
     placed = list(method.place(anatomy))
-    for site, slot, _ in placed:
+    for site, slot, module in placed:
         require(site, slot, type(method).__name__, anatomy.model)
         if slot.startswith("weights:"):
-            weights.linear_of(site.module, site.parts[slot.partition(":")[2]])
+            weights.check_fit(site.module, site.parts[slot.partition(":")[2]], module)
     return placed
 
 
-def _check_matches(configs, placements, unfrozen: list[str], anatomy: Anatomy) -> None:
+def _check_matches(configs, placements, wrappings, unfrozen: list[str], anatomy: Anatomy) -> None:
     parameters = dict(anatomy.model.named_parameters())
     unknown = [path for path in unfrozen if path not in parameters]
     if unknown:
         raise ValueError(f"a method asks to unfreeze tensors that do not exist: {', '.join(unknown[:3])}")
     for method, placed in zip(configs, placements, strict=True):
-        if not placed and not method.head_only and not list(method.unfreeze(anatomy)):
+        wraps = any(wrapping.method == method.name for wrapping in wrappings)
+        if not placed and not wraps and not method.head_only and not list(method.unfreeze(anatomy)):
             raise ValueError(
                 f"{method} matches nothing in {type(anatomy.model).__name__}: it would train the head only"
             )
-    if not any(placements) and not unfrozen and not anatomy.head_paths():
+    if not any(placements) and not wrappings and not unfrozen and not anatomy.head_paths():
         raise ValueError(f"nothing would be trained: {type(anatomy.model).__name__} has no head")
 
 

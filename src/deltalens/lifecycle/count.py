@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from deltalens.lifecycle.state import KEY, state_of
+from deltalens.lifecycle.wrapped import wrapper_parameters
 
 
 class ParameterCount(NamedTuple):
@@ -42,11 +43,11 @@ class ParameterRow(NamedTuple):
 def parameter_table(model: nn.Module) -> list[ParameterRow]:
     """Every trainable tensor of the active adapters, shared ones once. Without adapters: every trainable parameter."""
     heads = tuple(path + "." for path in state_of(model).heads) if KEY in model.__dict__ else ()
-    rows = []
+    rows, wrappers = [], wrapper_parameters(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if "delta" in name.split("."):
+        if "delta" in name.split(".") or id(parameter) in wrappers:
             kind = "inserted"
         else:
             kind = "head" if heads and name.startswith(heads) else "unfrozen"
@@ -58,10 +59,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Trained parameters of the active adapters and the size of the backbone they are a share of."""
     rows = parameter_table(model)
     heads = tuple(path + "." for path in state_of(model).heads)
+    wrappers = wrapper_parameters(model)
     backbone = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if "delta" not in name.split(".") and not (heads and name.startswith(heads))
+        if "delta" not in name.split(".") and id(p) not in wrappers and not (heads and name.startswith(heads))
     )
     head = sum(row.numel for row in rows if row.kind == "head")
     return ParameterCount(sum(row.numel for row in rows) - head, head, backbone)

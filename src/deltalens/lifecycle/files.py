@@ -22,6 +22,7 @@ from deltalens.lifecycle.count import count_parameters
 from deltalens.lifecycle.state import KEY, adapter_of, state_of
 from deltalens.lifecycle.switch import delete_adapter
 from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors
+from deltalens.lifecycle.wrapped import plain_layers
 from deltalens.methods.base import Method, make_config
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -37,20 +38,22 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | 
     name, adapter = adapter_of(model, name)
     directory = Path(directory)
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
+    with plain_layers(model):
+        base_model = base_model_block(model)
     config: dict[str, Any] = {
         "peft_type": adapter.configs[0].name.upper(),
         "deltalens_format": FORMAT,
         "methods": [method.to_dict() for method in adapter.configs],
-        "base_model_name_or_path": None,
-        "base_model": base_model_block(model),
+        "base_model_name_or_path": base_model["id"],
+        "base_model": base_model,
         "num_classes": adapter.num_classes,
         "heads": list(adapter.heads),
         "trained_parameters": _count(model, name),
         "info": adapter.info,
     }
-    config["base_model_name_or_path"] = config["base_model"]["id"]
     if peft_format.applies(adapter.configs):
-        tensors, config = peft_format.encode(model, name, tensors, config)
+        with plain_layers(model):
+            tensors, config = peft_format.encode(model, name, tensors, config)
     with contextlib.ExitStack() as renamed_at_the_end:
         files = {
             file: renamed_at_the_end.enter_context(atomic_path(directory / file)) for file in (CONFIG, CARD, TENSORS)
@@ -77,8 +80,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     attach(model, methods, name, num_classes=num_classes, backbone=None if had_adapters else base.get("backbone"),
            blocks=None if had_adapters else base.get("blocks"))  # fmt: skip
     try:
-        check_fingerprint(model, base.get("fingerprint") or {})
-        load_tensors(model, name, _fitting(model, name, tensors), _beyond(model))
+        with plain_layers(model):
+            check_fingerprint(model, base.get("fingerprint") or {})
+            load_tensors(model, name, _fitting(model, name, tensors), _beyond(model))
     except ValueError as error:
         _undo(model, name, had_adapters)
         raise ValueError(f"{directory}: {error}") from error

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from deltalens.lifecycle.state import KEY, ROOT, all_slots, state_of
+from deltalens.lifecycle.wrapped import merge_wrapped
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
 from deltalens.sites.swap import Swapped, original_class, swapped_class, unswap
-from deltalens.sites.weights import LINEAR
+from deltalens.sites.weights import WeightSlots, merge_changes
 
 
 class ConstantKeysValues(nn.Module):
@@ -30,34 +31,60 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Fold the active adapters into the model for inference, in place, and forget all others. Returns the model, in
     eval mode.
 
-    Weight changes (LoRA) are added to the weights and leave a plain model of the backbone's own classes. Modules with a
-    `folded()` form (Mona) are replaced by it, prompts that serve as keys and values become constants; blocks with
-    such modules keep
-    their swapped class. Head and unfrozen tensors stay. The result cannot be switched, detached or trained further.
+    Weight changes (LoRA, FacT) and changes of outputs (SSF) become weights and biases, affine modules in front of
+    linear layers (RepAdapter) become part of those layers; what is left is a plain model of the backbone's own classes.
+    A layer without a bias may get one. Modules with a `folded()` form (Mona) are replaced by it, prompts that serve as
+    keys and values become constants; blocks with such modules keep their swapped class. Head and unfrozen tensors
+    stay. The result cannot be switched, detached or trained further.
     """
     state = state_of(model)
     active = state.active
+    merge_wrapped(model)
     model.eval()
-    for owner, slots in list(all_slots(model)):
-        module = model.get_submodule(owner)
+    owners = [(model.get_submodule(path), slots) for path, slots in all_slots(model)]
+    for _, slots in owners:
         for name in [name for name in state.adapters if name not in active]:
             slots.remove(name)
-        if LINEAR in type(module)._families:
-            _merge_linear(module, slots)
-        else:
-            _fold_slots(module, slots, active)
+    layers = [(module, slots) for module, slots in owners if isinstance(slots, WeightSlots)]
+    blocks = [(module, slots) for module, slots in owners if not isinstance(slots, WeightSlots)]
+    for layer, _ in layers:  # first, because prompts are projected by these layers
+        merge_changes(layer)
+        del layer._modules["delta"]
+        unswap(layer)
+    for block, slots in blocks:
+        _fold_slots(block, slots, active)
+    for block, slots in blocks:
+        _fold_into_readers(block, slots)
     _unswap_idle(model)
     del model.__dict__[KEY]
     return model.requires_grad_(False)
 
 
-def _merge_linear(layer: nn.Linear, slots: Slots) -> None:
-    for part, rows in slots.rows.items():
-        start, stop = rows or (0, layer.out_features)
-        for module in slots.live(part):
-            layer.weight[start:stop] += module.weight_change().to(layer.weight.dtype)
-    del layer._modules["delta"]
-    unswap(layer)
+def _fold_into_readers(block: nn.Module, slots: Slots) -> None:
+    """Fold the modules at the end of a `pre` slot that are affine in n, n -> M n + c, into the layers that read n.
+
+    Prompts are projected by the same layers and do not pass the slot: where some are left, its modules stay.
+    """
+    family = next((family for family in type(block)._families if family.slots), None)
+    for slot, paths in family.readers(block).items() if family else ():
+        if any(not isinstance(prompts, ConstantKeysValues) for prompts in slots.live("attention.prompts")):
+            continue
+        readers = [layer for path in paths if (layer := _layer_at(block, path)) is not None]
+        if not readers or any(original_class(layer) is not nn.Linear for layer in readers):
+            continue
+        while (modules := slots.live(slot)) and hasattr(modules[-1], "affine"):
+            matrix, shift = modules[-1].affine()
+            for layer in readers:
+                bias = layer.weight @ shift if layer.bias is None else layer.bias + layer.weight @ shift
+                layer.weight.copy_(layer.weight @ matrix)
+                layer.bias = nn.Parameter(bias)
+            slots.remove_last(slot)
+
+
+def _layer_at(block: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        block = getattr(block, name, None)
+    return block
 
 
 def _fold_slots(block: nn.Module, slots: Slots, active: tuple[str, ...]) -> None:

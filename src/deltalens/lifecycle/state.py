@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltalens.methods.base import Method
+from deltalens.methods.wrapping import Wrapping
 from deltalens.sites.anatomy import Family
 from deltalens.sites.slots import Slots
 from deltalens.sites.swap import original_method
@@ -20,7 +21,7 @@ _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter: its methods, and the tensors and heads that replace the backbone's while it is active.
+    """One adapter: its methods, and the tensors, heads and wrappers that replace the backbone's while it is active.
 
     info: what files carry beside tensors (class names, metrics, preprocessing).
     """
@@ -29,6 +30,7 @@ class Adapter:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, nn.Module] = field(default_factory=dict)
+    wrappings: list[Wrapping] = field(default_factory=list)
     num_classes: int | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -51,6 +53,14 @@ class State:
     def frozen_mode(self) -> str:
         configs = [config for name in self.active for config in self.adapters[name].configs]
         return "train" if any(config.frozen_mode == "train" for config in configs) else "eval"
+
+    def wrapped_layers(self) -> dict[str, nn.Module]:
+        """Path -> the backbone's own layer, of every layer that some adapter wraps."""
+        wrappings = [wrapping for adapter in self.adapters.values() for wrapping in adapter.wrappings]
+        return {path: layer for wrapping in wrappings for path, layer in wrapping.originals.items()}
+
+    def active_wrappings(self) -> list[Wrapping]:
+        return [wrapping for name in self.active for wrapping in self.adapters[name].wrappings]
 
 
 def state_of(model: nn.Module) -> State:
@@ -96,6 +106,7 @@ def hold_frozen(model: nn.Module) -> None:
     for name in state.active:
         for head in state.adapters[name].heads.values():
             live |= {id(m) for m in head.modules()}
+    live |= {id(m) for wrapping in state.active_wrappings() for m in wrapping.modules()}
     for module in model.modules():
         if id(module) in live or module is model:
             continue
@@ -112,7 +123,8 @@ def _load_state_dict(self: nn.Module, state_dict, strict: bool = True, assign: b
         return original_method(self, "load_state_dict")(state_dict, strict=strict, assign=assign)
     except RuntimeError as error:
         missing = [name for name in self.state_dict() if name not in state_dict]
-        if missing and all("delta" in name.split(".") for name in missing):
+        wrapped = tuple(f"{path}." for wrapping in state_of(self).active_wrappings() for path in wrapping.layers)
+        if missing and all("delta" in name.split(".") or name.startswith(wrapped) for name in missing):
             raise RuntimeError(
                 "this is a checkpoint of the plain backbone, and the model has adapters: load it before attach, or "
                 "pass strict=False to leave the adapters as they are; to load an adapter, use deltalens.load_adapter"

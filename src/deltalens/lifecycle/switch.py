@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from deltalens.lifecycle.state import adapter_of, all_slots, put_buffer, put_module, put_parameter, state_of
+from deltalens.lifecycle.wrapped import put_originals, put_wrappers, refuse_doubly_wrapped
 from deltalens.sites.slots import ADAPTER_PREFIX
 
 
@@ -21,6 +22,10 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     for each in names:
         adapter_of(model, each)
+    refuse_doubly_wrapped(state, names)
+    put_originals(model)
+    for wrapping in state.active_wrappings():
+        wrapping.remember_place()
     _keep_buffers(model)
     state.active = names
     for _, slots in all_slots(model):
@@ -35,6 +40,12 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
         put_buffer(model, path, next((a.buffers[path] for a in chosen[::-1] if path in a.buffers), buffer))
     for path, original in state.heads.items():
         put_module(model, path, next((a.heads[path] for a in chosen[::-1] if path in a.heads), original))
+    for adapter in state.adapters.values():
+        for wrapping in adapter.wrappings:
+            wrapping.enable(adapter in chosen)
+    for wrapping in state.active_wrappings():
+        wrapping.follow()
+    put_wrappers(model)
     num_classes = next((a.num_classes for a in chosen[::-1] if a.num_classes is not None), state.num_classes)
     if state.num_classes is not None:
         model.num_classes = num_classes

@@ -1,7 +1,8 @@
 """An adapter as a dictionary of named tensors, and back.
 
 Names are paths in the plain classifier: `blocks.3.attention_stream.mona.gamma` for an inserted module,
-`blocks.3.norm1.bias` for an unfrozen tensor, `head.weight` for the head. They carry no adapter name, and are the same
+`blocks.3.attn.qkv.hada_w1_a` for one of a wrapper, `blocks.3.norm1.bias` for an unfrozen tensor, `head.weight` for
+the head. They carry no adapter name, and are the same
 in a classifier and in its `features_only` form. A module shared by several places is held once, under its first place.
 """
 
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 
 from deltalens.backbones.describe import describe
 from deltalens.lifecycle.state import adapter_of, all_slots, state_of
+from deltalens.lifecycle.wrapped import on_plain_layers, plain_layers
 from deltalens.sites.anatomy import Anatomy
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
     """The anatomy of an adapted model, as attach saw it."""
     state = state_of(model)
-    return describe(model, state.backbone, state.blocks)
+    with plain_layers(model):
+        return describe(model, state.backbone, state.blocks)
 
 
 def names_in_files(model: nn.Module) -> Callable[[str], str]:
@@ -44,6 +47,13 @@ def inserted_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
+def wrapper_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Name -> tensor of the adapter's wrappers, as the method that made them names them."""
+    wrappings = state_of(model).adapters[name].wrappings
+    return {key: tensor for wrapping in wrappings for key, tensor in wrapping.tensors().items()}
+
+
+@on_plain_layers
 def unfrozen_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Name -> tensor of the backbone that the adapter replaces, with running statistics."""
     file_name, state = names_in_files(model), state_of(model)
@@ -63,9 +73,10 @@ def head_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """All tensors of an adapter by name, not copied: inserted, unfrozen, head."""
+    """All tensors of an adapter by name, not copied: inserted, of wrappers, unfrozen, head."""
     name, _ = adapter_of(model, name)
-    return inserted_tensors(model, name) | unfrozen_tensors(model, name) | head_tensors(model, name)
+    added = inserted_tensors(model, name) | wrapper_tensors(model, name)
+    return added | unfrozen_tensors(model, name) | head_tensors(model, name)
 
 
 def load_tensors(
@@ -92,5 +103,9 @@ def load_tensors(
     if problems:
         raise ValueError(f"the tensors do not fit this adapter of {type(model).__name__}. " + "; ".join(problems))
     with torch.no_grad():
+        for wrapping in state_of(model).adapters[name].wrappings:
+            keys = wrapping.tensors().keys()
+            wrapping.load({key: tensors[key] for key in keys})
+            own = {key: tensor for key, tensor in own.items() if key not in keys}
         for key, tensor in own.items():
             tensor.copy_(tensors[key])

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 from torch import Tensor, nn
 
+from deltalens.methods.wrapping import Wrapping
 from deltalens.sites.anatomy import Anatomy, Site
 
 Placement = tuple[Site, str, nn.Module]
@@ -49,6 +50,12 @@ class Method:
         `in_features` and `out_features`."""
         return layer
 
+    def wrap(self, anatomy: Anatomy) -> Wrapping | None:
+        """Layers that the method replaces with wrappers of its own, as libraries do that rename what they adapt. It
+        builds them and leaves the model as it is; the lifecycle puts them in place. A method of your own does not
+        need this: `place` keeps names and classes."""
+        return None
+
     def losses(self, model: nn.Module, output: Any, batch: Any) -> dict[str, Tensor]:
         """Further loss terms of the method, by name; a task adds them to its own loss."""
         return {}
@@ -83,6 +90,7 @@ def check_choices(config: Method) -> None:
 
 
 _METHODS: dict[str, type[Method]] = {}
+_LATER: dict[str, Callable[[str], type[Method]]] = {}
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(setting,))
@@ -100,16 +108,23 @@ def register(name: str) -> Callable[[type[M]], type[M]]:
     return decorate
 
 
+def register_later(names: Iterable[str], build: Callable[[str], type[Method]]) -> None:
+    """Make names known whose configuration class is built when it is first asked for: it needs a heavy library."""
+    _LATER.update(dict.fromkeys(names, build))
+
+
 def list_methods(pattern: str = "*") -> list[str]:
     """Names of all methods that match a shell pattern, such as "vpt*"."""
-    return sorted(fnmatch.filter(_METHODS, pattern))
+    return sorted(fnmatch.filter({*_METHODS, *_LATER}, pattern))
 
 
 def method_class(name: str) -> type[Method]:
     """The configuration class of a method; ValueError with the nearest names for an unknown one."""
     if name in _METHODS:
         return _METHODS[name]
-    near = difflib.get_close_matches(name, _METHODS, n=3) or list_methods()
+    if name in _LATER:
+        return _LATER[name](name)
+    near = difflib.get_close_matches(name, list_methods(), n=3) or list_methods()
     raise ValueError(f"unknown method {name!r}; did you mean {' or '.join(near)}? All: {', '.join(list_methods())}")
 
 

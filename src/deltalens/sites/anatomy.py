@@ -33,6 +33,9 @@ class Family:
     width: block -> channels of its stream.
     keys_values: (block, prompts (1 or B, p, C)) -> (k, v) that those prompts become in the block's attention, for
         families whose attention takes prompts; merging stores them as constants.
+    readers: block -> {"mlp.pre": ("mlp.fc1",), ...}: for each `pre` slot the paths of all linear layers that read
+        what comes out of it, and nothing else does; merging folds affine modules of the slot into them. Paths that
+        a block lacks are passed over.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Family:
     parts: Callable[[nn.Module], dict[str, Part]] = lambda block: {}
     width: Callable[[nn.Module], int] | None = None
     keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
+    readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
@@ -56,6 +60,7 @@ class Site:
     path: its path from the model. width: channels of the stream there. index: its place in the tower, from 0.
     uncalled: paths inside the module of linear layers that its forward is known to bypass, reading their weights
         itself.
+    grid: (height, width) of the map here for images of the model's own size, None where unknown.
     """
 
     path: str
@@ -65,6 +70,7 @@ class Site:
     index: int = 0
     tower: Tower | None = None
     uncalled: frozenset[str] = frozenset()
+    grid: tuple[int, int] | None = None
 
     @property
     def slots(self) -> frozenset[str]:
@@ -88,6 +94,13 @@ class Tower:
         model that owns the tokens), so that nobody outside sees those tokens.
     classifier: the model that reads this stream for its head and offers the slots `pool` and `output`, or None.
     patch_size: (h, w) of the patch embedding's kernel where known; VPT's initialisation reads it.
+    class_token: whether the first prefix token is a class token.
+    image: the module that receives the pixels and offers the slot `image`: f(image) -> image. None where unknown.
+    stem: the convolution that reads the pixels and offers the slot `stem.parallel`: f(image) -> what is added to its
+        output. None where there is none.
+    image_size: (height, width) of the images the model was made for.
+    resizable: the setting without which this model refuses images of another size, such as
+        "dynamic_img_size=True"; empty for a model that takes other sizes as it is.
     """
 
     name: str
@@ -98,14 +111,22 @@ class Tower:
     carriers: list[Site] = field(default_factory=list)
     classifier: Site | None = None
     patch_size: tuple[int, int] | None = None
+    class_token: bool = False
+    image: Site | None = None
+    stem: Site | None = None
+    image_size: tuple[int, int] | None = None
+    resizable: str = ""
 
-    def add(self, path: str, module: nn.Module, family: Family, width: int) -> None:
-        self.blocks.append(Site(path, module, family, width, len(self.blocks), self))
+    def add(
+        self, path: str, module: nn.Module, family: Family, width: int, grid: tuple[int, int] | None = None
+    ) -> None:
+        self.blocks.append(Site(path, module, family, width, len(self.blocks), self, grid=grid))
 
     def sites(self) -> Iterator[Site]:
         """Every site of the tower, blocks first."""
         yield from self.blocks
-        yield from (site for site in (self.embed, self.owner, self.classifier) if site is not None)
+        sites = (self.embed, self.owner, self.classifier, self.image, self.stem)
+        yield from (site for site in sites if site is not None)
         yield from self.carriers
 
 

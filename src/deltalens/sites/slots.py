@@ -15,9 +15,11 @@ class Slots(nn.Module):
     """slot -> adapter -> method -> module, with the adapters that are active, in order.
 
     A slot's name is written with "_" instead of "." in parameter names: `attention.stream` is `attention_stream`.
-    Modules may declare two facts about themselves as class attributes:
+    Modules may declare three facts about themselves as class attributes:
 
     * `spatial = True`: called with the map (B, H, W, C); prefix tokens bypass it.
+    * `takes_layout = True`: called with the stream as it is and its layout as last argument, for modules that treat
+      prefix tokens and map each in their own way.
     * `pointwise = True`: acts on each token alone, so that tokens nobody reads need not be computed.
     """
 
@@ -27,8 +29,8 @@ class Slots(nn.Module):
         self.last = last
         self.active: tuple[str, ...] = ()
 
-    def put(self, slot: str, adapter: str, method: str, module: nn.Module) -> None:
-        """Place a module. The same method twice in one adapter and slot gets a numbered key."""
+    def put(self, slot: str, adapter: str, method: str, module: nn.Module) -> str:
+        """Place a module. The same method twice in one adapter and slot gets a numbered key. Returns the key."""
         key = slot.replace(".", "_")
         if key not in self._modules:
             self.add_module(key, nn.ModuleDict())
@@ -41,6 +43,7 @@ class Slots(nn.Module):
             count += 1
             name = f"{method}_{count}"
         methods[name] = module
+        return name
 
     def remove(self, adapter: str) -> None:
         """Forget all modules of an adapter."""
@@ -50,6 +53,12 @@ class Slots(nn.Module):
             if not len(adapters):
                 del self._modules[slot]
         self.active = tuple(name for name in self.active if name != adapter)
+
+    def remove_last(self, slot: str) -> None:
+        """Forget the last active module of a slot."""
+        adapters = self._modules[slot.replace(".", "_")]
+        name = next(name for name in reversed(self.active) if len(adapters._modules.get(ADAPTER_PREFIX + name, ())))
+        del adapters[ADAPTER_PREFIX + name][next(reversed(adapters[ADAPTER_PREFIX + name]))]
 
     def of(self, adapter: str) -> Iterator[tuple[str, nn.Module]]:
         """("slot.method", module) for every module of an adapter."""
@@ -76,7 +85,9 @@ class Slots(nn.Module):
     def chain(self, slot: str, x: Tensor, layout: Layout) -> Tensor:
         """f(x) -> x, one after the other: `pre`, `inner` and `stream` slots."""
         for module in self.live(slot):
-            if getattr(module, "spatial", False):
+            if getattr(module, "takes_layout", False):
+                x = module(x, layout)
+            elif getattr(module, "spatial", False):
                 feature_map, prefix = layout.split(x)
                 x = layout.join(module(feature_map), prefix)
             else:
@@ -87,7 +98,9 @@ class Slots(nn.Module):
         """f(x, n) -> delta or (delta, new tokens): the sum of the deltas, and the new tokens in order."""
         total, tokens = None, []
         for module in self.live(slot):
-            if getattr(module, "spatial", False):
+            if getattr(module, "takes_layout", False):
+                delta = module(x, normed, layout)
+            elif getattr(module, "spatial", False):
                 (x_map, prefix), (n_map, _) = layout.split(x), layout.split(normed)
                 delta = layout.join(module(x_map, n_map), None if prefix is None else prefix.new_zeros(prefix.shape))
             else:

@@ -1,8 +1,14 @@
-"""Linear layers whose weight an adapter changes: the `weights:<part>` slots.
+"""Layers that an adapter changes from within: the `weights:<part>` slots.
 
-A layer stays the nn.Linear it is; its swapped forward adds what the active modules return for its rows. A weight
-module is called with the layer's input x (..., in) and returns the change of the part's output (..., rows); its method
-`weight_change()` returns the same as a matrix (rows, in), for merging.
+A layer stays what it is; its swapped forward goes on from its own output y = layer(x), module by module, in the order
+in which they were attached. There are two kinds:
+
+* A module that adds is called with the layer's input x (..., in) and returns the change of the part's output
+  (..., rows); `weight_change()` returns the same as a matrix (rows, in). For nn.Linear layers.
+* A module with `transforms_output = True` is called with the part's output y (..., rows) and returns what takes its
+  place; `merged(weight, bias)` returns weight (rows, n) and bias (rows,) of a layer that gives that at once. For
+  every layer of `output_channels`. With `channelwise = True` each row depends on itself alone, and the module takes
+  the rows that are asked for as a slice: f(y[..., rows], rows).
 """
 
 from __future__ import annotations
@@ -12,66 +18,170 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.sites.anatomy import Anatomy, Family, Part
-from deltalens.sites.slots import Slots
+from deltalens.sites.slots import ADAPTER_PREFIX, Slots
 from deltalens.sites.swap import original_class, original_method, swap
 
 
-def _live_parts(layer: nn.Linear) -> list[tuple[int, int, nn.Module]]:
-    slots: Slots = layer.delta
-    found = []
-    for part, rows in slots.rows.items():
-        start, stop = rows or (0, layer.out_features)
-        found += [(start, stop, module) for module in slots.live(part)]
-    return found
+class WeightSlots(Slots):
+    """The slots of one layer, whose output has `channels` on the axis `axis` (1 or -1).
+
+    rows: part -> its output rows, None for all. placed: (adapter, part, key) of every module, in attach order.
+    """
+
+    def __init__(self, layout, channels: int, axis: int):
+        super().__init__(layout)
+        self.channels, self.axis = channels, axis
+        self.rows: dict[str, tuple[int, int] | None] = {}
+        self.placed: list[tuple[str, str, str]] = []
+
+    def put(self, slot: str, adapter: str, method: str, module: nn.Module) -> str:
+        key = super().put(slot, adapter, method, module)
+        self.placed.append((adapter, slot, key))
+        return key
+
+    def remove(self, adapter: str) -> None:
+        super().remove(adapter)
+        self.placed = [place for place in self.placed if place[0] != adapter]
+
+    def changes(self) -> list[tuple[int, int, nn.Module]]:
+        """(first row, last row + 1, module) of the active modules, in the order in which they act."""
+        found = []
+        for name in self.active:
+            for adapter, part, key in self.placed:
+                if adapter == name:
+                    start, stop = self.rows[part] or (0, self.channels)
+                    found.append((start, stop, self._modules[part][ADAPTER_PREFIX + name][key]))
+        return found
 
 
-def _forward(self: nn.Linear, x: Tensor) -> Tensor:
-    y = original_method(self, "forward")(x)
-    for start, stop, module in _live_parts(self):
-        y = _add_rows(y, module(x), start, stop)
+def transforms_output(module: nn.Module) -> bool:
+    """Whether a weight module reads the output of its layer instead of the input."""
+    return getattr(module, "transforms_output", False)
+
+
+def output_channels(layer: nn.Module) -> tuple[int, int] | None:
+    """(channels, their axis) of the output of a layer whose last step is weight * value + bias, None for others.
+
+    These are nn.Linear, nn.Conv2d, and the leaf norms: LayerNorm, LayerNorm2d, BatchNorm2d, GroupNorm. Layers that
+    compute their weight (weight standardisation) or end with an activation are none of them.
+    """
+    if getattr(layer, "weight", None) is None or any(name != "delta" for name, _ in layer.named_children()):
+        return None
+    forward = original_class(layer).forward
+    if isinstance(layer, nn.Linear):
+        return (layer.out_features, -1) if forward is nn.Linear.forward else None
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, 1) if forward is nn.Conv2d.forward else None
+    if isinstance(layer, nn.LayerNorm):
+        channels_first = original_class(layer).__name__.endswith("2d")
+        return (layer.normalized_shape[0], 1 if channels_first else -1) if len(layer.normalized_shape) == 1 else None
+    if isinstance(layer, nn.BatchNorm2d):
+        return layer.num_features, 1
+    return (layer.num_channels, 1) if isinstance(layer, nn.GroupNorm) else None
+
+
+# ------------------------------------------------------------------ how a layer with weight modules reads
+def _forward(self: nn.Module, x: Tensor) -> Tensor:
+    y, slots = original_method(self, "forward")(x), self.delta
+    if slots.axis == -1:
+        return _changed(slots, x, y, 0, slots.channels)
+    return _changed(slots, x, y.movedim(1, -1), 0, slots.channels).movedim(-1, 1)
+
+
+def _changed(slots: WeightSlots, x: Tensor, y: Tensor, low: int, high: int) -> Tensor:
+    """What the active modules make of y, the rows low:high of layer(x), channels last."""
+    for first, last, module in slots.changes():
+        start, stop = max(first, low), min(last, high)
+        if start >= stop:
+            continue
+        rows = slice(start - first, stop - first)
+        part = y if stop - start == high - low else y[..., start - low : stop - low]
+        if not transforms_output(module):
+            part = part + module(x)[..., rows]
+        elif getattr(module, "channelwise", False):
+            part = module(part, rows)
+        else:
+            part = module(part)
+        y = part if stop - start == high - low else torch.cat([y[..., : start - low], part, y[..., stop - low :]], -1)
     return y
 
 
-def _add_rows(y: Tensor, change: Tensor, start: int, stop: int) -> Tensor:
-    if stop - start == y.shape[-1]:
-        return y + change
-    return torch.cat([y[..., :start], y[..., start:stop] + change, y[..., stop:]], -1)
+LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forward})
 
 
-LINEAR = Family(name="deltalens.sites.weights:LINEAR", methods={"forward": _forward})
+def linear_rows(layer: nn.Linear, x: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start:stop of layer(x), computing no others where the layer is an nn.Linear and no module mixes rows."""
+    if original_class(layer) is not nn.Linear:
+        return layer(x)[..., start:stop]
+    low, high = _rows_needed(layer, start, stop)
+    y = F.linear(x, layer.weight[low:high], None if layer.bias is None else layer.bias[low:high])
+    if hasattr(layer, "delta"):
+        y = _changed(layer.delta, x, y, low, high)
+    return y[..., start - low : stop - low]
+
+
+def _rows_needed(layer: nn.Linear, low: int, high: int) -> tuple[int, int]:
+    """low:high, widened to all rows of each module that mixes some of them."""
+    mixing = [
+        (first, last)
+        for first, last, module in (layer.delta.changes() if hasattr(layer, "delta") else ())
+        if transforms_output(module) and not getattr(module, "channelwise", False)
+    ]
+    for _ in mixing:  # each round settles at least one of them
+        for first, last in mixing:
+            if first < high and low < last:
+                low, high = min(low, first), max(high, last)
+    return low, high
+
+
+# ------------------------------------------------------------------ placing and merging
+def layer_of(block: nn.Module, part: Part) -> nn.Module:
+    """The layer that a part belongs to, whatever it is."""
+    return block.get_submodule(part.path) if part.path else block
 
 
 def linear_of(block: nn.Module, part: Part) -> nn.Linear:
     """The layer that a part belongs to. Other than nn.Linear is a TypeError."""
-    layer = block.get_submodule(part.path) if part.path else block
+    layer = layer_of(block, part)
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{part.path} is a {type(layer).__name__}; weight methods change nn.Linear layers only")
     return layer
 
 
-def equip(block: nn.Module, part: Part, layout) -> nn.Linear:
+def check_fit(block: nn.Module, part: Part, module: nn.Module) -> None:
+    """Raise TypeError where the layer of a part cannot hold this weight module."""
+    if not transforms_output(module):
+        linear_of(block, part)
+    elif output_channels(layer := layer_of(block, part)) is None:
+        raise TypeError(
+            f"{part.path or 'the layer'} is a {type(layer).__name__}, which has no plain weight and bias at its end; "
+            "methods that scale outputs change nn.Linear, nn.Conv2d and norm layers only"
+        )
+
+
+def equip(block: nn.Module, part: Part, layout) -> nn.Module:
     """Make the layer of a part ready to hold weight modules; returns the layer."""
-    layer = linear_of(block, part)
+    layer = layer_of(block, part)
     if not hasattr(layer, "delta"):
-        layer.delta = Slots(layout)
-        layer.delta.rows = {}
-        swap(layer, LINEAR)
+        shape = (layer.out_features, -1) if isinstance(layer, nn.Linear) else output_channels(layer)
+        layer.delta = WeightSlots(layout, *shape)
+        swap(layer, LAYER)
     return layer
 
 
-def linear_rows(layer: nn.Linear, x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start:stop of layer(x), computing no others where the layer is a plain nn.Linear."""
-    if original_class(layer) is not nn.Linear:
-        return layer(x)[..., start:stop]
-    bias = None if layer.bias is None else layer.bias[start:stop]
-    y = F.linear(x, layer.weight[start:stop], bias)
-    if hasattr(layer, "delta"):
-        for first, last, module in _live_parts(layer):
-            low, high = max(first, start), min(last, stop)
-            if low < high:
-                change = module(x)[..., low - first : high - first]
-                y = _add_rows(y, change, low - start, high - start)
-    return y
+def merge_changes(layer: nn.Module) -> None:
+    """Fold the active modules of a layer into its weight and bias, in the order in which they act. A layer without a
+    bias gets one where a module needs it."""
+    for start, stop, module in layer.delta.changes():
+        if not transforms_output(module):
+            layer.weight[start:stop] += module.weight_change().to(layer.weight.dtype)
+            continue
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.delta.channels))
+        rows, bias = layer.weight[start:stop], layer.bias[start:stop]
+        new_rows, new_bias = module.merged(rows.reshape(stop - start, -1), bias)
+        rows.copy_(new_rows.reshape(rows.shape))
+        bias.copy_(new_bias)
 
 
 def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module) -> None:
@@ -85,11 +195,17 @@ def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module) -> None:
             r"expression of full paths, such as r'blocks\.\d+\.attn\.(qkv|proj)'"
         )
     parent = anatomy.model.get_submodule(path.rpartition(".")[0])
-    uncalled = any(f"{block.path}.{name}" == path for block in anatomy.blocks() for name in block.uncalled)
-    if uncalled or isinstance(parent, nn.MultiheadAttention):
+    if is_bypassed(anatomy, path):
         raise ValueError(
             f"{path} is never called: its parent {type(parent).__name__} reads the weight itself, so that a change of "
             "the layer would train nothing; leave it out of the targets"
         )
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"{path} is a {type(layer).__name__}; LoRA changes nn.Linear layers only")
+
+
+def is_bypassed(anatomy: Anatomy, path: str) -> bool:
+    """Whether a layer's parent reads its weight instead of calling it."""
+    parent = anatomy.model.get_submodule(path.rpartition(".")[0])
+    uncalled = any(f"{block.path}.{name}" == path for block in anatomy.blocks() for name in block.uncalled)
+    return uncalled or isinstance(parent, nn.MultiheadAttention)

@@ -99,6 +99,12 @@ def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0, rank:
     return DataLoader(dataset, batch_size, sampler=list(indices), **_worker_options(workers))
 
 
+def preparation_loader(dataset: Dataset, batch_size: int, seed: int, workers: int = 0) -> DataLoader:
+    """Every training item once, in order, as the first epoch would augment it; the same in every process."""
+    keys = [(0, index) for index in range(len(dataset))]
+    return DataLoader(SeededItems(dataset, seed), batch_size, sampler=keys, **_worker_options(workers))
+
+
 def default_workers() -> int:
     """Loader processes: one less than the cores at hand, at most 8; none on one or two cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,9 @@ import torch
 from torchmetrics import MeanMetric
 
 from deltalens.data.splits import Splits
-from deltalens.training.loaders import evaluation_loader, mixed_seed, training_loader
+from deltalens.lifecycle.prepare import prepare
+from deltalens.lifecycle.state import KEY
+from deltalens.training.loaders import evaluation_loader, mixed_seed, preparation_loader, training_loader
 from deltalens.training.optim import make_optimizer, parameter_groups
 from deltalens.training.schedule import warmup_cosine, warmup_cosine_factor
 from deltalens.training.settings import TrainingSettings
@@ -80,6 +82,15 @@ class TaskModule(pl.LightningModule):
             present["lr"], present["weight_decay"] = wanted["lr"] * factor, wanted["weight_decay"]
 
     # ------------------------------------------------------------------ steps
+    def on_fit_start(self) -> None:
+        """Methods take from the training data what they need; in a resumed run that comes from the checkpoint."""
+        if KEY in self.task.model.__dict__ and self.trainer.ckpt_path is None:
+            settings = self.settings
+            prepare(
+                self.task.model,
+                preparation_loader(self.data.train, self._batch_size(), settings.seed, settings.workers),
+            )
+
     def on_train_start(self) -> None:
         self.task.train()
         self._use_rates_of_settings()

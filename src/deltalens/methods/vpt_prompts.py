@@ -1,0 +1,172 @@
+"""The learned tokens of VPT, and which of the final tokens its head reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltalens.sites.layout import Layout
+
+
+def init_bound(patch_size: tuple[int, int], width: int) -> float:
+    """v of U(-v, v): Xavier's bound of the patch embedding's convolution."""
+    return math.sqrt(6 / (3 * patch_size[0] * patch_size[1] + width))
+
+
+def hold(module: nn.Module, name: str, tensor: Tensor, trained: bool) -> None:
+    """Register a tensor as a parameter, or as a buffer that files hold and nobody trains."""
+    if trained:
+        module.register_parameter(name, nn.Parameter(tensor))
+    else:
+        module.register_buffer(name, tensor)
+
+
+class Projection(nn.ModuleDict):
+    """Narrow prompts (..., k) -> (..., C): one nn.Linear with bias for each width C of the stream."""
+
+    def __init__(self, dim: int, widths: Iterable[int]):
+        super().__init__({str(width): nn.Linear(dim, width) for width in dict.fromkeys(widths)})
+        for layer in self.values():
+            nn.init.kaiming_normal_(layer.weight, a=0, mode="fan_out")
+
+    def forward(self, tokens: Tensor, width: int) -> Tensor:
+        return self[str(width)](tokens)
+
+
+class Prompts(nn.Module):
+    """p learned tokens of a stream, (1, p, C), or (B, p, C) where dropout draws a mask per sample.
+
+    Called with a stream they are returned, to become keys and values; called with a stream and its layout they are
+    put into the stream after its prefix tokens, and live on through the blocks.
+
+    embedding: (num_tokens, dim), uniform in (-bound, bound). copies: each token so many times (shared="intra").
+    project: what makes tokens of the stream's width of them, shared by all prompts of an adapter. trained: False makes
+    the embedding a buffer. source: (tower, "inputs" or "outputs", block) of the class prototypes that they start from.
+    """
+
+    pointwise = True
+    source: tuple[int, str, int] | None = None
+
+    def __init__(
+        self,
+        num_tokens: int,
+        dim: int,
+        bound: float,
+        dropout: float = 0.0,
+        *,
+        copies: int = 1,
+        project: Projection | None = None,
+        trained: bool = True,
+    ):
+        super().__init__()
+        hold(self, "embedding", torch.empty(num_tokens, dim).uniform_(-bound, bound), trained)
+        self.project = project
+        self.copies = copies
+        self.dropout = nn.Dropout(dropout)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x (B, ..., C): only its width and, while dropout is active, its batch size are read."""
+        tokens = self.embedding.unsqueeze(0)
+        if self.project is not None:
+            tokens = self.project(tokens, x.shape[-1])
+        if self.copies > 1:
+            tokens = tokens.repeat_interleave(self.copies, 1)
+        if self.training and self.dropout.p:
+            tokens = self.dropout(tokens.expand(x.shape[0], -1, -1))
+        return tokens
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        return self.tokens(x) if layout is None else layout.insert(x, self.tokens(x))
+
+
+class AddedToken(Prompts):
+    """One learned vector added to every token of the stream, (1, C)."""
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        return x + self.tokens(x).to(x.dtype)
+
+
+class AddedTokens(Prompts):
+    """A learned vector for each of the stream's own tokens, prefix first, added: (prefix + H * W, C).
+
+    On a map of another size the map's part is resized bilinearly. Tokens that other adapters added are left alone.
+    """
+
+    def __init__(self, prefix: int, grid: tuple[int, int], dim: int, bound: float, dropout: float = 0.0, **options):
+        super().__init__(prefix + grid[0] * grid[1], dim, bound, dropout, **options)
+        self.prefix, self.grid = prefix, grid
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        feature_map, before = layout.split(x)
+        tokens = self.tokens(x).to(x.dtype)
+        of_map = tokens[:, self.prefix :].unflatten(1, self.grid)
+        if feature_map.shape[1:3] != self.grid:
+            of_map = F.interpolate(of_map.permute(0, 3, 1, 2), feature_map.shape[1:3], mode="bilinear")
+            of_map = of_map.permute(0, 2, 3, 1)
+        if before is not None:
+            own, others = before[:, : self.prefix], before[:, self.prefix :]
+            before = torch.cat([own + tokens[:, : self.prefix], others], 1)
+        return layout.join(feature_map + of_map, before)
+
+
+class PrefixKeysValues(nn.Module):
+    """p learned keys and p learned values of one attention, each (heads, p, head_dim): no norm, no projection.
+
+    dropout: a mask per sample and block, on keys and values. copies: each pair so many times (shared="intra").
+    """
+
+    pointwise = True
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        bound: float,
+        dropout: float = 0.0,
+        *,
+        copies: int = 1,
+        trained: bool = True,
+    ):
+        super().__init__()
+        hold(self, "keys", torch.empty(shape).uniform_(-bound, bound), trained)
+        hold(self, "values", torch.empty(shape).uniform_(-bound, bound), trained)
+        self.copies = copies
+        self.dropout = nn.Dropout(dropout)
+
+    def _of(self, tensor: Tensor, x: Tensor) -> Tensor:
+        tensor = tensor.unsqueeze(0)
+        if self.copies > 1:
+            tensor = tensor.repeat_interleave(self.copies, 2)
+        if self.training and self.dropout.p:
+            tensor = self.dropout(tensor.expand(x.shape[0], -1, -1, -1))
+        return tensor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._of(self.keys, x), self._of(self.values, x)
+
+
+class TokenPool(nn.Module):
+    """What the head reads of the final tokens (B, N, C): the class token, or the mean of some of them, (B, C).
+
+    which: "cls", "patches", "prompts", "patches+prompts" (all but the backbone's own prefix tokens) or "all".
+    """
+
+    def __init__(self, which: str, prefix: int):
+        super().__init__()
+        self.which, self.prefix = which, prefix
+
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        if self.which == "cls":
+            return tokens[:, 0]
+        if self.which == "patches+prompts":
+            return tokens[:, self.prefix :].mean(1)
+        if self.which == "all":
+            return tokens.mean(1)
+        feature_map, before = layout.split(tokens)
+        return feature_map.flatten(1, 2).mean(1) if self.which == "patches" else before[:, self.prefix :].mean(1)
+
+    def extra_repr(self) -> str:
+        return self.which
