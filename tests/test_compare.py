@@ -293,6 +293,7 @@ WRONG = {
     "backbones: b\nmethods:\n  A: linear\n  B: {method: mona, botleneck: 3}\n": (
         r"line 4, methods\.B\.botleneck: mona has no setting 'botleneck'; did you mean bottleneck"
     ),
+    "backbones: b\nmethods:\n  A: {method: vpt, dept: 1}\n": r"methods\.A\.dept: vpt has no setting 'dept'",
     "backbones: b\nmethods:\n  A:\n  - linear\n  - {method: lora, r: 0}\n": r"line 5, methods\.A\.1\.r: r must be",
     "backbones: b\nmethods:\n  A: linear\n  A: full\n": r"line 4, methods\.A: 'A' stands here a second time",
     "backbones: b\nmethods:\n  A b: linear\n  A-b: full\n": r"line 4, methods\.A-b: .* would share the folder 'A-b'",

@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-PARTS = ("vpt", "mona", "lifecycle")
+PARTS = ("vpt", "mona", "lifecycle")  # those that have targets, and run where none is named
+FURTHER = ("prompts",)
+
+
+HELP = "what to measure; vpt, mona and lifecycle where none is named; prompts is VPT's cost table over prompt lengths"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of `deltalens bench`."""
     add = parser.add_argument
-    add("parts", nargs="*", type=Literal[PARTS], default=list(PARTS), help="what to measure; all where none is named")
+    add("parts", nargs="*", type=Literal[(*PARTS, *FURTHER)], default=list(PARTS), help=HELP)
     add("--model", type=str | None, help="instead of a part's own model; vpt needs a ViT with a class token")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
     add("--batch-size", type=int, default=4, help="images in a batch")
@@ -37,6 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--quick", action="store_true", help="small shipped backbones, batch 2, 3 rounds; no targets")
     add("--check", action="store_true", help="exit code 1 where a target is missed")
+    add("--plot", type=str | None, help="file for the figure of prompts: .svg, .png or .pdf")
     add("--json", type=str | None, help="also write everything to this file")
 
 
@@ -47,7 +52,7 @@ def run(args: Namespace) -> int:
     import torch
 
     from deltalens.lifecycle.atomic import write_text
-    from deltalens.studies import bench_report, benchmarks, lifecycle_bench
+    from deltalens.studies import bench_report, benchmarks, lifecycle_bench, prompt_bench
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -61,6 +66,7 @@ def run(args: Namespace) -> int:
         "vpt": benchmarks.bench_vpt,
         "mona": benchmarks.bench_mona,
         "lifecycle": lifecycle_bench.bench_lifecycle,
+        "prompts": prompt_bench.bench_prompts,
     }
     reports = []
     with benchmarks.threads(args.threads):
@@ -68,6 +74,9 @@ def run(args: Namespace) -> int:
             print(f"measuring {part}, which may take minutes ...", file=sys.stderr, flush=True)
             reports.append(benches[part](options))
             print(reports[-1].to_text(), end="\n\n", flush=True)
+            if part == "prompts" and args.plot:
+                prompt_bench.plot_prompts(reports[-1], args.plot)
+                print(f"drawn in {args.plot}")
         if args.json:
             write_text(args.json, bench_report.to_json(reports))
             print(f"written to {args.json}")
@@ -80,5 +89,11 @@ def _check(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.plot:
+        from deltalens.studies.figure import check_kind
+
+        check_kind(args.plot)
+        if "prompts" not in args.parts:
+            raise ValueError("--plot draws the part prompts: deltalens bench prompts --plot FILE")
     if args.json and Path(args.json).is_dir():
         raise IsADirectoryError(f"--json {args.json} is a folder; name a file")

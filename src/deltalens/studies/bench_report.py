@@ -15,13 +15,15 @@ import deltalens
 
 @dataclass(frozen=True)
 class Row:
-    """One contender: median seconds; label of a reference -> median of the per-round ratios to it; memory in bytes."""
+    """One contender: median seconds; label of a reference -> median of the per-round ratios to it; memory in bytes;
+    percent: of all parameters, the trained ones, head included."""
 
     name: str
     seconds: float
     ratios: dict[str, float] = field(default_factory=dict)
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    percent: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def to_json(reports: Sequence[Report]) -> str:
 
 def _table(section: Section) -> list[str]:
     references = list(dict.fromkeys(name for row in section.rows for name in row.ratios))
-    header = [section.title, "seconds", *(f"x {name}" for name in references)]
+    has_percent = any(row.percent is not None for row in section.rows)
+    header = [section.title, *(["trained %"] if has_percent else []), "seconds", *(f"x {name}" for name in references)]
     memory = section.memory_reference
     has_saved = any(row.saved_bytes is not None for row in section.rows)
     has_peak = any(row.peak_bytes is not None for row in section.rows)
@@ -118,7 +121,8 @@ def _table(section: Section) -> list[str]:
         header += ["peak MB"]
     body = []
     for row in section.rows:
-        cells = [row.name, f"{row.seconds:.4f}"]
+        trained = [] if not has_percent else ["" if row.percent is None else f"{row.percent:.2f}"]
+        cells = [row.name, *trained, f"{row.seconds:.4f}"]
         cells += [f"{row.ratios[name]:.3f}" if name in row.ratios else "" for name in references]
         if has_saved:
             cells += ["" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.1f}"]

@@ -67,7 +67,7 @@ class Options:
 def bench_vpt(options: Options) -> Report:
     """VPT-deep: keys and values only, and the class row only in the last block, against prompts in the sequence."""
     options = options.settled(VPT_MODEL, "deltalens/vit-mini")
-    backbone, images, labels = _setup(options)
+    backbone, images, labels = setup(options)
     training, inference = {FULL: full(backbone), FROZEN: frozen(backbone)}, {FROZEN: frozen(backbone)}
     for tokens in VPT_LIMITS:
         ours = dl.attach(copy.deepcopy(backbone), dl.VPTConfig(num_tokens=tokens))
@@ -93,7 +93,7 @@ def bench_vpt(options: Options) -> Report:
 def bench_mona(options: Options) -> Report:
     """Mona: one depthwise kernel, and a down-projection that saves its input only, against the published order."""
     options = options.settled(MONA_MODEL, "deltalens/swin-mini")
-    backbone, images, labels = _setup(options)
+    backbone, images, labels = setup(options)
     ours = dl.attach(copy.deepcopy(backbone), dl.MonaConfig(dropout=0.0))
     low = copy.deepcopy(ours)
     for module in low.modules():
@@ -128,7 +128,7 @@ def bench_mona(options: Options) -> Report:
     return Report("Mona", options.describe(images.shape[-1]), [steps, speeds], targets, notes)
 
 
-def _setup(options: Options) -> tuple[nn.Module, Tensor, Tensor]:
+def setup(options: Options) -> tuple[nn.Module, Tensor, Tensor]:
     """A backbone with random weights and without drop-path, and a batch of random images and labels."""
     torch.manual_seed(0)
     backbone = random_backbone(options, drop_path_rate=0.0)

@@ -1,4 +1,4 @@
-"""The published forms of VPT-deep and Mona, operation by operation: what the shipped fast forms are compared with."""
+"""The published forms of VPT and Mona, operation by operation: what the shipped fast forms are compared with."""
 
 from __future__ import annotations
 
@@ -33,11 +33,16 @@ class PlainDeepVPT(nn.Module):
                 "the plain form of VPT-deep is for a VisionTransformer with one class token that the head reads, not "
                 f"for this {type(backbone).__name__}; choose such a model, for example timm/vit_base_patch16_224"
             )
-        if len(prompts) != len(backbone.blocks):
-            raise ValueError(f"{len(backbone.blocks)} blocks need as many prompts, got {len(prompts)}")
+        if len(prompts) != self.prompted(backbone):
+            raise ValueError(f"{self.prompted(backbone)} blocks need as many prompts, got {len(prompts)}")
         self.backbone = backbone.requires_grad_(False)
         self.backbone.head.requires_grad_(True)
         self.prompts = nn.Parameter(torch.stack([block.detach() for block in prompts]))
+
+    @staticmethod
+    def prompted(backbone: VisionTransformer) -> int:
+        """How many blocks have prompts of their own."""
+        return len(backbone.blocks)
 
     def forward(self, images: Tensor) -> Tensor:
         net, (depth, count, _) = self.backbone, self.prompts.shape
@@ -49,9 +54,24 @@ class PlainDeepVPT(nn.Module):
         return net.forward_head(net.norm(x))
 
 
-def plain_vpt(backbone: VisionTransformer, adapted: nn.Module) -> PlainDeepVPT:
-    """The plain form with the prompts of a model that `attach` gave VPT-deep. `backbone` is its own copy, unadapted."""
-    return PlainDeepVPT(backbone, [module.embedding for module in adapted.modules() if isinstance(module, Prompts)])
+class PlainShallowVPT(PlainDeepVPT):
+    """VPT-shallow: p prompts join the sequence before block 0 and go through all blocks as every token does."""
+
+    @staticmethod
+    def prompted(backbone: VisionTransformer) -> int:
+        return 1
+
+    def forward(self, images: Tensor) -> Tensor:
+        net = self.backbone
+        x = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images))))
+        x = torch.cat([x[:, :1], self.prompts.expand(x.shape[0], -1, -1), x[:, 1:]], 1)
+        return net.forward_head(net.norm(net.blocks(x)))
+
+
+def plain_vpt(backbone: VisionTransformer, adapted: nn.Module, deep: bool = True) -> PlainDeepVPT:
+    """The plain form with the prompts of a model that `attach` gave VPT. `backbone` is its own copy, unadapted."""
+    prompts = [module.embedding for module in adapted.modules() if isinstance(module, Prompts)]
+    return (PlainDeepVPT if deep else PlainShallowVPT)(backbone, prompts)
 
 
 def plain_mona(adapted: nn.Module) -> nn.Module:

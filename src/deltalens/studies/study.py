@@ -21,13 +21,15 @@ OWN_RATE = (1.0,)  # lr is left out: the method's own default, and no search
 
 @dataclass(frozen=True)
 class BackboneEntry:
-    """A backbone by name. label: as tables show it. img_size: None for the model's own."""
+    """A backbone by name. label: as tables show it. img_size: None for the model's own. options: for its
+    constructor."""
 
     label: str
     model: str
     img_size: int | None = None
     checkpoint: str | None = None
     pretrained: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Study:
         return [float(f"{base * factor:.4g}") for factor in sorted(self.rates)]
 
 
+BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
 
 
@@ -170,7 +173,7 @@ class _Reader:
             place: Place = ("backbones", index) if isinstance(value, list) else ("backbones",)
             if isinstance(entry, str):
                 entry = {"model": entry}
-            entry = self.document.mapping(entry, place, ("model", "label", "img_size", "checkpoint", "pretrained"))
+            entry = self.document.mapping(entry, place, BACKBONE_FIELDS)
             model = self.document.text(entry.get("model"), (*place, "model"))
             size = entry.get("img_size")
             if size is not None:
@@ -179,7 +182,8 @@ class _Reader:
             pretrained = self.document.flag(entry.get("pretrained", True), (*place, "pretrained"))
             if label in found:
                 raise self.document.error(place, f"two backbones are called {label!r}; give one a label")
-            found[label] = BackboneEntry(label, model, size, entry.get("checkpoint"), pretrained)
+            options = self.document.mapping(entry.get("options") or {}, (*place, "options"))
+            found[label] = BackboneEntry(label, model, size, entry.get("checkpoint"), pretrained, options)
         self._distinct_folders(found, ("backbones",))
         return tuple(found.values())
 
@@ -245,8 +249,9 @@ class _Reader:
         try:
             return make_config(entry["method"], **settings)
         except (TypeError, ValueError) as error:
-            named = next((key for key in settings if re.search(rf"\b{re.escape(key)}\b", str(error))), None)
-            raise self.document.error((*place, named or "method"), str(error)) from error
+            named = {key: re.search(rf"\b{re.escape(key)}\b", str(error)) for key in settings}
+            first = min((key for key in settings if named[key]), key=lambda key: named[key].start(), default="method")
+            raise self.document.error((*place, first), str(error)) from error
 
     def _distinct_folders(self, names: Mapping[str, Any], place: Place) -> None:
         folders: dict[str, str] = {}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from deltalens.lifecycle.atomic import write_text
+from deltalens.studies.figure import page_colours
 from deltalens.studies.plots import COLOURS, Line, Point, lines, scatter
 from deltalens.studies.results import count_text
 from deltalens.studies.study import folder_name
@@ -56,8 +56,7 @@ def curves_plot(cells: Sequence[Cell], x_title: str) -> str | None:
 
 def standalone(svg: str, size: tuple[int, int]) -> str:
     """An inline plot as a file of its own: with the page's light colours, which no page is there to give."""
-    page = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    light = dict(re.findall(r"--([\w-]+): (#\w+);", page.partition("@media")[0]))
+    light = page_colours()
     rules = [
         f"svg{{background:{light['card']};font:13px {FONT}}}",
         f"text{{fill:{light['soft']}}}.tick{{font-size:12px}}.axis-title{{font-size:12.5px}}.name{{font-weight:600}}",

@@ -27,7 +27,7 @@ from deltalens.training.runner import quiet_lightning
 from deltalens.training.settings import PRECISIONS
 
 FAILED = "failed.json"
-MakeBackbone = Callable[..., tuple[nn.Module, dict[str, Any]]]  # (name, num_classes, img_size, **options)
+MakeBackbone = Callable[..., tuple[nn.Module, dict[str, Any]]]  # (name, classes, image size, **options)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Workplace:
     """Carries out runs. Reads each dataset once, and keeps the images of the present backbone and dataset in memory
     where they are small.
 
-    make_backbone: (name, number of classes, image size, pretrained=, checkpoint=) -> (model, its preprocessing).
+    make_backbone: (name, number of classes, image size, pretrained=, checkpoint=, ...) -> (model, its preprocessing).
     """
 
     def __init__(self, study: Study, make_backbone: MakeBackbone, workers: int = 0, accelerator: str = "auto"):
@@ -152,6 +152,7 @@ class Workplace:
             backbone.img_size,
             pretrained=backbone.pretrained,
             checkpoint=backbone.checkpoint,
+            **backbone.options,
         )
 
     def _task(self, run: Run, model: nn.Module, preprocessing: dict[str, Any]) -> tuple[ClassificationTask, Splits]:
