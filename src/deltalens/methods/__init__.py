@@ -13,12 +13,12 @@ from deltalens.methods.lora import LoRAConfig
 from deltalens.methods.lorand import LoRandConfig
 from deltalens.methods.mlp import MLPConfig
 from deltalens.methods.mona import MonaConfig, MonaLayer
-from deltalens.methods.repadapter import RepAdapterConfig
-from deltalens.methods.sct import SCTConfig
-from deltalens.methods.ssf import SSFConfig
 from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
+from deltalens.methods.repadapter import RepAdapterConfig
+from deltalens.methods.sct import SCTConfig
 from deltalens.methods.sidetune import SidetuneConfig
+from deltalens.methods.ssf import SSFConfig
 from deltalens.methods.vpt import VPTConfig
 from deltalens.methods.vpt_prototypes import class_prototypes
 
@@ -36,15 +36,15 @@ __all__ = [
     "Method",
     "MonaConfig",
     "MonaLayer",
+    "NormTuningConfig",
+    "PartialConfig",
     "RepAdapterConfig",
     "SCTConfig",
     "SSFConfig",
-    "NormTuningConfig",
-    "PartialConfig",
     "SidetuneConfig",
     "VPTConfig",
-    "from_peft",
     "class_prototypes",
+    "from_peft",
     "list_methods",
     "make_config",
     "method_class",
