@@ -97,7 +97,7 @@ def test_switching_between_head_kinds():
     assert model(x).shape == (2, 4)
     assert not torch.equal(model(x), mlp)
     with dl.disable_adapter(model):
-        assert torch.equal(model(x), plain_logits)
+        torch.testing.assert_close(model(x), plain_logits)
     twin = copy.deepcopy(model)
     dl.set_adapter(twin, "both")
     assert torch.equal(twin(x), both)
@@ -155,7 +155,7 @@ def test_a_file_with_another_head_is_refused(tmp_path):
     config.write_text(config.read_text().replace('"layers": 3', '"layers": 2'))
     model, x = tiny_vit(), images("vit")
     before = model(x)
-    with pytest.raises(ValueError, match="not expected: head.projection.4"):
+    with pytest.raises(ValueError, match=r"not expected: head\.projection\.4"):
         dl.load_adapter(model, tmp_path / "a")
     assert torch.equal(model(x), before)
 
