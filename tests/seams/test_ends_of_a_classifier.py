@@ -1,4 +1,4 @@
-"""Seam: the slots at both ends of a network: `image`, `stem.parallel` in front, `pool` and `output` behind the blocks."""
+"""Seam: the slots at both ends of a network: `image` and `stem.parallel` in front, `pool` and `output` behind."""
 
 import pytest
 import torch
