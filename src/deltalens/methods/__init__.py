@@ -15,11 +15,11 @@ from deltalens.methods.mlp import MLPConfig
 from deltalens.methods.mona import MonaConfig, MonaLayer
 from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
+from deltalens.methods.peft_methods import from_peft
 from deltalens.methods.repadapter import RepAdapterConfig
 from deltalens.methods.sct import SCTConfig
 from deltalens.methods.sidetune import SidetuneConfig
 from deltalens.methods.ssf import SSFConfig
-from deltalens.methods.peft_methods import from_peft
 from deltalens.methods.vpt import VPTConfig
 from deltalens.methods.vpt_prototypes import class_prototypes
 
