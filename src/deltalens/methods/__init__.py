@@ -6,7 +6,6 @@ from deltalens.methods.base import Method, list_methods, make_config, method_cla
 from deltalens.methods.bitfit import BitFitConfig
 from deltalens.methods.convpass import ConvpassConfig
 from deltalens.methods.fact import FacTConfig
-from deltalens.methods.from_peft import from_peft
 from deltalens.methods.full import FullConfig
 from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
