@@ -20,7 +20,7 @@ class NormTuningConfig(Method):
     tensors; the name test misses norms that are called otherwise (`bn1` of ResNet) and takes what is no norm but has
     the word in its path.
 
-    Parameters: the sum of all norms' widths, twice. ViT-B/16 38,400, Swin-T 25,344 (26,112 with the output norms of a
+    Parameters: the sum of all norms' widths, twice. ViT-B/16 38,400, Swin-T 24,768 (26,112 with the output norms of a
     detector, Mona's number).
     """
 
