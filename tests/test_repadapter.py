@@ -96,6 +96,16 @@ def test_merged_equals_unmerged(family, qkv_bias):
     assert is_plain(merged, MODELS[family], **kwargs)
 
 
+def test_merging_in_bf16_rounds_the_weights_only():
+    model, x = adapted(tiny_vit), images("vit").double()
+    expected = dl.merge_and_unload(copy.deepcopy(model)).bfloat16()
+    merged = dl.merge_and_unload(model.bfloat16())
+    exact, found = expected.blocks[0].attn.qkv.weight, merged.blocks[0].attn.qkv.weight
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, exact, atol=0.03, rtol=0.02)  # the layer's own weights were rounded too
+    assert merged(x.bfloat16()).isfinite().all()
+
+
 def test_merging_with_weight_methods_and_a_second_adapter():
     """LoRA, FacT and SSF on the readers are merged first: they read what the layers give."""
     model = dl.attach(tiny_vit().double(), [dl.RepAdapterConfig(bottleneck=4), dl.LoRAConfig(r=2), dl.SSFConfig()], "a")

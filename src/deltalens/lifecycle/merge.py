@@ -74,11 +74,13 @@ def _fold_into_readers(block: nn.Module, slots: Slots) -> None:
         if not readers or any(original_class(layer) is not nn.Linear for layer in readers):
             continue
         while (modules := slots.live(slot)) and hasattr(modules[-1], "affine"):
-            matrix, shift = modules[-1].affine()
+            precise = torch.promote_types(readers[0].weight.dtype, torch.float32)  # M is near 1
+            matrix, shift = modules[-1].to(precise).affine()
             for layer in readers:
-                bias = layer.weight @ shift if layer.bias is None else layer.bias + layer.weight @ shift
-                layer.weight.copy_(layer.weight @ matrix)
-                layer.bias = nn.Parameter(bias)
+                weight = layer.weight.to(precise)
+                bias = weight @ shift if layer.bias is None else layer.bias + weight @ shift
+                layer.weight.copy_(weight @ matrix)
+                layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
             slots.remove_last(slot)
 
 

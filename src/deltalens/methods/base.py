@@ -63,7 +63,8 @@ class Method:
         return {}
 
     def prepare(self, model: nn.Module, loader: Iterable) -> None:
-        """Compute state from data before training (caches, prototypes); kept as buffers of the method's modules."""
+        """Compute state from training data once, before training (caches, prototypes, choices), into buffers or
+        parameters of the method's modules. `deltalens.prepare` calls it; what is already there stays as it is."""
 
     def lr_multipliers(self) -> dict[str, float]:
         """Substring of a parameter's path -> factor on the learning rate."""
