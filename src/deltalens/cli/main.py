@@ -39,6 +39,7 @@ COMMANDS = {
     "predict": ("deltalens.cli.predict", "classify images, folders or globs with a trained adapter"),
     "inspect": ("deltalens.cli.inspect", "show what a method would do to a model, before training"),
     "list": ("deltalens.cli.list", "list methods, models or recipes"),
+    "analyze": ("deltalens.cli.analyze", "look into trained adapters: embeddings, attention, ensembles"),
     "bench": ("deltalens.cli.bench", "measure time and memory of the methods on this machine"),
 }
 

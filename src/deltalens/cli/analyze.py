@@ -1,0 +1,167 @@
+"""Look into trained adapters.
+
+embeddings: what the heads of several adapters read, by t-SNE, one panel each, with the accuracy of 5 nearest neighbours
+and the silhouette. attention: where a block of a ViT looks in one picture, over patches and prompts, head by head.
+ensemble: accuracy of several VPT adapters of one backbone alone and averaged, in one forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+ANALYSES = ("embeddings", "attention", "ensemble")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("analysis", type=Literal[ANALYSES], help="what to look at")
+    add("adapters", type=str, nargs="+", help="folders of adapters; attention takes one")
+    add("--data", type=str | None, default=None, help="embeddings, ensemble: folder of images")
+    add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which of its images")
+    add("--images", type=int, default=1000, help="embeddings: at most so many, spread evenly over the split")
+    add("--image", type=str | None, default=None, help="attention: the picture")
+    add("--block", type=int, default=-1, help="attention: number of the block, from 0, or negative from the end")
+    add(
+        "--output",
+        type=str | None,
+        default=None,
+        help="embeddings, attention: figure (.svg, .png, .pdf); attention writes its arrays beside it as .npz; "
+        "ensemble: JSON file",
+    )
+    add("--batch-size", type=int, default=64, help="images at a time")
+    add("--seed", type=int, default=0, help="of t-SNE")
+    add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
+
+
+def run(args: Namespace) -> None:
+    """Do the analysis, print its numbers, and write what was asked for."""
+    wanted = {"embeddings": ("data", "output"), "attention": ("image", "output"), "ensemble": ("data",)}[args.analysis]
+    missing = [f"--{name}" for name in wanted if getattr(args, name) is None]
+    if missing:
+        raise ValueError(f"deltalens analyze {args.analysis} needs {' and '.join(missing)}")
+    for name in ("images", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    {"embeddings": _embeddings, "attention": _attention, "ensemble": _ensemble}[args.analysis](args)
+
+
+# ------------------------------------------------------------------ the three
+def _embeddings(args: Namespace) -> None:
+    from deltalens.cli.trained import load_trained
+    from deltalens.studies.embeddings import embed, plot_embeddings
+    from deltalens.studies.figure import check_kind
+
+    check_kind(args.output)
+    found, names = [], None
+    for folder in args.adapters:
+        model, class_names, _ = load_trained(folder, args.device)
+        if names not in (None, class_names):
+            raise ValueError(f"{folder} was trained on other classes than {args.adapters[0]}")
+        names = class_names
+        found.append(embed(_label(model, folder), model, _batches(args, model, class_names, args.images), args.seed))
+    width = max(len(each.name) for each in found)
+    print(f"{'adapter':<{width}}  5-NN, %  silhouette")
+    for each in found:
+        print(f"{each.name:<{width}}  {100 * each.knn_accuracy:7.1f}  {each.silhouette:10.3f}")
+    plot_embeddings(found, names, args.output)
+    print(f"{len(found[0].labels)} images; drawn in {args.output}")
+
+
+def _attention(args: Namespace) -> None:
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+
+    import deltalens as dl
+    from deltalens.cli.trained import load_trained
+    from deltalens.data import eval_transform
+    from deltalens.data.image_folder import read_image
+    from deltalens.data.transforms import image_mode
+    from deltalens.lifecycle.atomic import atomic_path
+    from deltalens.studies.attention_maps import block_attention, plot_attention
+    from deltalens.studies.figure import check_kind
+
+    check_kind(args.output)
+    if len(args.adapters) > 1:
+        raise ValueError(f"attention takes one adapter, got {len(args.adapters)}")
+    model, _, device = load_trained(args.adapters[0], args.device)
+    preprocessing = dl.preprocessing(model)
+    pixels = eval_transform(preprocessing)(read_image(args.image, image_mode(preprocessing)))
+    attention = block_attention(model, pixels[None].to(device), args.block)
+    mean, std = (torch.tensor(preprocessing[name])[:, None, None] for name in ("mean", "std"))
+    shown = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
+    plot_attention(shown, attention, args.output, Path(args.image).name)
+    arrays = {"over_map": attention.over_map(), "over_prompts": attention.over_prompts(), "weights": attention.weights}
+    file = Path(args.output).with_suffix(".npz")
+    with atomic_path(file) as temporary, open(temporary, "wb") as stream:
+        np.savez_compressed(stream, **{name: values[0].float().cpu().numpy() for name, values in arrays.items()})
+    shares = {
+        "prefix": attention.over_prefix(),
+        "prompts": attention.over_prompts(),
+        "patches": attention.over_map().flatten(2),
+    }
+    print(", ".join(f"{name} {100 * float(each[0].sum(-1).mean()):.1f} %" for name, each in shares.items()))
+    print(f"drawn in {args.output}; arrays in {file}")
+
+
+def _ensemble(args: Namespace) -> None:
+    import json
+
+    import torch
+
+    import deltalens as dl
+    from deltalens.cli.trained import load_trained
+    from deltalens.lifecycle.atomic import write_text
+    from deltalens.studies.ensemble import ensemble_logits
+
+    model, class_names, device = load_trained(args.adapters[0], args.device)
+    names = [f"set{number}" for number in range(len(args.adapters))]
+    for name, folder in zip(names, args.adapters, strict=True):
+        dl.load_adapter(model, folder, name=name)
+        if (dl.class_names(model) or class_names) != class_names:
+            raise ValueError(f"{folder} was trained on other classes than {args.adapters[0]}")
+    model.to(device)
+    right, count = torch.zeros(len(names) + 1), 0
+    for images, labels in _batches(args, model, class_names, None):
+        logits = ensemble_logits(model, images.to(device), names).float().cpu()
+        answers = [*logits.argmax(-1), logits.softmax(-1).mean(0).argmax(-1)]
+        right += torch.tensor([float((answer == labels).sum()) for answer in answers])
+        count += len(labels)
+    accuracies = dict(zip([*args.adapters, "ensemble"], (right / count).tolist(), strict=True))
+    width = max(map(len, accuracies))
+    for name, accuracy in accuracies.items():
+        print(f"{name:<{width}}  {100 * accuracy:.1f} %")
+    print(f"{count} images ({args.split})")
+    if args.output:
+        write_text(args.output, json.dumps({"images": count, "accuracy": accuracies}, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------ details
+def _batches(args: Namespace, model: Any, class_names: list[str], most: int | None) -> Any:
+    """(images, labels) batches of the split, as the adapter was trained to see them."""
+    import deltalens as dl
+    from deltalens.data import eval_transform, read_split
+    from deltalens.data.transforms import image_mode
+    from deltalens.training.loaders import default_workers, evaluation_loader
+
+    preprocessing = dl.preprocessing(model)
+    files = read_split(args.data, args.split, class_names, dl.adapter_info(model).get("split"))
+    if most is not None and len(files) > most:
+        files = files.subset([i * len(files) // most for i in range(most)])
+    files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
+    return evaluation_loader(files, args.batch_size, default_workers())
+
+
+def _label(model: Any, folder: str) -> str:
+    """The last two names of the folder's path, and its method."""
+    from pathlib import Path
+
+    from deltalens.lifecycle.state import adapter_of
+
+    methods = " + ".join(method.name for method in adapter_of(model)[1].configs)
+    return f"{'/'.join(Path(folder).resolve().parts[-2:])} ({methods})"
