@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
 from torch import Tensor, nn
 
 from deltalens.sites.anatomy import Anatomy, Family, Part
@@ -59,6 +60,12 @@ def transforms_output(module: nn.Module) -> bool:
     return getattr(module, "transforms_output", False)
 
 
+# forward of a layer norm -> axis of its channels
+_LAYER_NORM_AXIS = {cls.forward: -1 for cls in (nn.LayerNorm, LayerNorm, LayerNormFp32)} | {
+    cls.forward: 1 for cls in (LayerNorm2d, LayerNorm2dFp32)
+}
+
+
 def output_channels(layer: nn.Module) -> tuple[int, int] | None:
     """(channels, their axis) of the output of a layer whose last step is weight * value + bias, None for others.
 
@@ -73,8 +80,8 @@ def output_channels(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, 1) if forward is nn.Conv2d.forward else None
     if isinstance(layer, nn.LayerNorm):
-        channels_first = original_class(layer).__name__.endswith("2d")
-        return (layer.normalized_shape[0], 1 if channels_first else -1) if len(layer.normalized_shape) == 1 else None
+        axis = _LAYER_NORM_AXIS.get(forward)
+        return (layer.normalized_shape[0], axis) if axis and len(layer.normalized_shape) == 1 else None
     if isinstance(layer, nn.BatchNorm2d):
         return layer.num_features, 1
     return (layer.num_channels, 1) if isinstance(layer, nn.GroupNorm) else None
