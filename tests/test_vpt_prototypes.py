@@ -72,7 +72,8 @@ def test_where_prompts_start(init, entries, trained):
     dl.attach(model, config)
     with pytest.raises(RuntimeError, match=r"call deltalens\.prepare"):
         model(images("vit"))
-    config.prepare(model, loader())
+    dl.prepare(model.train(), loader())
+    assert model.training
     for block, entry in zip(model.blocks, entries, strict=True):
         (module,) = block.delta.live("attention.prompts")
         assert isinstance(module.embedding, torch.nn.Parameter) == trained
