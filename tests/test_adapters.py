@@ -155,7 +155,24 @@ def test_low_rank_sum_equals_the_published_form(sizes):
     assert_same(found, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_low_rank_sum_takes_the_cheaper_way(monkeypatch):
+@pytest.mark.parametrize("sizes", [(4, 16), (1, 2)], ids=["full matrix", "thin layers"])
+def test_lorand_merged(sizes):
+    """Folded layers compute the same, and hold no more numbers than the cheaper form needs."""
+    model, x = tiny_vit().double(), images("vit").double()
+    dl.attach(model, LoRandConfig(*sizes))
+    randomize_adapter(model)
+    (wide,) = {layer.project1.narrow() for layer in layers_of(model)}
+    expected = model(x)
+    merged = dl.merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(merged(x), expected, **EXACT)
+    assert not layers_of(merged)
+    (folded, *_) = [module for _, module in merged.blocks[0].delta.of("default")]
+    weights = sum(p.numel() for p in folded.project1.parameters()) - 12
+    assert wide == (sizes == (1, 2))
+    assert weights == (2 * (24 + 12) if wide else 24 * 12)
+
+
+def test_low_rank_sum_takes_the_cheaper_way():
     """Multiplications per position, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -173,6 +173,35 @@ def test_switching_and_combining():
         torch.testing.assert_close(model(x), plain)
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_merged(family):
+    model, x = MODELS[family](), images(family)
+    dl.attach(model, [RANDOM, dl.BitFitConfig()])
+    expected = randomize_adapter(model)(x)
+    torch.testing.assert_close(dl.merge_and_unload(model)(x), expected)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_in_a_named_backbone(tmp_path):
+    """The features that leave the submodule are mixed, wherever it sits."""
+
+    def build():
+        return nn.Sequential(tiny_vit(num_classes=0), nn.Linear(24, 3, bias=False))
+
+    model, x = build(), images("vit")
+    dl.attach(model, RANDOM, backbone="0")
+    randomize_adapter(model)
+    side = model[0].delta.output.adapter_default.sidetune
+    with dl.disable_adapter(model):
+        features = model[0](x)
+    torch.testing.assert_close(model(x), model[1](side(features, x)))
+    dl.save_pretrained(model, tmp_path)
+    again = build()
+    again.load_state_dict(build().state_dict())
+    nn.init.ones_(again[1].weight)
+    assert torch.equal(dl.from_pretrained(tmp_path, model=again)(x), model(x))
+
+
 # ------------------------------------------------------------------ files
 def weights_with(bias: float):
     """Stands in for torchvision's download: AlexNet's state dict with one recognisable tensor."""

@@ -1,11 +1,24 @@
 """Which backbone tensors NormTuning, BitFit and Partial-k train, against the published codes' own name tests."""
 
+import copy
 import re
 
 import pytest
 import reference
 import torch
-from models import images, tiny_convnext, tiny_resnet, tiny_swin, tiny_swin_v2, tiny_vit
+from models import (
+    MODELS,
+    assert_same,
+    backward,
+    images,
+    randomize_adapter,
+    tiny_convnext,
+    tiny_resnet,
+    tiny_swin,
+    tiny_swin_v2,
+    tiny_vit,
+)
+from test_exact_shortcuts import ARCHITECTURES, EXACT, Full, rows_of_last_mlp
 from timm.models.levit import Levit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -199,3 +212,75 @@ def test_biases_and_tables(relative):
     tables = [n for n, _ in networks[2].named_parameters() if n.endswith("relative_position_bias_table")]
     assert len(tables) == 4
     assert any(name.endswith("attention_biases") for name, _ in networks[4].named_parameters())
+
+
+# ------------------------------------------------------------------ lifecycle
+UNFROZEN = {"norms": NormTuningConfig(), "partial": PartialConfig(), "partial, 2": PartialConfig(2, final_norm=False)}
+each_pair = pytest.mark.parametrize(("family", "name"), [(family, name) for family in MODELS for name in UNFROZEN])
+
+
+@each_pair
+def test_train_save_load_and_detach(family, name, tmp_path):
+    model, x = MODELS[family](), images(family, batch=4)
+    before, state = model(x), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    dl.attach(model, UNFROZEN[name], num_classes=7)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    _, gradients = backward(model.train(), x)
+    assert all(gradient.abs().max() > 0 for key, gradient in gradients.items() if "relative_position" not in key)
+    optimizer.step()
+    y = model.eval()(x)
+    assert not torch.allclose(y, dl.attach(MODELS[family](), dl.LinearConfig(), num_classes=7)(x))
+    dl.save_pretrained(model, tmp_path)
+    other = dl.attach(MODELS[family](), dl.LinearConfig(), name="first")
+    dl.load_adapter(other, tmp_path, name="second")
+    assert torch.equal(other.eval()(x), y)
+    dl.set_adapter(other, "first")
+    torch.testing.assert_close(other(x), before)
+    dl.set_adapter(other, "second")
+    assert torch.equal(other(x), y)
+    merged = dl.merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(merged(x), y)
+    dl.detach(model)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [*UNFROZEN.values(), dl.MLPConfig(layers=2)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_class_row_equals_all_rows(architecture, config):
+    model, x = tiny_vit(**ARCHITECTURES[architecture]).double(), images("vit").double()
+    randomize_adapter(dl.attach(model, config))
+    assert rows_of_last_mlp(model, x) == 1
+    found, grads = backward(model, x)
+    expected, full_grads = backward(Full(model), x)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert_same({f"model.{name}": g for name, g in grads.items()}, full_grads, **EXACT)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_autocast_and_compile(family):
+    torch.compiler.reset()
+    model, x = MODELS[family](), images(family)
+    dl.attach(model, [NormTuningConfig(), PartialConfig(blocks=1), dl.MLPConfig(layers=2)])
+    randomize_adapter(model)
+    expected, gradients = backward(model, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert (model(x).float() - expected).abs().max() < 0.1 * expected.abs().max()
+    found, compiled = backward(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    compiled = {key.removeprefix("_orig_mod."): gradient for key, gradient in compiled.items()}
+    assert_same(compiled, gradients, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_with_prompts_and_lora(family):
+    model, x = MODELS[family](), images(family)
+    before = model(x)
+    dl.attach(model, [dl.VPTConfig(num_tokens=2), dl.LoRAConfig(r=2), NormTuningConfig(), PartialConfig()])
+    randomize_adapter(model)
+    _, gradients = backward(model, x)
+    kinds = {row.kind for row in dl.parameter_table(model)}
+    assert kinds == {"inserted", "unfrozen", "head"}
+    assert all(gradient.abs().max() > 0 for key, gradient in gradients.items() if "relative_position" not in key)
+    dl.detach(model)
+    assert torch.equal(model(x), before)

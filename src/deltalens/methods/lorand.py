@@ -46,9 +46,26 @@ class LowRankSum(nn.Module):
             return F.linear(F.linear(x, down.t()), up.t(), self.bias)
         return F.linear(x, (down @ up).t(), self.bias)
 
+    @torch.no_grad()
+    def folded(self) -> nn.Module:
+        """The same with constant matrices, for inference: two thin layers, or one full one."""
+        down, up = self.A.transpose(0, 1).flatten(1), (self.g @ self.B).flatten(0, 1)
+        if self.narrow():
+            return nn.Sequential(_linear(down, None), _linear(up, self.bias))
+        return _linear(down @ up, self.bias)
+
     def plain(self, x: Tensor) -> Tensor:
         """The published form: every branch's matrix, their sum, one product."""
         return x @ sum(a @ g @ b for a, g, b in zip(self.A, self.g, self.B, strict=True)) + self.bias
+
+
+def _linear(matrix: Tensor, bias: Tensor | None) -> nn.Linear:
+    """x matrix + bias as a layer."""
+    layer = nn.Linear(*matrix.shape, bias=bias is not None, device=matrix.device, dtype=matrix.dtype)
+    layer.weight.copy_(matrix.t())
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer
 
 
 class LoRandLayer(nn.Module):
@@ -63,6 +80,23 @@ class LoRandLayer(nn.Module):
         if init == "identity":
             nn.init.zeros_(self.project2.B)
             nn.init.zeros_(self.project2.bias)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u + self.project2(F.gelu(self.project1(u)))
+
+    def folded(self) -> FoldedLoRand:
+        """The same with constant matrices, for inference."""
+        return FoldedLoRand(self.project1.folded(), self.project2.folded())
+
+
+class FoldedLoRand(nn.Module):
+    """A `LoRandLayer` whose factors have been multiplied out where that saves work."""
+
+    pointwise = True
+
+    def __init__(self, project1: nn.Module, project2: nn.Module):
+        super().__init__()
+        self.project1, self.project2 = project1, project2
 
     def forward(self, u: Tensor) -> Tensor:
         return u + self.project2(F.gelu(self.project1(u)))
