@@ -17,6 +17,10 @@ COMBINED = [
     ("swin", ("vpt-shallow",)),
     ("convnext", ("mona", "lora-mlp", "bitfit")),
     ("resnet", ("mona", "bitfit")),
+    ("vit", ("lora", "ssf", "fact", "repadapter", "convpass")),
+    ("swin", ("fact-tk", "ssf", "repadapter", "convpass")),
+    ("convnext", ("ssf", "fact-mlp", "repadapter")),
+    ("resnet", ("ssf",)),
 ]
 ALONE = [(family, (method,)) for family, method in PAIRS if not method.startswith("vpt")]
 SHORT = {

@@ -122,3 +122,25 @@ def test_a_checkpoint_of_another_configuration_is_refused(name, settings, messag
     model = dl.attach(tiny_vit(), VPTConfig(**settings))
     with pytest.raises(ValueError, match=message):
         dl.import_official(model, official(tensors), source="vpt")
+
+
+def test_shared_prompts_are_the_first_ones_of_a_checkpoint():
+    """With DEEP_SHARED the checkpoint holds deep prompts that no block reads."""
+    tensors, _ = reference.load("vpt_vit_deep_p5")
+    shared = dl.attach(tiny_vit(), VPTConfig(num_tokens=5, shared="inter")).eval()
+    loaded, ignored = dl.import_official(shared, official(tensors), source="vpt")
+    assert (loaded, ignored) == (1 + 2, 0)
+    deep = dl.attach(tiny_vit(), VPTConfig(num_tokens=5)).eval()
+    dl.import_official(deep, official(tensors), source="vpt")
+    first = official(tensors)["enc.transformer.prompt_embeddings"][0]
+    for path, parameter in deep.named_parameters():
+        if path.endswith("embedding"):
+            parameter.data.copy_(first)
+    torch.testing.assert_close(shared(tensors["input.image"]), deep(tensors["input.image"]))
+
+
+def test_fixed_prompts_are_imported_too():
+    tensors, _ = reference.load("vpt_vit_deep_p5")
+    model = dl.attach(tiny_vit(), VPTConfig(num_tokens=5, train_prompts=False)).eval()
+    dl.import_official(model, official(tensors), source="vpt")
+    torch.testing.assert_close(model(tensors["input.image"]), tensors["out.logits"], **FEATURE)

@@ -5,6 +5,7 @@ Every picture is a card with its own background that follows the reader's light 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -193,66 +194,207 @@ def slots() -> None:
 
 
 # ------------------------------------------------------------------ what one method uses
-def method(name: str, title: str, used: set[str]) -> None:
-    """A block and the head from left to right, with what the method adds or trains."""
-    picture = Picture(760, 236, title)
-    line, top = 166.0, 72.0
-    look = lambda part: "used" if part in used else "frozen"  # noqa: E731
-    picture.text(22, line + 5, "x", "title")
-    x = 32.0
-    if "shallow" in used:
-        picture.line((x, line), (x + 16, line), look="line stream")
-        picture.box(x + 16, line - 13, 66, 26, "prompts", "used", "small")
-        picture.text(x + 49, line + 32, "before block 0", "small faint")
-        x += 82
-    for body in ("attention", "MLP"):
-        split, norm = x + 14, x + 26
-        wide, added = norm + 52, norm + 52 + 100
-        picture.line((x, line), (added + 22, line), look="line stream", tip=False)
-        picture.dot(split, line)
-        picture.line((split, line), (split, top), (norm, top))
-        picture.box(norm, top - 14, 42, 28, "norm", look("norm"))
-        picture.line((norm + 42, top), (wide, top))
-        picture.box(wide, top - 22, 86, 44, body, look(body))
-        picture.line((wide + 86, top), (added + 22, top), (added + 22, line - 10))
-        picture.sum(added + 22, line)
-        if body == "attention" and "prompts" in used:
-            picture.box(wide - 8, 10, 102, 22, "prompts' K, V", "used", "small")
-            picture.line((wide + 43, 32), (wide + 43, top - 23))
-        if body == "attention" and "lora" in used:
-            picture.box(wide - 6, top + 38, 98, 24, "B A on q, v", "used", "small")
-            picture.line((wide + 43, top + 38), (wide + 43, top + 23))
-        if "bias" in used:
-            for spot, y in ((norm + 21, top + 28), (wide + 43, top + 36)):
-                picture.box(spot - 15, y - 10, 30, 19, "+ b", "used", "small")
-        x = added + 31
-        if "stream" in used:
-            picture.line((x, line), (x + 14, line), look="line stream")
-            picture.box(x + 14, line - 15, 58, 30, "Mona", "used")
-            x += 72
-    picture.line((x, line), (x + 34, line), look="line stream")
-    picture.text(x + 17, line - 10, "...", "faint")
-    picture.box(x + 34, line - 18, 56, 36, "head", "used")
-    legend = 22.0
-    for kind, words in (("frozen", "frozen"), ("used", "trained and saved")):
-        picture.box(legend, 210, 22, 16, "", kind)
-        picture.text(legend + 30, 223, words, "small", "start")
-        legend += 100
-    picture.width = int(max(x + 34 + 56 + 22, 420))
+PLACES = {  # place -> what a picture shows there; its words go into the box
+    "pixels": "a box before the patch embedding",
+    "patch embedding": "the patch embedding, with its own words",
+    "tokens": "a box on the stream before the block",
+    "tokens note": "words under it",
+    "*.norm": "the norm, with its own word",
+    "*.pre": "a box between norm and branch",
+    "*.body": "attention or MLP themselves, with their own words",
+    "*.prompts": "a box over the branch",
+    "*.weights": "a box under the branch",
+    "*.each": "a badge under norm and branch",
+    "*.inner": "a box behind the branch, before the sum",
+    "*.parallel": "a box beside the branch that reads the stream",
+    "*.parallel of n": "a box beside the branch that reads what the norm gives",
+    "*.stream": "a box on the stream behind the sum",
+    "block.parallel": "a box beside the whole block",
+    "block.stream": "a box on the stream behind the block",
+    "final norm": "a box before the head",
+    "pool": "a box before the head",
+    "beside": "a box that reads the image and leads to `output`",
+    "output": "a box right before the head",
+    "head": "the words of the head",
+    "note": "words in the legend, such as which blocks are meant",
+}
+BRANCHES = ("attention", "mlp")
+
+
+def width_of(words: str, least: float = 44) -> float:
+    """Of a box with these words in the small font."""
+    return max(least, 6.5 * max(len(line) for line in words.split("\n")) + 16)
+
+
+def spread(places: dict[str, str]) -> dict[str, str]:
+    """`*.stream` stands for `attention.stream` and `mlp.stream`. KeyError for a place that pictures do not have."""
+    found = {}
+    for place, words in places.items():
+        branch, _, rest = place.partition(".")
+        if place not in PLACES and not (branch in BRANCHES and f"*.{rest}" in PLACES):
+            raise KeyError(f"no place {place!r} in pictures of methods; there are: {', '.join(PLACES)}")
+        found |= {f"{name}.{rest}": words for name in BRANCHES} if branch == "*" else {place: words}
+    return found
+
+
+class MethodPicture(Picture):
+    """A block and the head from left to right; `x` is how far the stream has come."""
+
+    stream, top = 166.0, 72.0  # heights of the stream and of the branches
+
+    def __init__(self, title: str, places: dict[str, str]):
+        super().__init__(760, 236, title)
+        self.places, self.x, self.lowest = spread(places), 32.0, self.stream
+
+    def on_stream(self, place: str) -> None:
+        """A box on the stream, where the place is used."""
+        if place in self.places:
+            width = width_of(self.places[place])
+            self.line_to(14)
+            self.box(self.x, self.stream - 15, width, 30, self.places[place], "used", "small")
+            self.x += width
+
+    def line_to(self, length: float, tip: bool = True) -> None:
+        self.line((self.x, self.stream), (self.x + length, self.stream), look="line stream", tip=tip)
+        self.x += length
+
+    def fixed(self, place: str, x: float, y: float, width: float, height: float, words: str) -> None:
+        """A part of the frozen block, marked where it is trained itself."""
+        used = place in self.places
+        self.box(x, y - height / 2, width, height, self.places.get(place) or words, "used" if used else "frozen")
+
+    def beside(self, place: str, start: float, end: float, depth: float) -> None:
+        """A box under the stream, from what it reads at `start` to the sum at `end`."""
+        if place not in self.places:
+            return
+        words = self.places[place]
+        y, width = self.stream + depth, width_of(words)
+        middle = (start + end) / 2
+        self.line((start, self.stream), (start, y), (middle - width / 2, y))
+        self.box(middle - width / 2, y - 13, width, 26, words, "used", "small")
+        self.line((middle + width / 2, y), (end, y), (end, self.stream + 10))
+        self.lowest = max(self.lowest, y + 13)
+
+    def branch(self, name: str, words: str) -> None:
+        """norm, pre, body, inner, sum; with what hangs on them."""
+        line, top, at, start = self.stream, self.top, lambda place: f"{name}.{place}", self.x
+        split, norm = start + 14, start + 26
+        self.dot(split, line)
+        self.line((split, line), (split, top), (norm, top))
+        self.fixed(at("norm"), norm, top, 42, 28, "norm")
+        x = norm + 42
+        for place in ("pre", "body", "inner"):
+            if place == "body":
+                self.line((x, top), (x + 10, top))
+                body = x + 10
+                self.fixed(at("body"), body, top, 86, 44, words)
+                x = body + 86
+            elif at(place) in self.places:
+                width = width_of(self.places[at(place)])
+                self.line((x, top), (x + 12, top))
+                self.box(x + 12, top - 15, width, 30, self.places[at(place)], "used", "small")
+                x += 12 + width
+        total = x + 36
+        self.line((x, top), (total, top), (total, line - 10))
+        self.sum(total, line)
+        if at("prompts") in self.places:
+            width = width_of(self.places[at("prompts")])
+            self.box(body + 43 - width / 2, 10, width, 22, self.places[at("prompts")], "used", "small")
+            self.line((body + 43, 32), (body + 43, top - 23))
+        if at("weights") in self.places:
+            width = width_of(self.places[at("weights")])
+            self.box(body + 43 - width / 2, top + 38, width, 24, self.places[at("weights")], "used", "small")
+            self.line((body + 43, top + 38), (body + 43, top + 23))
+        if at("each") in self.places:
+            width = width_of(self.places[at("each")], 30) - 6
+            for spot, y in ((norm + 21, top + 28), (body + 43, top + 36)):
+                self.box(spot - width / 2, y - 10, width, 19, self.places[at("each")], "used", "small")
+        if at("parallel of n") in self.places:
+            width, y = width_of(self.places[at("parallel of n")]), top + 52
+            self.dot(norm + 47, top)
+            self.line((norm + 47, top), (norm + 47, y), (body + 43 - width / 2, y))
+            self.box(body + 43 - width / 2, y - 13, width, 26, self.places[at("parallel of n")], "used", "small")
+            self.line((body + 43 + width / 2, y), (total - 22, y), (total - 22, line - 22), (total - 7, line - 7))
+        self.beside(at("parallel"), split, total, 44)
+        self.line((start, line), (total - 9, line), look="line stream", tip=False)
+        self.x = total + 9
+        self.on_stream(at("stream"))
+
+    def draw(self) -> None:
+        line, places = self.stream, self.places
+        image = 62.0
+        if {"pixels", "beside", "patch embedding"} & places.keys():
+            self.text(30, line + 5, "image", "title")
+            self.x = 54
+            self.on_stream("pixels")
+            self.line_to(20)
+            self.fixed("patch embedding", self.x, line, 84, 40, "patch\nembedding")
+            self.x += 84
+        else:
+            self.text(22, line + 5, "x", "title")
+        before = self.x
+        self.on_stream("tokens")
+        if "tokens note" in places:
+            self.text((before + 14 + self.x) / 2, line + 32, places["tokens note"], "small faint")
+        start = self.x
+        self.branch("attention", "attention")
+        self.branch("mlp", "MLP")
+        if "block.parallel" in places:
+            deep = 44 if self.lowest == line else 84
+            self.dot(start + 6, line)
+            self.line_to(20, tip=False)
+            self.sum(self.x, line)
+            self.beside("block.parallel", start + 6, self.x, deep)
+            self.x += 9
+        self.on_stream("block.stream")
+        self.line_to(34)
+        self.text(self.x - 17, line - 10, "...", "faint")
+        behind = [place for place in ("final norm", "pool", "output") if place in places]
+        self.x -= 14 if behind else 0  # the first of them ends the dotted piece
+        for place in behind:
+            self.on_stream(place)
+        if "beside" in places:
+            middle, width = (image + self.x) / 2, width_of(places["beside"])
+            end, y = self.x - width_of(places["output"]) / 2, line + 44
+            self.dot(image, line)
+            self.line((image, line), (image, y), (middle - width / 2, y))
+            self.box(middle - width / 2, y - 13, width, 26, places["beside"], "used", "small")
+            self.line((middle + width / 2, y), (end, y), (end, line + 16))
+            self.lowest = y + 13
+        if behind:
+            self.line_to(14)
+        head = places.get("head", "head")
+        width = max(56, 1.2 * width_of(head))
+        self.box(self.x, line - 18, width, 36, head, "used")
+        self.x += width
+        self.legend()
+
+    def legend(self) -> None:
+        x, y = 22.0, max(210.0, self.lowest + 14)
+        for kind, words in (("frozen", "frozen"), ("used", "trained and saved")):
+            self.box(x, y, 22, 16, "", kind)
+            self.text(x + 30, y + 13, words, "small", "start")
+            x += 100
+        if "note" in self.places:
+            self.text(x + 52, y + 13, self.places["note"], "small faint", "start")
+            x += 52 + 6.2 * len(self.places["note"])
+        self.width, self.height = int(max(self.x + 22, x + 10, 420)), int(y + 26)
+
+
+def method(name: str, title: str, places: dict[str, str]) -> None:
+    """The picture of a method: what it adds or trains is marked in a block and the head."""
+    picture = MethodPicture(title, places)
+    picture.draw()
     picture.save(f"method-{name}.svg")
 
 
 def draw_all() -> None:
-    """Write every picture to FOLDER."""
+    """Write every picture to FOLDER; those of the methods are described in methods.json, one line each."""
     architecture()
     slots()
-    method("full", "Full fine-tuning trains the whole block and the head", {"norm", "attention", "MLP"})
-    method("linear", "Linear probing trains the head only", set())
-    method("bitfit", "BitFit trains the biases and the head", {"bias"})
-    method("lora", "LoRA trains low-rank changes of linear layers and the head", {"lora"})
-    method("vpt", "VPT-deep trains prompts that act as keys and values, and the head", {"prompts"})
-    method("vpt-shallow", "VPT-shallow trains prompts that enter before the first block, and the head", {"shallow"})
-    method("mona", "Mona trains layers on the stream, and the head", {"stream"})
+    described = json.loads((Path(__file__).parent / "methods.json").read_text(encoding="utf-8"))
+    for name, (title, places) in described.items():
+        method(name, title, places)
 
 
 if __name__ == "__main__":

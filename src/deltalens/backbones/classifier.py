@@ -15,6 +15,12 @@ def reads_as(model: nn.Module) -> bool:
     return all(hasattr(model, name) for name in interface) and isinstance(model.get_classifier(), nn.Module)
 
 
+def width_of_features(model: nn.Module) -> int:
+    """Channels of the features that the classifier layer reads; wider than the last block where layers lie between
+    (EfficientNet)."""
+    return getattr(model.get_classifier(), "in_features", None) or model.num_features
+
+
 def _forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     if not live(self, "output"):
         return original_method(self, "forward")(x, *args, **kwargs)

@@ -33,7 +33,8 @@ def describe(model: nn.Module, backbone: str | None = None, blocks: str | None =
         )
     canonical = canonical_names(model, backbone or "")
     if backbone is None and all(tower.classifier is None for tower in towers) and classifier.reads_as(model):
-        towers[0].classifier = Site("", model, classifier.CLASSIFIER, towers[0].blocks[-1].width, tower=towers[0])
+        width = classifier.width_of_features(model)
+        towers[0].classifier = Site("", model, classifier.CLASSIFIER, width, tower=towers[0])
     if backbone:
         modules, tensors = _outside(model, backbone)
         return Anatomy(model, prefixed(backbone, towers), None, modules, canonical, tensors)

@@ -23,7 +23,7 @@ from deltalens.lifecycle.state import KEY, adapter_of, state_of
 from deltalens.lifecycle.switch import delete_adapter
 from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors
 from deltalens.lifecycle.wrapped import plain_layers
-from deltalens.methods.base import Method, make_config
+from deltalens.methods.base import Method, make_config, without_fetching
 
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 FORMAT = 1
@@ -77,8 +77,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     base = config.get("base_model") or {}
     had_adapters = KEY in model.__dict__
     num_classes = config.get("num_classes") if _has_classifier(model, config) else None
-    attach(model, methods, name, num_classes=num_classes, backbone=None if had_adapters else base.get("backbone"),
-           blocks=None if had_adapters else base.get("blocks"))  # fmt: skip
+    with without_fetching():  # the file holds every tensor
+        attach(model, methods, name, num_classes=num_classes, backbone=None if had_adapters else base.get("backbone"),
+               blocks=None if had_adapters else base.get("blocks"))  # fmt: skip
     try:
         with plain_layers(model):
             check_fingerprint(model, base.get("fingerprint") or {})

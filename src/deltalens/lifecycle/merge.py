@@ -63,21 +63,24 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 def _fold_into_readers(block: nn.Module, slots: Slots) -> None:
     """Fold the modules at the end of a `pre` slot that are affine in n, n -> M n + c, into the layers that read n.
 
-    Prompts are projected by the same layers and do not pass the slot: where some are left, its modules stay.
+    Prompts are projected by attention's layers and do not pass `attention.pre`: where some are left, its modules stay.
     """
     family = next((family for family in type(block)._families if family.slots), None)
+    prompted = any(not isinstance(module, ConstantKeysValues) for module in slots.live("attention.prompts"))
     for slot, paths in family.readers(block).items() if family else ():
-        if any(not isinstance(prompts, ConstantKeysValues) for prompts in slots.live("attention.prompts")):
+        if slot == "attention.pre" and prompted:
             continue
         readers = [layer for path in paths if (layer := _layer_at(block, path)) is not None]
         if not readers or any(original_class(layer) is not nn.Linear for layer in readers):
             continue
         while (modules := slots.live(slot)) and hasattr(modules[-1], "affine"):
-            matrix, shift = modules[-1].affine()
+            precise = torch.promote_types(readers[0].weight.dtype, torch.float32)  # M is near 1
+            matrix, shift = modules[-1].to(precise).affine()
             for layer in readers:
-                bias = layer.weight @ shift if layer.bias is None else layer.bias + layer.weight @ shift
-                layer.weight.copy_(layer.weight @ matrix)
-                layer.bias = nn.Parameter(bias)
+                weight = layer.weight.to(precise)
+                bias = weight @ shift if layer.bias is None else layer.bias + weight @ shift
+                layer.weight.copy_(weight @ matrix)
+                layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
             slots.remove_last(slot)
 
 
@@ -97,9 +100,8 @@ def _fold_slots(block: nn.Module, slots: Slots, active: tuple[str, ...]) -> None
             for key, module in list(methods.items()):
                 if slot == "attention_prompts" and family.keys_values is not None:
                     tokens = module(next(block.parameters()))
-                    if not isinstance(tokens, tuple):
-                        keys, values = family.keys_values(block, tokens)
-                        methods[key] = ConstantKeysValues(keys.clone(), values.clone())
+                    keys, values = tokens if isinstance(tokens, tuple) else family.keys_values(block, tokens)
+                    methods[key] = ConstantKeysValues(keys.clone(), values.clone())
                 elif hasattr(module, "folded"):
                     methods[key] = module.folded()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltalens.lifecycle import official_adapters
 from deltalens.lifecycle.state import adapter_of, state_of
 from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors
 from deltalens.methods.base import Method
@@ -167,3 +168,4 @@ def _with_head(model, name, state_dict, found: dict[str, Tensor], used: int, off
 
 
 SOURCES: dict[str, Callable[[nn.Module, str, Mapping[str, Tensor]], Import]] = {"mona": _mona, "vpt": _vpt}
+SOURCES |= official_adapters.SOURCES

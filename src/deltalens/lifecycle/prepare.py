@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,9 +22,10 @@ def prepare(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
     """
     state, training = state_of(model), model.training
     methods = [method for name in state.active for method in state.adapters[name].configs]
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             for method in methods:
                 method.prepare(model, loader)
     finally:

@@ -1,33 +1,49 @@
 """One file per method; importing this package registers them all."""
 
+from deltalens.methods.adapter import AdapterConfig
+from deltalens.methods.adaptformer import AdaptFormerConfig
 from deltalens.methods.base import Method, list_methods, make_config, method_class, register, setting
 from deltalens.methods.bitfit import BitFitConfig
 from deltalens.methods.convpass import ConvpassConfig
 from deltalens.methods.fact import FacTConfig
-from deltalens.methods.from_peft import from_peft
 from deltalens.methods.full import FullConfig
 from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
+from deltalens.methods.lorand import LoRandConfig
+from deltalens.methods.mlp import MLPConfig
 from deltalens.methods.mona import MonaConfig, MonaLayer
+from deltalens.methods.normtuning import NormTuningConfig
+from deltalens.methods.partial import PartialConfig
+from deltalens.methods.peft_methods import from_peft
 from deltalens.methods.repadapter import RepAdapterConfig
 from deltalens.methods.sct import SCTConfig
+from deltalens.methods.sidetune import SidetuneConfig
 from deltalens.methods.ssf import SSFConfig
 from deltalens.methods.vpt import VPTConfig
+from deltalens.methods.vpt_prototypes import class_prototypes
 
 __all__ = [
+    "AdaptFormerConfig",
+    "AdapterConfig",
     "BitFitConfig",
     "ConvpassConfig",
     "FacTConfig",
     "FullConfig",
     "LinearConfig",
     "LoRAConfig",
+    "LoRandConfig",
+    "MLPConfig",
     "Method",
     "MonaConfig",
     "MonaLayer",
+    "NormTuningConfig",
+    "PartialConfig",
     "RepAdapterConfig",
     "SCTConfig",
     "SSFConfig",
+    "SidetuneConfig",
     "VPTConfig",
+    "class_prototypes",
     "from_peft",
     "list_methods",
     "make_config",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import fnmatch
@@ -61,7 +63,8 @@ class Method:
         return {}
 
     def prepare(self, model: nn.Module, loader: Iterable) -> None:
-        """Compute state from data before training (caches, prototypes); kept as buffers of the method's modules."""
+        """Compute state from training data once, before training (caches, prototypes, choices), into buffers or
+        parameters of the method's modules. `deltalens.prepare` calls it; what is already there stays as it is."""
 
     def lr_multipliers(self) -> dict[str, float]:
         """Substring of a parameter's path -> factor on the learning rate."""
@@ -87,6 +90,24 @@ def check_choices(config: Method) -> None:
         value = getattr(config, field.name)
         if choices and value not in choices:
             raise ValueError(f"{type(config).__name__}.{field.name} must be one of {choices}, got {value!r}")
+
+
+_FETCHING = contextvars.ContextVar("deltalens_fetching", default=True)
+
+
+@contextlib.contextmanager
+def without_fetching() -> Iterator[None]:
+    """Within the context `may_fetch` is false: all tensors of what methods build come from a file afterwards."""
+    token = _FETCHING.set(False)
+    try:
+        yield
+    finally:
+        _FETCHING.reset(token)
+
+
+def may_fetch() -> bool:
+    """Whether a method that builds on pretrained weights of its own (Sidetune) should fetch them now."""
+    return _FETCHING.get()
 
 
 _METHODS: dict[str, type[Method]] = {}

@@ -106,12 +106,12 @@ class FacTConfig(Method):
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {self.parts}")
 
     def place(self, anatomy: Anatomy):
-        by_width: dict[int, list[tuple[Site, str, int, int]]] = defaultdict(list)
+        alike: dict[tuple[int, int], list[tuple[Site, str, int, int]]] = defaultdict(list)  # by tower and width
         for block in anatomy.blocks():
             for name in self.parts:
                 require(block, f"weights:{name}", "FacT (or name parts that the block has)", anatomy.model)
-                by_width[block.width].append((block, name, *_multiples(block, name)))
-        for width, places in by_width.items():
+                alike[id(block.tower), block.width].append((block, name, *_multiples(block, name)))
+        for (_, width), places in alike.items():
             layer = self._factory(width, sum(outputs * inputs for _, _, outputs, inputs in places))
             first = 0
             for block, name, outputs, inputs in places:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 from deltalens.methods.base import Method, check_choices, register, setting
+from deltalens.methods.mona_designs import EARLIER_DESIGNS, MonaV1Layer, MonaV2Layer
 from deltalens.methods.mona_layer import MonaLayer
 from deltalens.sites.anatomy import require
 
@@ -21,7 +23,8 @@ class MonaConfig(Method):
     Prefix tokens (class token, registers, prompts) bypass it. Parameters per layer: (2n + 5) C + n^2 + 88 n.
     Differences of the official code from the paper: scales are vectors, convolutions have biases, both kept here; the
     frozen backbone keeps drop-path active in training, kept here (`frozen_mode = "train"`). Not an identity at the
-    start, as published; init="identity" makes it one. Streams without a map (text) are a TypeError.
+    start, as published; init="identity" makes it one. `design` takes an earlier design of the paper's ablation
+    (`MonaV1Layer`, `MonaV2Layer`, `MonaV3Layer`). Streams without a map (text) are a TypeError.
     """
 
     frozen_mode: ClassVar = "train"
@@ -41,6 +44,11 @@ class MonaConfig(Method):
         default="official", help="official initialisation, or identity at the start", choices=("official", "identity")
     )
     memory: str = setting(default="normal", help="low recomputes the bottleneck in backward", choices=("normal", "low"))
+    design: str = setting(
+        default="final",
+        help="the published layer, or one of the earlier designs of its ablation",
+        choices=("final", "v1", "v2", "v3"),
+    )
 
     def __post_init__(self):
         check_choices(self)
@@ -48,9 +56,15 @@ class MonaConfig(Method):
             raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
         if not self.kernels or any(size % 2 == 0 or size < 1 for size in self.kernels):
             raise ValueError(f"kernels must be odd sizes, at least one, got {self.kernels}")
+        fixed = ("reduce", "norm", "norm_position", "memory") if self.design != "final" else ()
+        for field in dataclasses.fields(self):
+            if field.name in fixed and getattr(self, field.name) != field.default:
+                raise ValueError(f"design={self.design!r} fixes {field.name}; leave it at {field.default!r}")
 
-    def layer(self, dim: int) -> MonaLayer:
+    def layer(self, dim: int) -> MonaLayer | MonaV1Layer | MonaV2Layer:
         """A Mona layer with these settings for a stream of `dim` channels."""
+        if self.design != "final":
+            return EARLIER_DESIGNS[self.design](dim, self.bottleneck, tuple(self.kernels), self.dropout, self.init)
         return MonaLayer(
             dim,
             self.bottleneck,

@@ -42,10 +42,10 @@ class SSFConfig(Method):
     Parameters: 2 per output channel of each such layer; ViT-B/16 205,824. Merging is exact: weights and biases take it
     all, and layers without a bias get one. std=0 starts as the backbone; 0.02 is the official code's.
 
-    The layers between the stages of Swin and ConvNeXt are left alone (`exclude`): the official code has scales for
-    them, but never switches them on, and the published counts are without. Where a model pools before its last norm
-    (mean-pooled ViT, ConvNeXt), the official code scales the features before the pooling and not that norm; here the
-    norm is scaled, which merges. Layers whose parent reads the weight itself are passed over.
+    The layers between the stages of Swin and ConvNeXt are left alone (`exclude`): the official code is written to scale
+    them too, but as released never does. Where a model pools before its last norm (mean-pooled ViT, ConvNeXt), the
+    official code scales the features before the pooling and not that norm; here the norm is scaled, which merges.
+    Layers whose parent reads the weight itself are passed over.
     """
 
     frozen_mode: ClassVar = "train"

@@ -175,7 +175,8 @@ class VPTConfig(Method):
         return [f"{path}.{name}" for path, conv in stems.items() for name, _ in conv.named_parameters(recurse=False)]
 
     def prepare(self, model: nn.Module, loader: Iterable) -> None:
-        """Start prompts from class prototypes, where `init` asks for it. loader: yields (images, labels)."""
+        """Start prompts from class prototypes, where `init` asks for it; those that have their start keep it. loader:
+        yields (images, labels)."""
         if self.init in PROTOTYPES:
             fill_prompts(model, loader, self.num_tokens)
 
@@ -252,12 +253,12 @@ class VPTConfig(Method):
             return AddedTokens(block.tower.layout.prefix, block.grid, shape[1], bound, self.dropout, **options)
         if self.location == "add-1":
             return AddedToken(*shape, bound, self.dropout, **options)
-        prompts = Prompts(*shape, bound, self.dropout, copies=copies, **options)
-        if self.init in PROTOTYPES:
-            prompts.source = self._source(block, number)
-        return prompts
+        source = self._source(block, number)
+        return Prompts(*shape, bound, self.dropout, copies=copies, source=source, **options)
 
-    def _source(self, block: Site, number: int) -> tuple[int, str, int]:
+    def _source(self, block: Site, number: int) -> tuple[int, str, int] | None:
+        if self.init not in PROTOTYPES:
+            return None
         if self.init != "final-cls":
             return number, "inputs" if self.init == "cls-nolastl" else "outputs", block.index
         last = block.tower.blocks[-1]

@@ -45,11 +45,11 @@ class Prompts(nn.Module):
 
     embedding: (num_tokens, dim), uniform in (-bound, bound). copies: each token so many times (shared="intra").
     project: what makes tokens of the stream's width of them, shared by all prompts of an adapter. trained: False makes
-    the embedding a buffer. source: (tower, "inputs" or "outputs", block) of the class prototypes that they start from.
+    the embedding a buffer. source: (tower, "inputs" or "outputs", block) of the class prototypes that they start from;
+    until those are known the embedding is NaN, and using it an error.
     """
 
     pointwise = True
-    source: tuple[int, str, int] | None = None
 
     def __init__(
         self,
@@ -61,15 +61,34 @@ class Prompts(nn.Module):
         copies: int = 1,
         project: Projection | None = None,
         trained: bool = True,
+        source: tuple[int, str, int] | None = None,
     ):
         super().__init__()
-        hold(self, "embedding", torch.empty(num_tokens, dim).uniform_(-bound, bound), trained)
+        embedding = torch.empty(num_tokens, dim).uniform_(-bound, bound)
+        hold(self, "embedding", embedding if source is None else torch.full_like(embedding, torch.nan), trained)
+        self.source, self.ready = source, source is None
         self.project = project
         self.copies = copies
         self.dropout = nn.Dropout(dropout)
 
+    def train(self, mode: bool = True) -> Prompts:
+        self.look()
+        return super().train(mode)
+
+    def look(self) -> bool:
+        """Whether the prompts have a start; it may have come from a file in the meantime."""
+        if not self.ready and not self.embedding.is_meta:
+            self.ready = not bool(self.embedding.isnan().any())
+        return self.ready
+
     def tokens(self, x: Tensor) -> Tensor:
         """x (B, ..., C): only its width and, while dropout is active, its batch size are read."""
+        if not self.ready and not self.look():
+            raise RuntimeError(
+                "these prompts start from class prototypes, which have not been computed yet: call "
+                "deltalens.prepare(model, loader) with the training data once before training (deltalens.training.fit "
+                "does it by itself)"
+            )
         tokens = self.embedding.unsqueeze(0)
         if self.project is not None:
             tokens = self.project(tokens, x.shape[-1])

@@ -55,7 +55,7 @@ def block_means(model: nn.Module, loader: Iterable) -> list[BlockMeans]:
     try:
         with _plain(model):
             for images, labels, *_ in loader:
-                labels = labels.to(reference.device)
+                labels = torch.as_tensor(labels, device=reference.device)
                 counts = torch.bincount(labels).double()
                 seen = _grown(seen.to(counts), len(counts)) + _grown(counts, len(seen))
                 taken.clear()
@@ -77,13 +77,13 @@ def block_means(model: nn.Module, loader: Iterable) -> list[BlockMeans]:
 
 
 def fill_prompts(model: nn.Module, loader: Iterable, num_tokens: int) -> None:
-    """Start the active prompts that ask for class prototypes from those of the loader's images."""
+    """Start the active prompts that wait for class prototypes from those of the loader's images."""
     prompts = [
         module
         for slots in model.modules()
         if isinstance(slots, Slots)
         for module in slots.all_live()
-        if isinstance(module, Prompts) and module.source is not None
+        if isinstance(module, Prompts) and not module.look() and len(module.embedding) == num_tokens
     ]
     if not prompts:
         return
@@ -98,6 +98,7 @@ def fill_prompts(model: nn.Module, loader: Iterable, num_tokens: int) -> None:
         for module in prompts:
             tower, kind, block = module.source
             module.embedding.copy_(getattr(means[tower], kind)[block])
+            module.look()
 
 
 # ------------------------------------------------------------------ details

@@ -58,7 +58,8 @@ class Slots(nn.Module):
         """Forget the last active module of a slot."""
         adapters = self._modules[slot.replace(".", "_")]
         name = next(name for name in reversed(self.active) if len(adapters._modules.get(ADAPTER_PREFIX + name, ())))
-        del adapters[ADAPTER_PREFIX + name][next(reversed(adapters[ADAPTER_PREFIX + name]))]
+        methods = adapters[ADAPTER_PREFIX + name]
+        del methods[list(methods)[-1]]
 
     def of(self, adapter: str) -> Iterator[tuple[str, nn.Module]]:
         """("slot.method", module) for every module of an adapter."""

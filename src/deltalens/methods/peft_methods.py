@@ -1,4 +1,4 @@
-"""The tuners of the peft library as methods of ours: `peft/loha`, `peft/dora`, `peft/ia3` and more."""
+"""The tuners of the peft library as methods: `from_peft`, and by name `peft/loha`, `peft/dora`, `peft/ia3` and more."""
 
 from __future__ import annotations
 
@@ -104,7 +104,10 @@ class PeftMethod(Method):
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+            value = _plain(getattr(self, field.name))
+            if isinstance(value, tuple) and field.name.endswith("_modules"):
+                value = tuple(sorted(value))  # a set to peft
+            object.__setattr__(self, field.name, value)
         self.peft_config()
 
     def peft_config(self) -> PeftConfig:
@@ -122,12 +125,7 @@ class PeftMethod(Method):
         config = self.peft_config()
         if config.target_modules is None:
             _choose_targets(config, anatomy)
-        targets = _targets(config, anatomy, self.name)
-        config.target_modules = set(targets)
-        for done_here in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            if hasattr(config, done_here):
-                setattr(config, done_here, None)
-        return PeftLayers(self.name, targets, config)
+        return PeftLayers(self.name, _targets(config, anatomy, self.name), config)
 
     def losses(self, model: nn.Module, output: Any, batch: Any) -> dict[str, Tensor]:
         """AdaLoRA's regulariser, which peft adds in the forward of its own model: the mean over all A and B of
@@ -194,28 +192,21 @@ def _build(name: str) -> type[PeftMethod]:
 def _choose_targets(config: PeftConfig, anatomy: Anatomy) -> None:
     """Fill in target_modules that the user left out."""
     ia3 = _plain(config.peft_type) == "IA3"
-    paths = _part_layers(anatomy, ("k", "v", "fc2") if ia3 else ("q", "v"))
-    paths = paths or _part_layers(anatomy, ("fc1", "fc2"))
-    if not paths:
+    endings = _part_layers(anatomy, ("k", "v", "fc2") if ia3 else ("q", "v"))
+    endings = endings or _part_layers(anatomy, ("fc1", "fc2"))
+    if not endings:
         raise ValueError(
             f"the blocks of {type(anatomy.model).__name__} name no linear parts: give target_modules, path endings or "
             "a regular expression of the layers to adapt"
         )
-    config.target_modules = set(paths)
+    config.target_modules = endings
     if ia3 and not config.feedforward_modules:
-        config.feedforward_modules = set(_part_layers(anatomy, ("fc2",)))
+        config.feedforward_modules = _part_layers(anatomy, ("fc2",))
 
 
-def _part_layers(anatomy: Anatomy, names: tuple[str, ...]) -> list[str]:
-    """Names in the plain classifier of the layers that hold these parts of the blocks."""
-    return list(
-        dict.fromkeys(
-            anatomy.canonical(f"{block.path}.{block.parts[name].path}".lstrip("."))
-            for block in anatomy.blocks()
-            for name in names
-            if name in block.parts
-        )
-    )
+def _part_layers(anatomy: Anatomy, names: tuple[str, ...]) -> set[str]:
+    """Paths inside the blocks of the layers that hold these parts."""
+    return {block.parts[name].path for block in anatomy.blocks() for name in names if name in block.parts}
 
 
 def _targets(config: PeftConfig, anatomy: Anatomy, method: str) -> dict[str, tuple[str, nn.Linear]]:
