@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from models import images, randomize_adapter, tiny_swin, tiny_vit
+from models import images, randomize_adapter, tiny_convnext, tiny_swin, tiny_vit
 from torch import nn
 
 import deltalens as dl
@@ -128,9 +128,54 @@ def test_the_model_is_left_as_it_was():
     assert not model.blocks[-1].attn.qkv._forward_pre_hooks
 
 
+SWIN = {  # configuration -> (prompts, inserted) in each of the four blocks
+    "plain": (None, [(0, 0)] * 4),
+    "vpt-deep": (dl.VPTConfig(num_tokens=3), [(3, 0)] * 3 + [(0, 3)]),
+    "vpt-shallow": (dl.VPTConfig(num_tokens=3, deep=False), [(0, 3)] * 4),
+    "prefix": (dl.VPTConfig(num_tokens=3, location="prefix"), [(3, 0)] * 4),
+    "lora and mona": ([dl.LoRAConfig(r=2), dl.MonaConfig(bottleneck=4)], [(0, 0)] * 4),
+}
+
+
+@pytest.mark.parametrize("case", SWIN)
+def test_swin_windows_give_the_output_of_the_block(case):
+    """Blocks 0 and 1 have 8 x 8 positions in windows of 4, the second one shifted; 2 and 3 a single window."""
+    config, expected = SWIN[case]
+    model, x = tiny_swin(), images("swin", batch=3).double()
+    if config is not None:
+        randomize_adapter(dl.attach(model, config))
+    model.double().eval()
+    blocks = [block for stage in model.layers for block in stage.blocks]
+    for number, (block, (prompts, inserted)) in enumerate(zip(blocks, expected, strict=True)):
+        seen = []
+        handle = block.attn.proj.register_forward_pre_hook(lambda layer, inputs, seen=seen: seen.append(inputs[0]))
+        attention = block_attention(model, x, number)
+        handle.remove()
+        assert (attention.prompts, attention.inserted) == (prompts, inserted)
+        torch.testing.assert_close(attention.weights.sum(-1), torch.ones(attention.weights.shape[:3]).double())
+        torch.testing.assert_close(attention.output(), seen[0].detach(), rtol=1e-10, atol=1e-10)
+        side = 8 if number < 2 else 4
+        assert attention.over_map().shape == (3, blocks[number].attn.num_heads, side, side)
+        whole = attention.over_map().sum((-2, -1)) + attention.over_prompts().sum(-1)
+        torch.testing.assert_close(whole, torch.ones_like(whole))
+
+
+def test_swin_positions_are_where_they_are_in_the_picture():
+    """The same weights, position by position, also where the map was rolled before it was cut."""
+    model, x = tiny_swin().double().eval(), images("swin", batch=2).double()
+    block = model.layers[0].blocks[1]
+    attention = block_attention(model, x, 1)
+    assert attention.shift == (2, 2)
+    rows, found = attention.of_query(), attention.over_map()
+    for image, window, place, (row, column) in ((0, 0, 0, (2, 2)), (1, 1, 5, (3, 7)), (1, 3, 15, (1, 1))):
+        expected = rows[image * 4 + window, :, place] / 4
+        torch.testing.assert_close(found[image, :, row, column], expected)
+    assert block.window_size == (4, 4)
+
+
 def test_other_blocks_are_refused():
-    with pytest.raises(TypeError, match="SwinTransformerBlock"):
-        block_attention(tiny_swin(), images("swin"))
+    with pytest.raises(TypeError, match="ConvNeXtBlock"):
+        block_attention(tiny_convnext(), images("convnext"))
     with pytest.raises(IndexError, match="has 3 blocks"):
         block_attention(tiny_vit(), images("vit"), 3)
 

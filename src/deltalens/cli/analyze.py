@@ -1,8 +1,8 @@
 """Look into trained adapters.
 
 embeddings: what the heads of several adapters read, by t-SNE, one panel each, with the accuracy of 5 nearest neighbours
-and the silhouette. attention: where a block of a ViT looks in one picture, over patches and prompts, head by head.
-ensemble: accuracy of several VPT adapters of one backbone alone and averaged, in one forward pass.
+and the silhouette. attention: where a block of a ViT or Swin looks in one picture, over patches and prompts, head by
+head. ensemble: accuracy of several VPT adapters of one backbone alone and averaged, in one forward pass.
 """
 
 from __future__ import annotations
