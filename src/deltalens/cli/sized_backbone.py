@@ -32,10 +32,23 @@ def create_sized_backbone(
         model = dl.create_backbone(name, num_classes=num_classes, **options)  # a network that takes images of any size
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be built for --img-size {img_size}: {error}") from error
+    _check_patches(model, name, img_size)
     preprocessing = dl.preprocessing(model)
     preprocessing["input_size"] = [preprocessing["input_size"][0], img_size, img_size]
     _try(model, name, preprocessing["input_size"])
     return model, preprocessing
+
+
+def _check_patches(model: nn.Module, name: str, img_size: int) -> None:
+    """A patch embedding would leave out the pixels that fill no patch, without a word."""
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    if patch and not getattr(embed, "dynamic_img_pad", False) and any(img_size % side for side in patch):
+        lower, side = img_size - img_size % patch[0], patch[0]
+        raise ValueError(
+            f"{name} cuts images into patches of {side} pixels, which do not divide --img-size {img_size}: use "
+            f"{lower or side} or {lower + side}"
+        )
 
 
 def _try(model: nn.Module, name: str, input_size: list[int]) -> None:
