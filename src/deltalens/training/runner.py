@@ -122,7 +122,8 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
     try:
         trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt("training was stopped; the same command with --resume goes on") from stopped
+        goes_on = "; the same command with --resume goes on" if place else ""
+        raise KeyboardInterrupt(f"training was stopped{goes_on}") from stopped
     test = trainer.test(module, verbose=False)[0] if data.test is not None else {}
     device = str(module.device)
     module.cpu()
