@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from models import MODELS, images, randomize_adapter
 
 import deltalens as dl
+from deltalens.cli.recipes import recipe_files
 from deltalens.methods.mona_designs import EARLIER_DESIGNS
-from deltalens.studies.mona_ablations import MODEL_SIZES, mona_ablations
+from deltalens.studies.study import read_study
 
 DESIGNS = pytest.mark.parametrize("design", EARLIER_DESIGNS)
 SWIN_T = [(96, 2), (192, 2), (384, 6), (768, 2)]  # width, blocks
@@ -167,41 +168,30 @@ def test_the_defaults_of_mona_are_what_they_were():
     }
 
 
-def test_ablations_are_ordered_and_complete():
-    everything = mona_ablations()
-    assert list(mona_ablations("design")) == ["design: v1", "design: v2", "design: v3", "design: final"]
-    assert list(mona_ablations("bottleneck", "norm"))[:3] == ["bottleneck: 32", "bottleneck: 64", "bottleneck: 128"]
-    assert [config.kernels for config in mona_ablations("kernels").values()] == [
-        (3,),
-        (5,),
-        (7,),
-        (3, 3, 3),
-        (3, 5, 7),
-    ]
-    assert {(c.norm, c.norm_position) for c in mona_ablations("norm").values()} == {
-        (None, "input"),
-        ("batch", "input"),
-        ("layer", "bottleneck"),
-        ("layer", "input"),
-    }
-    assert sum(config == dl.MonaConfig() for config in everything.values()) == 4, "the published layer, once in each"
-    assert len(everything) == 4 + 4 + 5 + 3
-    for label, config in everything.items():  # one thing varied at a time
+def published_ablations() -> dict[str, dl.MonaConfig]:
+    variants = read_study(recipe_files("compare")["mona-ablations"], {"d": "."}).variants
+    return {each.label: each.methods[0] for each in variants if each.methods[0].name == "mona"}
+
+
+def test_the_recipe_has_the_papers_ablations_one_thing_varied_at_a_time():
+    configs = published_ablations().values()
+    assert {c.design for c in configs} == {"v1", "v2", "v3", "final"}
+    assert {c.kernels for c in configs} == {(3,), (5,), (7,), (3, 3, 3), (3, 5, 7)}
+    assert {c.bottleneck for c in configs} == {32, 64, 128}
+    norms = {(None, "input"), ("batch", "input"), ("layer", "bottleneck"), ("layer", "input")}
+    assert {(c.norm, c.norm_position) for c in configs} == norms
+    for label, config in published_ablations().items():
         varied = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
         assert len(varied) <= 1, label
-    with pytest.raises(ValueError, match="unknown ablation 'norms'; there are design, norm, kernels, bottleneck"):
-        mona_ablations("norms")
+    backbones = read_study(recipe_files("compare")["mona-ablations"], {"d": "."}).backbones
+    known = {f"timm/{name}" for name in timm.list_pretrained("swin_*")}
+    assert [b.label for b in backbones] == ["Swin-T", "Swin-B", "Swin-L"]
+    assert {b.model for b in backbones} <= known
 
 
 def test_every_variant_runs():
     x = images("swin")
-    for label, config in mona_ablations().items():
+    for label, config in published_ablations().items():
         model = dl.attach(MODELS["swin"](), dataclasses.replace(config, bottleneck=config.bottleneck // 8))
         model.train()(x).sum().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad), label
-
-
-def test_model_sizes_are_models_of_timm():
-    assert list(MODEL_SIZES) == ["Swin-T", "Swin-B", "Swin-L"]
-    known = {f"timm/{name}" for name in timm.list_pretrained("swin_*")}
-    assert set(MODEL_SIZES.values()) <= known
