@@ -134,21 +134,22 @@ def test_merging_beside_prompts(build, deep):
 
 
 def test_prompts_that_stay_prompts_keep_the_layer():
-    """A module whose prompts cannot become constants is still projected by qkv: that layer stays, the MLP's goes."""
+    """Prompts that cannot become constants are still projected by qkv: that layer stays, the MLP's goes."""
     from deltalens.methods import Method, register
     from deltalens.methods.vpt import Prompts
 
-    class PairOfPrompts(Prompts):
-        """Keys and values of its own, computed anew at each call."""
+    class ImagePrompts(Prompts):
+        """Prompts that depend on the image."""
+
+        constant = False
 
         def forward(self, x):
-            kv = super().forward(x).unflatten(-1, (3, 8)).transpose(1, 2)
-            return kv, kv
+            return super().forward(x) + x.mean(1, keepdim=True)
 
     @register("test_pairs")
     class PairsConfig(Method):
         def place(self, anatomy):
-            yield anatomy.blocks()[1], "attention.prompts", PairOfPrompts(2, 24, 0.1)
+            yield anatomy.blocks()[1], "attention.prompts", ImagePrompts(2, 24, 0.1)
 
     model = adapted(tiny_vit, [dl.RepAdapterConfig(bottleneck=4), PairsConfig()])
     x = images("vit").double()

@@ -98,8 +98,8 @@ def _fold_slots(block: nn.Module, slots: Slots, active: tuple[str, ...]) -> None
                 continue
             methods = adapters[ADAPTER_PREFIX + name]
             for key, module in list(methods.items()):
-                if slot == "attention_prompts" and family.keys_values is not None:
-                    tokens = module(next(block.parameters()))
+                if slot == "attention_prompts" and getattr(module, "constant", False):
+                    tokens = module(next(block.parameters()).new_zeros(1, 1, family.width(block)))
                     keys, values = tokens if isinstance(tokens, tuple) else family.keys_values(block, tokens)
                     methods[key] = ConstantKeysValues(keys.clone(), values.clone())
                 elif hasattr(module, "folded"):

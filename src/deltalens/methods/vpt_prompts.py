@@ -50,6 +50,7 @@ class Prompts(nn.Module):
     """
 
     pointwise = True
+    constant = True
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class PrefixKeysValues(nn.Module):
     """
 
     pointwise = True
+    constant = True
 
     def __init__(
         self,
