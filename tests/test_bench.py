@@ -4,52 +4,19 @@ import copy
 import json
 
 import pytest
-import timm
 import torch
+from bench_models import ONCE, assert_same_function, tiny_pooling_vit, tiny_swin, tiny_vit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import deltalens as dl
 from deltalens.cli.main import main
-from deltalens.studies import benchmarks, measure, prompt_bench
+from deltalens.studies import benchmarks, measure
 from deltalens.studies.bench_report import Report, Row, Section, Target, to_json
 from deltalens.studies.benchmarks import FROZEN, FULL, Options, bench_mona, bench_vpt, check_same_outputs
 from deltalens.studies.lifecycle_bench import bench_lifecycle
 from deltalens.studies.measure import Timings, interleaved, saved_bytes
 from deltalens.studies.plain_forms import plain_mona, plain_vpt
-
-ONCE = Options(quick=True, rounds=1)
-
-
-def tiny_vit(**changes) -> nn.Module:
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
-    return timm.create_model("vit_tiny_patch16_224", **settings | changes)
-
-
-def tiny_pooling_vit() -> nn.Module:
-    """Its head reads the map, where a class token would leave the last Mona layer without effect."""
-    return tiny_vit(global_pool="avg")
-
-
-def tiny_swin() -> nn.Module:
-    return timm.create_model(
-        "swin_tiny_patch4_window7_224",
-        img_size=32,
-        window_size=4,
-        embed_dim=12,
-        depths=(2, 1),
-        num_heads=(2, 4),
-        num_classes=5,
-        drop_path_rate=0.0,
-    )
-
-
-@pytest.fixture
-def float64():
-    """Everything inside a test is created in float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 # ------------------------------------------------------------------ bytes saved for backward
@@ -129,18 +96,6 @@ def test_ratios_by_hand():
 
 
 # ------------------------------------------------------------------ what is compared is one function
-def assert_same_function(ours, plain, parameters_of_ours, parameters_of_plain, images):
-    gradients = []
-    for model, parameters in ((ours, parameters_of_ours), (plain, parameters_of_plain)):
-        model.train()
-        output = model(images)
-        model.zero_grad()
-        output.square().sum().backward()
-        assert all(p.grad is not None for p in parameters)
-        gradients.append([output.detach(), *(p.grad for p in parameters)])
-    for mine, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
-        assert other.abs().max() > 0
 
 
 def test_vpt_equals_its_plain_form(float64):
@@ -358,77 +313,3 @@ def test_command_says_what_is_wrong(words, code, said, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", *words]) == code
     assert said in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------ prompts
-@pytest.mark.parametrize("deep", [True, False])
-def test_vpt_shallow_and_deep_equal_their_plain_forms(float64, deep):
-    torch.manual_seed(0)
-    backbone = tiny_vit()
-    ours = dl.attach(copy.deepcopy(backbone), dl.VPTConfig(num_tokens=4, deep=deep))
-    plain = plain_vpt(copy.deepcopy(backbone), ours, deep)
-    images = torch.randn(2, 3, 32, 32)
-    prompts = [p for name, p in ours.named_parameters() if name.endswith("embedding")]
-    for model in (ours, plain):
-        model.train()(images).square().sum().backward()
-    torch.testing.assert_close(ours(images), plain(images), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(torch.stack([p.grad for p in prompts]), plain.prompts.grad, rtol=1e-10, atol=1e-10)
-    assert plain.prompts.shape == (3 if deep else 1, 4, 24)
-
-
-def test_bench_prompts_on_a_small_model(tmp_path):
-    report = prompt_bench.bench_prompts(ONCE, lengths=(2, 40))
-    steps, speeds = report.sections
-    kinds = [f"{kind} p={p}" for p in (2, 40) for kind in (
-        "shallow plain", "shallow deltalens", "deep plain", "deep deltalens", "prefix deltalens")]  # fmt: skip
-    names = [row.name for row in steps.rows]
-    assert names == [FULL, FROZEN, *prompt_bench.baselines(), *kinds]
-    assert {"linear", "bias"} <= set(names)
-    percents = {row.name: row.percent for row in steps.rows}
-    backbone = dl.create_backbone("deltalens/vit-mini", num_classes=100)
-    total, head, width, depth = sum(p.numel() for p in backbone.parameters()), 193 * 100, 192, 6
-    for kind, count in (("shallow", width), ("deep", depth * width), ("prefix", 2 * depth * width)):
-        trained = head + 40 * count
-        found = percents[f"{kind} deltalens p=40"]
-        assert found == pytest.approx(100 * trained / (total + 40 * count), rel=1e-6)
-        assert percents.get(f"{kind} plain p=40", found) == pytest.approx(found, rel=1e-6)
-    assert percents[FULL] == 100
-    assert percents["linear"] == pytest.approx(100 * head / total)
-    saved = {row.name: row.saved_bytes for row in steps.rows}
-    assert saved["deep deltalens p=40"] < 0.7 * saved["deep plain p=40"]
-    assert saved["deep plain p=2"] < saved["deep plain p=40"]
-    assert saved["linear"] < 0.1 * saved[FULL]
-    assert "trained %" in report.to_text()
-    assert {"bias merged", "shallow merged p=40", "deep merged p=40"} <= {row.name for row in speeds.rows}
-    assert prompt_bench.curve(steps, "deep plain", lambda row: row.saved_bytes) == [
-        (2, saved["deep plain p=2"]),
-        (40, saved["deep plain p=40"]),
-    ]
-    for name in ("figure.svg", "figure.png"):
-        prompt_bench.plot_prompts(report, tmp_path / name)
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    first = (tmp_path / "figure.svg").read_bytes()
-    prompt_bench.plot_prompts(report, tmp_path / "figure.svg")
-    assert (tmp_path / "figure.svg").read_bytes() == first
-
-
-def test_contenders_share_the_frozen_backbone_and_not_their_heads():
-    backbone = tiny_vit()
-    one, other = (prompt_bench._sharing(backbone) for _ in range(2))
-    ours = dl.attach(one, dl.VPTConfig(num_tokens=3))
-    shrunk = prompt_bench.merged(ours)
-    before = [p.clone() for p in backbone.parameters()]
-    ours(torch.randn(1, 3, 32, 32)).sum().backward()
-    for model in (one, other, shrunk):
-        assert model.blocks[1].mlp.fc1.weight is backbone.blocks[1].mlp.fc1.weight
-        assert model.head.weight is not backbone.head.weight
-    assert not shrunk.head.weight.requires_grad
-    assert ours.head.weight.requires_grad
-    assert all(torch.equal(p, b) for p, b in zip(backbone.parameters(), before, strict=True))
-
-
-def test_a_plot_needs_prompts_and_a_picture_file(capsys):
-    assert main(["bench", "mona", "--plot", "x.svg"]) == 1
-    assert "deltalens bench prompts --plot FILE" in capsys.readouterr().err
-    assert main(["bench", "prompts", "--plot", "x.txt"]) == 1
-    assert ".svg, .png, .pdf" in capsys.readouterr().err

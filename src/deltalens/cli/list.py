@@ -34,7 +34,7 @@ def _methods(args: Namespace) -> list[str]:
         if name.startswith("peft/") and args.pattern == "*":
             continue  # their settings are peft's, and many
         cls = method_class(name)
-        lines.append(f"{name:<8} {(cls.__doc__ or '').strip().partition(chr(10))[0]}")
+        lines.append(f"{name:<12} {(cls.__doc__ or '').strip().partition(chr(10))[0]}")
         for field in dataclasses.fields(cls):
             setting = f"--method.{field.name} {_shown(field)}"
             lines.append(f"         {setting:<36} {field.metadata.get('help', '')}")
