@@ -71,7 +71,8 @@ def _attend(block: SwinTransformerBlock, x: Tensor, keys_values: list, carried: 
         queries = carried.shape[1]
         copies = carried[:, None].expand(-1, windows // batch, -1, -1).reshape(windows, queries, channels)
         tokens = torch.cat([copies, tokens], 1)
-    q, k, v = _queries_keys_values(attn, tokens, apart=bool(keys_values))
+    q, k, v = attn.qkv(tokens).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q = q.clone() if keys_values else q  # else backward would keep all of qkv beside the longer k and v
     for extra_k, extra_v in keys_values:
         k = torch.cat([_per_window(extra_k.to(k.dtype), batch, windows), k], 2)
         v = torch.cat([_per_window(extra_v.to(v.dtype), batch, windows), v], 2)
@@ -86,17 +87,6 @@ def _attend(block: SwinTransformerBlock, x: Tensor, keys_values: list, carried: 
     y = window_reverse(y.reshape(-1, *size, channels), size, padded_height, padded_width)[:, :height, :width]
     y = y.contiguous()
     return (torch.roll(y, block.shift_size, (1, 2)) if shift else y), prompt_update
-
-
-def _queries_keys_values(attn: WindowAttention, tokens: Tensor, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Each (windows, heads, N, head_dim). apart: queries in memory of their own, so that backward need not keep keys
-    and values that are about to be copied."""
-    if not apart:
-        return attn.qkv(tokens).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    width = attn.qkv.out_features // 3
-    q = linear_rows(attn.qkv, tokens, 0, width).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    kv = linear_rows(attn.qkv, tokens, width, 3 * width)
-    return q, *kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _per_window(x: Tensor, batch: int, windows: int) -> Tensor:

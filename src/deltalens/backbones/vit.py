@@ -40,9 +40,13 @@ def _attend(
 ) -> Tensor:
     """timm's Attention.forward with further keys and values, for all queries or the first `keep` ones."""
     attn, width, length = block.attn, block.attn.num_heads * block.attn.head_dim, x.shape[1]
-    queried = x if keep is None else x[:, :keep]
-    (q,) = _heads(attn, linear_rows(attn.qkv, queried, 0, width), 1)  # apart, so that backward need not keep the keys
-    k, v = _heads(attn, linear_rows(attn.qkv, x, width, 3 * width), 2)  # and values a second time, without prompts
+    if keep is None:
+        q, k, v = _heads(attn, attn.qkv(x), 3)
+        q, queried = q.clone() if keys_values else q, x  # else backward would keep all of qkv beside the longer k and v
+    else:
+        queried = x[:, :keep]
+        (q,) = _heads(attn, linear_rows(attn.qkv, queried, 0, width), 1)
+        k, v = _heads(attn, linear_rows(attn.qkv, x, width, 3 * width), 2)
     q, k = attn.q_norm(q), attn.k_norm(k)
     for extra_k, extra_v in keys_values:
         k = torch.cat([extra_k.to(k.dtype).expand(k.shape[0], -1, -1, -1), k], 2)
