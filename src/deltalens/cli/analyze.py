@@ -158,10 +158,10 @@ def _batches(args: Namespace, model: Any, class_names: list[str], most: int | No
 
 
 def _label(model: Any, folder: str) -> str:
-    """The last two names of the folder's path, and its method."""
+    """The last two names of the path as it was given, and the method."""
     from pathlib import Path
 
     from deltalens.lifecycle.state import adapter_of
 
     methods = " + ".join(method.name for method in adapter_of(model)[1].configs)
-    return f"{'/'.join(Path(folder).resolve().parts[-2:])} ({methods})"
+    return f"{'/'.join(Path(folder).parts[-2:])} ({methods})"
