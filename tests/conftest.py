@@ -1,9 +1,13 @@
 """Settings every test shares."""
 
+import os
+
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+# Tiny tensors: threads only wait for each other. Processes that tests start follow, so that sums round alike.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
