@@ -16,6 +16,7 @@ from torch import nn
 
 import deltalens as dl
 from deltalens.methods import Method
+from deltalens.sites.output import logits_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/compatibility.md"
 HEADINGS = {"vit": "ViT", "swin": "Swin", "convnext": "ConvNeXt", "resnet": "unknown network (ResNet)"}
@@ -62,9 +63,9 @@ ROWS: dict[str, Callable[[], Method | list[Method]]] = {
 
 
 # ------------------------------------------------------------------ one cell
-def refusal(family: str, row: str) -> str | None:
-    """The message with which a method refuses a family, None where it fits. The model must then be untouched."""
-    model = MODELS[family]()
+def refusal(make: Callable[[], nn.Module], row: str) -> str | None:
+    """The message with which a method refuses a model, None where it fits. The model must then be untouched."""
+    model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
         dl.attach(model, ROWS[row]())
@@ -74,42 +75,43 @@ def refusal(family: str, row: str) -> str | None:
     return None
 
 
-def walk(family: str, row: str, folder: Path) -> nn.Module:
+def walk(make: Callable[[], nn.Module], x: torch.Tensor, row: str, folder: Path) -> nn.Module:
     """Attach, prepare, train three steps, save, load, switch, disable, detach. Raises where anything is wrong.
-    Returns the loaded model, which the caller may export."""
-    x = images(family, batch=len(LABELS))
-    model = MODELS[family]()
+    Returns the loaded model, which the caller may export.
+
+    make: builds the same classifier of CLASSES classes each time. x: one image for each of LABELS."""
+    model = make()
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        expected_plain = model(x)
+        expected_plain = logits_of(model(x))
     dl.attach(model, ROWS[row]())
     if hasattr(dl, "prepare"):
         dl.prepare(model, [(x, LABELS)])
     train_three_steps(model, x)
     with torch.no_grad():
-        expected = model.eval()(x)
+        expected = logits_of(model.eval()(x))
     assert torch.isfinite(expected).all()
     assert not torch.equal(expected, expected_plain)
 
     dl.save_pretrained(model, folder)
-    loaded = dl.from_pretrained(folder, MODELS[family]())
+    loaded = dl.from_pretrained(folder, make())
     with torch.no_grad():
-        assert torch.equal(loaded(x), expected), "the loaded adapter computes something else"
+        assert torch.equal(logits_of(loaded(x)), expected), "the loaded adapter computes something else"
 
     dl.attach(model, dl.LinearConfig(), name="other", num_classes=3)
     randomize_adapter(model)
     with torch.no_grad():
-        assert model.eval()(x).shape == (len(x), 3)
+        assert logits_of(model.eval()(x)).shape == (len(x), 3)
         dl.set_adapter(model, "default")
-        assert torch.equal(model.eval()(x), expected), "switching there and back changed the adapter"
+        assert torch.equal(logits_of(model.eval()(x)), expected), "switching there and back changed the adapter"
         with dl.disable_adapter(model):
             torch.testing.assert_close(
-                model.eval()(x), expected_plain, atol=1e-5, rtol=1e-5
+                logits_of(model.eval()(x)), expected_plain, atol=1e-5, rtol=1e-5
             )  # class row only: rounding
     dl.detach(model)
     assert_equal_states(model.state_dict(), plain)
     with torch.no_grad():
-        assert torch.equal(model.eval()(x), expected_plain), "detach left something behind"
+        assert torch.equal(logits_of(model.eval()(x)), expected_plain), "detach left something behind"
     return loaded
 
 
@@ -122,7 +124,7 @@ def train_three_steps(model: nn.Module, x: torch.Tensor) -> None:
     losses = []
     for step in range(3):
         torch.manual_seed(step)
-        loss = F.cross_entropy(model(x), LABELS)
+        loss = F.cross_entropy(logits_of(model(x)), LABELS)
         optimizer.zero_grad()
         loss.backward()
         assert all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None)
@@ -136,7 +138,7 @@ def export(model: nn.Module, x: torch.Tensor) -> None:
     """torch.export of the adapted model computes the same."""
     with torch.no_grad():
         exported = torch.export.export(model.eval(), (x,)).module()
-        torch.testing.assert_close(exported(x), model(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_of(exported(x)), logits_of(model(x)), atol=1e-5, rtol=1e-5)
 
 
 def assert_equal_states(found: dict, expected: dict) -> None:
@@ -151,10 +153,11 @@ def page() -> str:
     for row in ROWS:
         cells = []
         for family in HEADINGS:
-            message = refusal(family, row)
+            message = refusal(MODELS[family], row)
             if message is None:
                 with tempfile.TemporaryDirectory() as folder:
-                    export(walk(family, row, Path(folder)), images(family))
+                    x = images(family, batch=len(LABELS))
+                    export(walk(MODELS[family], x, row, Path(folder)), images(family))
                 cells.append("yes")
             else:
                 cells.append("no")

@@ -223,7 +223,8 @@ def test_every_key_of_the_configuration_is_explained(tmp_path):
 
 
 def test_every_slot_is_explained():
-    from deltalens.backbones import convnext, swin, unknown, vit
+    from deltalens.backbones import unknown
+    from deltalens.backbones.timm import convnext, swin, vit
 
     text = (DOCS / "architecture.md").read_text()
     for family in (vit.BLOCK, swin.BLOCK, convnext.BLOCK, unknown.UNKNOWN_BLOCK):

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from matrix import HEADINGS, PAGE, ROWS, export, refusal, walk
-from models import images
+from matrix import HEADINGS, LABELS, PAGE, ROWS, export, refusal, walk
+from models import MODELS, images
 
 import deltalens as dl
 from deltalens.methods import method_class
@@ -24,10 +24,10 @@ def printed() -> dict[tuple[str, str], str]:
 
 @pytest.mark.parametrize(("family", "row"), CELLS)
 def test_cell(family, row, tmp_path):
-    message = refusal(family, row)
+    message = refusal(MODELS[family], row)
     assert printed()[row, family] == ("yes" if message is None else "no")
     if message is None:
-        walk(family, row, tmp_path)
+        walk(MODELS[family], images(family, batch=len(LABELS)), row, tmp_path)
     else:
         assert re.search(r"slot|map|layer|part|size|block|channel", message), message
         assert message in PAGE.read_text().replace("\\|", "|")
@@ -36,8 +36,8 @@ def test_cell(family, row, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "row"), CELLS)
 def test_export(family, row, tmp_path):
-    if refusal(family, row) is None:
-        export(walk(family, row, tmp_path), images(family))
+    if refusal(MODELS[family], row) is None:
+        export(walk(MODELS[family], images(family, batch=len(LABELS)), row, tmp_path), images(family))
 
 
 def test_every_method_has_a_row():

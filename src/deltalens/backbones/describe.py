@@ -6,13 +6,18 @@ import importlib
 
 from torch import nn
 
-from deltalens.backbones import classifier, unknown
-from deltalens.backbones.timm_features import canonical_names
+from deltalens.backbones import classifier, hf, open_clip, timm, torchvision, unknown
+from deltalens.backbones.timm.features import canonical_names
 from deltalens.sites.anatomy import Anatomy, Site, Tower, prefixed
 from deltalens.sites.swap import original_class
 
-# top package of a module's class -> the files that know blocks of that package
-FAMILIES = {"timm": ("deltalens.backbones.vit", "deltalens.backbones.swin", "deltalens.backbones.convnext")}
+# module (or package) in which blocks are defined -> the files that know them, imported when a model has such a block
+FAMILIES: dict[str, tuple[str, ...]] = {
+    **timm.FAMILIES,
+    **hf.FAMILIES,
+    **torchvision.FAMILIES,
+    **open_clip.FAMILIES,
+}
 
 COMMON_HEADS = ("head.fc", "head", "fc", "classifier", "heads.head", "head.head")
 
@@ -54,14 +59,28 @@ def _submodule(model: nn.Module, path: str | None) -> nn.Module:
 def _towers(body: nn.Module, blocks: str | None) -> list[Tower]:
     found: list[Tower] = []
     if blocks is None:
-        packages = {original_class(module).__module__.partition(".")[0] for module in body.modules()}
-        for package in sorted(packages & FAMILIES.keys()):
-            for name in FAMILIES[package]:
-                for path, tower in importlib.import_module(name).find_towers(body):
-                    found += prefixed(path, [tower])
+        for name in _family_files(body):
+            for path, tower in importlib.import_module(name).find_towers(body):
+                found += prefixed(path, [tower])
     if not found:
         found = [tower for _, tower in unknown.find_towers(body, blocks)]
-    return found
+    return [tower for tower in found if not any(_contains(other, tower) for other in found)]
+
+
+def _family_files(body: nn.Module) -> list[str]:
+    """The files that know classes of the model, or classes that those are derived from."""
+    classes = {base for module in body.modules() for base in original_class(module).__mro__}
+    defined_in = {cls.__module__ for cls in classes}
+    packages = {".".join(steps[: i + 1]) for steps in (m.split(".") for m in defined_in) for i in range(len(steps))}
+    return list(dict.fromkeys(name for key, names in FAMILIES.items() if key in packages for name in names))
+
+
+def _contains(outer: Tower, inner: Tower) -> bool:
+    """Whether the blocks of one tower lie inside the patch embedding or a block of another: the ResNet stem of a hybrid
+    is no tower of its own."""
+    sites = [*outer.blocks, *([outer.embed] if outer.embed else []), *([outer.image] if outer.image else [])]
+    around = tuple(f"{site.path}." for site in sites if site.path)
+    return outer is not inner and all(block.path.startswith(around) for block in inner.blocks)
 
 
 def _head(model: nn.Module) -> str | None:

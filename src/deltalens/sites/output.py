@@ -9,6 +9,8 @@ Two slots of the model that owns the head:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from deltalens.sites.layout import Layout
@@ -31,3 +33,17 @@ def through_output(owner: nn.Module, features: Tensor, images: Tensor) -> Tensor
     for module in live(owner, "output"):
         features = module(features, images)
     return owner.get_classifier()(features)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a classifier returns: the tensor itself, or the field `logits` of transformers' outputs.
+
+    Raises TypeError for anything else.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returns a {type(output).__name__} without logits: use a model with a classifier, such as "
+            "transformers' ...ForImageClassification or create_backbone(name, num_classes=...)"
+        )
+    return logits

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import window_reverse
 from torch import Tensor, nn
 
-from deltalens.backbones import describe, swin, vit
+from deltalens.backbones import describe
+from deltalens.backbones.timm import swin, vit
 from deltalens.lifecycle.state import KEY, state_of
 from deltalens.sites.anatomy import Site
 from deltalens.studies.figure import new_figure, page_colours, save_figure

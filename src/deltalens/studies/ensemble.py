@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deltalens.lifecycle.state import Adapter, all_slots, state_of
 from deltalens.lifecycle.switch import set_adapter
+from deltalens.sites.output import logits_of
 from deltalens.sites.slots import Slots
 
 SLOTS = ("attention_prompts", "tokens_in")
@@ -82,7 +83,7 @@ def all_prompt_sets(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Modul
 def ensemble_logits(model: nn.Module, images: Tensor, names: Sequence[str]) -> Tensor:
     """Logits (E, B, classes) of every adapter for every image, in one forward pass of E * B images, in eval mode."""
     with all_prompt_sets(model.eval(), names):
-        logits = model(images.repeat(len(names), *[1] * (images.dim() - 1)))
+        logits = logits_of(model(images.repeat(len(names), *[1] * (images.dim() - 1))))
     return logits.unflatten(0, (len(names), len(images)))
 
 

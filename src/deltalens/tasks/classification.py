@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.lifecycle.state import KEY, state_of
+from deltalens.sites.output import logits_of
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -49,7 +50,7 @@ class ClassificationTask(nn.Module):
     def forward(self, batch: Sequence[Tensor]) -> dict[str, Any]:
         """(images, labels) -> {"loss": scalar, "output": logits (B, classes), "losses": the loss's terms, detached}."""
         images, labels = batch
-        output = self.model(images)
+        output = logits_of(self.model(images))
         if output.dim() != 2 or output.shape[1] != len(self.class_names):
             raise ValueError(
                 f"the model's output has shape {tuple(output.shape)}, expected "
@@ -95,9 +96,9 @@ class ClassificationTask(nn.Module):
         """Add one batch's result to metrics made by `new_metrics`."""
         metrics.update(result["output"], batch[1])
 
-    def decode(self, output: Tensor, topk: int = 1) -> list[list[tuple[str, float]]]:
+    def decode(self, output: Any, topk: int = 1) -> list[list[tuple[str, float]]]:
         """Logits (B, classes) -> for each image the `topk` most probable (class name, probability), best first."""
-        probabilities, indices = torch.softmax(output.float(), 1).topk(min(topk, len(self.class_names)), 1)
+        probabilities, indices = torch.softmax(logits_of(output).float(), 1).topk(min(topk, len(self.class_names)), 1)
         return [
             [(self.class_names[i], p) for i, p in zip(row, values, strict=True)]
             for row, values in zip(indices.tolist(), probabilities.tolist(), strict=True)

@@ -156,7 +156,7 @@ def _may_pad(block: SwinTransformerBlock) -> bool:
 
 
 BLOCK = Family(
-    name="deltalens.backbones.swin:BLOCK",
+    name="deltalens.backbones.timm.swin:BLOCK",
     methods={"forward": _block_forward},
     slots=RESIDUAL_BLOCK_SLOTS | {"attention.prompts"},
     parts=_parts,
@@ -228,9 +228,9 @@ def _forward_intermediates(
     return (self.norm(final) if i == len(self.layers) - 1 else final), intermediates
 
 
-MERGING = Family(name="deltalens.backbones.swin:MERGING", methods={"forward": _merging_forward})
+MERGING = Family(name="deltalens.backbones.timm.swin:MERGING", methods={"forward": _merging_forward})
 OWNER = Family(
-    name="deltalens.backbones.swin:OWNER",
+    name="deltalens.backbones.timm.swin:OWNER",
     methods={
         "forward": _forward,
         "forward_features": _forward_features,

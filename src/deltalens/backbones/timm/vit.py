@@ -106,7 +106,7 @@ def _parts(block: Block) -> dict[str, Part]:
 
 
 BLOCK = Family(
-    name="deltalens.backbones.vit:BLOCK",
+    name="deltalens.backbones.timm.vit:BLOCK",
     methods={"forward": _block_forward},
     slots=RESIDUAL_BLOCK_SLOTS | {"attention.prompts", "attention.mask"},
     parts=_parts,
@@ -125,9 +125,9 @@ def _embed_forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     return original_method(self, "forward")(x, *args, **kwargs)
 
 
-EMBED = Family(name="deltalens.backbones.vit:EMBED", methods={"forward": _embed_forward})
+EMBED = Family(name="deltalens.backbones.timm.vit:EMBED", methods={"forward": _embed_forward})
 IMAGE = Family(
-    name="deltalens.backbones.vit:IMAGE", methods={"forward": _embed_forward}, slots=frozenset({"image"})
+    name="deltalens.backbones.timm.vit:IMAGE", methods={"forward": _embed_forward}, slots=frozenset({"image"})
 )  # the same reading: either may be put on top of the other
 
 
@@ -216,7 +216,7 @@ def _forward_intermediates(
 
 
 OWNER = Family(
-    name="deltalens.backbones.vit:OWNER",
+    name="deltalens.backbones.timm.vit:OWNER",
     methods={"forward": _owner_forward, "pool": _pool, "forward_intermediates": _forward_intermediates},
     slots=frozenset({"pool", "output"}),
 )

@@ -39,7 +39,7 @@ def _width(block: ConvNeXtBlock) -> int:
 
 
 BLOCK = Family(
-    name="deltalens.backbones.convnext:BLOCK",
+    name="deltalens.backbones.timm.convnext:BLOCK",
     methods={"forward": _block_forward},
     slots=frozenset({"mlp.pre", "mlp.inner", "block.stream"}),
     parts=_parts,

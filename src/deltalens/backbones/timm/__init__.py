@@ -1,0 +1,7 @@
+"""Families of timm: module in which a block's class is defined -> the files that know it."""
+
+FAMILIES = {
+    "timm.models.vision_transformer": ("deltalens.backbones.timm.vit",),
+    "timm.models.swin_transformer": ("deltalens.backbones.timm.swin",),
+    "timm.models.convnext": ("deltalens.backbones.timm.convnext",),
+}
