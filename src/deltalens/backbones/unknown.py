@@ -1,34 +1,61 @@
-"""The fallback for networks that no family knows: repeated blocks found from the tree, one slot at their output.
+"""The fallback for networks that no family knows: repeated blocks found by a trial forward, one slot at their output.
 
-A module is a sequence of blocks when its children are of one class that is not a torch.nn primitive and all give the
-same output shape in one forward of fake tensors (stages, whose outputs differ, are descended into).
+See `repeats` for what a block is, `positions` for when its stream is proven to be a map. A stream that is not is a
+plain sequence, where methods with spatial modules are refused with the reason.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 
-import torch
 from torch import nn
 
+from deltalens.backbones.classifier import find_heads
 from deltalens.backbones.pixels import IMAGE, STEM, read_pixels
+from deltalens.backbones.positions import BATCH
+from deltalens.backbones.repeats import Block, find_blocks, stream_index, uncalled_layers
+from deltalens.backbones.trace import Trace, trace
 from deltalens.sites.anatomy import Family, Site, Tower
-from deltalens.sites.layout import ChannelsFirst, ChannelsLast, Layout, Sequence, Tokens
+from deltalens.sites.layout import ChannelsFirst, ChannelsLast, Layout, PlainFirst, Sequence, Tokens
 from deltalens.sites.swap import original_class, original_method
 
-MOST_PREFIX_TOKENS = 16
+MOST_STREAMS = 8
 
 
 # ------------------------------------------------------------------ how unknown blocks read
-def _block_forward(self: nn.Module, *args, **kwargs):
-    """stream(block(...)): applied to the output, or to its first element where a block returns a tuple."""
-    slots = self.delta
-    y = original_method(self, "forward")(*args, **kwargs)
-    if torch.is_tensor(y):
-        return slots.chain("block.stream", y, slots.layout)
-    return (slots.chain("block.stream", y[0], slots.layout), *y[1:])
+def _reading(index: int):
+    """stream(block(...)), applied to the output, or to one of its elements where a block returns several."""
+
+    def forward(self: nn.Module, *args, **kwargs):
+        y, slots = original_method(self, "forward")(*args, **kwargs), self.delta
+        if not isinstance(y, (tuple, list)):
+            return slots.chain("block.stream", y, slots.layout)
+        items = [*y[:index], slots.chain("block.stream", y[index], slots.layout), *y[index + 1 :]]
+        return type(y)(*items) if hasattr(y, "_fields") else type(y)(items)
+
+    return forward
+
+
+# nn.Sequential runs its children, and whoever goes through them must not meet the adapters
+def _own_children(self: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(OrderedDict((name, child) for name, child in self._modules.items() if name != "delta"))
+
+
+def _iterate(self: nn.Sequential) -> Iterator[nn.Module]:
+    return iter(_own_children(self))
+
+
+def _length(self: nn.Sequential) -> int:
+    return len(self._modules) - ("delta" in self._modules)
+
+
+def _item(self: nn.Sequential, index: int | slice):
+    return _own_children(self)[index]
 
 
 def _first_map(self: nn.Module, *args, **kwargs):
@@ -45,9 +72,33 @@ def _last_map(self: nn.Module, *args, **kwargs):
 
 UNKNOWN_BLOCK = Family(
     name="deltalens.backbones.unknown:UNKNOWN_BLOCK",
-    methods={"forward": _block_forward},
+    methods={"forward": _reading(0)},
     slots=frozenset({"block.stream"}),
 )
+SEQUENTIAL_BLOCK = Family(
+    name="deltalens.backbones.unknown:SEQUENTIAL_BLOCK",
+    methods={"forward": _reading(0), "__iter__": _iterate, "__len__": _length, "__getitem__": _item},
+    slots=frozenset({"block.stream"}),
+)
+# blocks whose stream is another than the first of the tensors that they return
+STREAMS = SimpleNamespace(
+    **{
+        f"at_{i}": Family(
+            name=f"deltalens.backbones.unknown:STREAMS.at_{i}",
+            methods={"forward": _reading(i)},
+            slots=frozenset({"block.stream"}),
+        )
+        for i in range(1, MOST_STREAMS)
+    }
+)
+
+
+def _family(block: nn.Module, stream: int) -> Family:
+    if stream:
+        return getattr(STREAMS, f"at_{stream}")
+    return SEQUENTIAL_BLOCK if isinstance(block, nn.Sequential) else UNKNOWN_BLOCK
+
+
 CHANNELS_FIRST_EMBED = Family(name="deltalens.backbones.unknown:CHANNELS_FIRST_EMBED", methods={"forward": _first_map})
 CHANNELS_LAST_EMBED = Family(name="deltalens.backbones.unknown:CHANNELS_LAST_EMBED", methods={"forward": _last_map})
 # a module that both receives the pixels and gives the grid: the same readings, with slots
@@ -60,33 +111,7 @@ CHANNELS_LAST_PIXELS = Family(
 )
 
 
-# ------------------------------------------------------------------ one forward of fake tensors
-class _Trace:
-    """Output shapes by path, in order of execution, and the innermost module that received the input first."""
-
-    def __init__(self, size: tuple[int, int, int]):
-        self.size = size
-        self.input: torch.Tensor | None = None
-        self.receiver: str | None = None
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.maps: list[tuple[str, tuple[int, ...]]] = []
-        self.maps_before: dict[str, int] = {}
-
-    def before(self, path: str, module: nn.Module, args: tuple) -> None:
-        self.maps_before.setdefault(path, len(self.maps))
-        is_leaf = all(name == "delta" for name, _ in module.named_children())
-        if self.receiver is None and is_leaf and args and args[0] is self.input:
-            self.receiver = path
-
-    def after(self, path: str, output) -> None:
-        if isinstance(output, (tuple, list)) and output:
-            output = output[0]
-        if torch.is_tensor(output):
-            self.shapes.setdefault(path, tuple(output.shape))
-            if output.dim() == 4:
-                self.maps.append((path, tuple(output.shape)))
-
-
+# ------------------------------------------------------------------ the trace, remembered
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) the model says it wants, 3x224x224 where it says nothing."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -101,141 +126,134 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     return tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224)))
 
 
-def _trace(model: nn.Module) -> _Trace:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+@dataclass(frozen=True)
+class _Known:
+    """What was found in a model while its structure was that."""
 
-    trace, handles, modes = _Trace(input_size(model)), [], {m: m.training for m in model.modules()}
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, args, path=path: trace.before(path, m, args)))
-        handles.append(module.register_forward_hook(lambda m, args, y, path=path: trace.after(path, y)))
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            trace.input = torch.empty(2, *trace.size)
-            model.eval()(trace.input)
-    except Exception as error:
-        raise TypeError(
-            f"{type(model).__name__} is of no known family, and a trial forward with an input of shape "
-            f"{(2, *trace.size)} failed, so that its blocks cannot be described: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return trace
+    structure: int
+    pattern: str | None
+    trace: Trace
+    blocks: list[Block]
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def _structure(model: nn.Module) -> int:
+    """A number that changes when modules, their settings or the shapes of their tensors do; adapters and what they put
+    in the place of classifier layers do not count."""
+    heads, facts = {*find_heads(model)}, [input_size(model)]
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if path in heads:
+            continue
+        shapes = tuple(None if p is None else tuple(p.shape) for p in module._parameters.values())
+        facts.append((path, original_class(module), shapes, "" if module._modules else module.extra_repr()))
+        children = [(name, child) for name, child in module._modules.items() if name != "delta" and child is not None]
+        stack += [(f"{path}.{name}".lstrip("."), child) for name, child in children]
+    return hash(tuple(facts))
+
+
+def _look(model: nn.Module, pattern: str | None) -> _Known:
+    structure = _structure(model)
+    known = _KNOWN.get(model)
+    if known is None or (known.structure, known.pattern) != (structure, pattern):
+        same = known is not None and known.structure == structure
+        found = known.trace if same else trace(model, input_size(model))
+        if pattern is None:
+            blocks = find_blocks(model, found)
+        else:
+            paths = [path for path in found.calls if re.fullmatch(pattern, path)]
+            streams = [(path, stream_index(found, path)) for path in paths]
+            blocks = [Block(path, index) for path, index in streams if index is not None]
+        known = _KNOWN[model] = _Known(structure, pattern, found, blocks)
+    return known
 
 
 # ------------------------------------------------------------------ blocks and their layout
-def _is_primitive(cls: type) -> bool:
-    return cls.__module__.startswith("torch.nn.modules") or cls.__module__.startswith("torch.nn.intrinsic")
+def _channels_are_second(block: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether an output without proven positions is (B, C, ...), not (B, ..., C): by which axis the block's own layers
+    agree with."""
+    first = sum(m.out_channels == shape[1] for m in block.modules() if isinstance(m, nn.modules.conv._ConvNd))
+    first += sum(m.num_features == shape[1] for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    last = sum(m.normalized_shape == (shape[-1],) for m in block.modules() if isinstance(m, nn.LayerNorm))
+    last += sum(m.out_features == shape[-1] for m in block.modules() if isinstance(m, nn.Linear))
+    return first > last
 
 
-def _block_containers(model: nn.Module, trace: _Trace) -> list[list[tuple[str, nn.Module]]]:
-    found: list[list[tuple[str, nn.Module]]] = []
-    singles: list[tuple[str, nn.Module]] = []
-
-    def walk(module: nn.Module, path: str) -> None:
-        children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
-        if children:
-            classes = {original_class(child) for _, child in children}
-            shapes = {trace.shapes.get(child_path) for child_path, _ in children}
-            alike = len(classes) == 1 and not _is_primitive(*classes) and any(True for _ in children[0][1].parameters())
-            if alike and len(shapes) == 1 and None not in shapes:
-                (found if len(children) > 1 else singles).append(children)
-                if len(children) > 1:
-                    return
-        for child_path, child in children:
-            walk(child, child_path)
-
-    walk(model, "")
-    classes = Counter(original_class(child) for children in found for _, child in children)
-    inside = [path for children in found for path, _ in children]
-    for children in singles:  # a stage with a single block of a class that other stages repeat
-        path, child = children[0]
-        if original_class(child) in classes and not any(path.startswith(other + ".") for other in inside):
-            found.append(children)
-    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    return sorted(found, key=lambda children: order[children[0][0]])
-
-
-def _channels_are_last(block: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a 4-D output is (B, H, W, C): by which axis the block's own layers agree with."""
-    first = sum(m.out_channels == shape[1] for m in block.modules() if isinstance(m, nn.Conv2d))
-    first += sum(m.num_features == shape[1] for m in block.modules() if isinstance(m, nn.BatchNorm2d))
-    last = sum(m.normalized_shape == (shape[3],) for m in block.modules() if isinstance(m, nn.LayerNorm))
-    last += sum(m.out_features == shape[3] for m in block.modules() if isinstance(m, nn.Linear))
-    return last > first or (last == first and shape[1] == shape[2] and shape[3] != shape[2])
-
-
-def _grid_source(path: str, tokens: int, trace: _Trace, blocks: set[str]) -> tuple[str, Family, int] | None:
-    """(path, family, prefix) of the latest 4-D output before a block, and outside all blocks, that accounts for its
-    tokens."""
-    for source, shape in reversed(trace.maps[: trace.maps_before[path]]):
-        parents = source.split(".")
-        if any(".".join(parents[:i]) in blocks for i in range(1, len(parents) + 1)):
-            continue
-        for family, (height, width) in ((CHANNELS_FIRST_EMBED, shape[2:4]), (CHANNELS_LAST_EMBED, shape[1:3])):
-            if 0 <= tokens - height * width <= MOST_PREFIX_TOKENS:
-                return source, family, tokens - height * width
-    return None
-
-
-def _describe_stream(path: str, block: nn.Module, trace: _Trace, blocks: set[str]):
-    """(key of the tower, layout, width, grid source) of a block."""
-    shape = trace.shapes[path]
-    if len(shape) == 4:
-        last = _channels_are_last(block, shape)
-        layout: Layout = ChannelsLast() if last else ChannelsFirst()
-        return type(layout), layout, shape[3] if last else shape[1], None
-    if len(shape) != 3:
+def _recorder(path: str, origins: frozenset[int], found: Trace, blocks: set[str]) -> tuple[str, Family] | None:
+    """The module that returns the map which the tokens of a block are, and so knows their grid: the latest before the
+    block is done, outside all blocks if there is one."""
+    known = [
+        (source, family) for source, when, family, of in found.maps if when < found.calls[path].end and of & origins
+    ]
+    if not known:
         return None
-    source = _grid_source(path, shape[1], trace, blocks)
-    layout = Sequence() if source is None else Tokens(prefix=source[2])
-    return source, layout, shape[-1], source
+    outside = [each for each in known if not any(f"{each[0]}.".startswith(f"{block}.") for block in blocks)]
+    source, family = (outside or known)[-1]
+    return source, CHANNELS_FIRST_EMBED if family == "first" else CHANNELS_LAST_EMBED
 
 
-def _uncalled(path: str, block: nn.Module, trace: _Trace) -> frozenset[str]:
-    """Linear layers that the block's forward went around, as Swin v2 does with qkv to splice in its biases."""
-    layers = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    return frozenset(name for name in layers if f"{path}.{name}" not in trace.maps_before)
+def _describe_stream(block: Block, module: nn.Module, found: Trace, blocks: set[str]):
+    """(key of the tower, layout, width, recorder of the grid) of a block."""
+    call = found.calls[block.path]
+    stream = call.streams[block.stream]
+    shape, shapes = stream.shape, {each[block.stream] for each in call.all_shapes if len(each) > block.stream}
+    if stream.found is not None and len({len(each) for each in shapes}) == 1:
+        kind, _, prefix, origins = stream.found
+        if kind in ("first", "last"):
+            layout: Layout = ChannelsFirst() if kind == "first" else ChannelsLast()
+            return kind, layout, shape[1] if kind == "first" else shape[3], None
+        recorder = _recorder(block.path, origins, found, blocks)
+        if len(shapes) == 1 and recorder is not None:
+            return (recorder[0], prefix), Tokens(prefix), shape[2], recorder
+    reason = _reason(shape, shapes, stream.found is not None)
+    if len(shape) > 3 and shape[0] == BATCH and _channels_are_second(module, shape):
+        return ("plain, first", reason), PlainFirst(reason), shape[1], None
+    return ("plain", reason), Sequence(reason=reason), shape[-1], None
 
 
-def _add_pixels(tower: Tower, model: nn.Module, trace: _Trace) -> None:
-    tower.image_size = trace.size[1:]
+def _reason(shape: tuple[int, ...], shapes: set, proven: bool) -> str:
+    if len(shapes) > 1:
+        return "the block is called several times, on streams of different sizes"
+    if proven:
+        return "no module returns the map that its tokens come from, so that their grid is not known at run time"
+    if len(shape) == 5 or shape[0] != BATCH:
+        return f"streams of shape {('B', *shape[1:]) if shape[0] == BATCH else shape} are not maps"
+    return "its positions cannot be proven to be a map in row order"
+
+
+def _add_pixels(tower: Tower, model: nn.Module, found: Trace) -> None:
+    tower.image_size = found.size[1:]
     if getattr(getattr(model, "patch_embed", None), "strict_img_size", False):
         tower.resizable = "strict_img_size=False or dynamic_img_size=True"
-    if trace.receiver is None:
+    if found.receiver is None:
         return
-    module, width = model.get_submodule(trace.receiver), tower.blocks[0].width
+    module, width = model.get_submodule(found.receiver), tower.blocks[0].width
     image, stem = IMAGE, STEM
-    if tower.embed is not None and tower.embed.path == trace.receiver:
+    if tower.embed is not None and tower.embed.path == found.receiver:
         image = stem = CHANNELS_FIRST_PIXELS if tower.embed.family is CHANNELS_FIRST_EMBED else CHANNELS_LAST_PIXELS
-    tower.image = Site(trace.receiver, module, image, width, tower=tower)
+    tower.image = Site(found.receiver, module, image, width, tower=tower)
     if isinstance(module, nn.Conv2d):
-        tower.stem = Site(trace.receiver, module, stem, width, tower=tower)
+        tower.stem = Site(found.receiver, module, stem, width, tower=tower)
 
 
 def find_towers(model: nn.Module, pattern: str | None = None) -> Iterator[tuple[str, Tower]]:
     """Towers of an unknown network. pattern: regular expression of the block paths, instead of looking for them."""
-    trace = _trace(model)
-    if pattern is None:
-        blocks = [pair for children in _block_containers(model, trace) for pair in children]
-    else:
-        blocks = [(path, m) for path, m in model.named_modules() if re.fullmatch(pattern, path)]
-    paths = {path for path, _ in blocks}
+    known = _look(model, pattern)
+    paths = {block.path for block in known.blocks}
     towers: dict[object, Tower] = {}
-    for path, block in blocks:
-        stream = _describe_stream(path, block, trace, paths) if path in trace.shapes else None
-        if stream is None:
-            continue
-        key, layout, width, source = stream
+    for block in known.blocks:
+        module = model.get_submodule(block.path)
+        key, layout, width, recorder = _describe_stream(block, module, known.trace, paths)
         if key not in towers:
             towers[key] = Tower(f"tower{len(towers)}" if towers else "vision", layout)
-            if source is not None:
-                embed = model.get_submodule(source[0])
-                towers[key].embed = Site(source[0], embed, source[1], width, tower=towers[key])
-        towers[key].add(path, block, UNKNOWN_BLOCK, width)
-        towers[key].blocks[-1].uncalled = _uncalled(path, block, trace)
+            if recorder is not None:
+                source = model.get_submodule(recorder[0])
+                towers[key].embed = Site(recorder[0], source, recorder[1], width, tower=towers[key])
+        towers[key].add(block.path, module, _family(module, block.stream), width)
+        towers[key].blocks[-1].uncalled = uncalled_layers(block.path, module, known.trace)
     for tower in towers.values():
-        _add_pixels(tower, model, trace)
+        _add_pixels(tower, model, known.trace)
         yield "", tower

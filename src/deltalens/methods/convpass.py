@@ -100,6 +100,7 @@ class ConvpassConfig(Method):
                     raise TypeError(
                         f"Convpass works on maps, and the stream of {block.path} ({type(block.module).__name__}) is a "
                         "plain sequence; adapt the vision tower only, or use LoRA, FacT or RepAdapter here"
+                        + block.tower.layout.why_no_map()
                     )
                 layer = ConvpassLayer(block.width, self.bottleneck, self.scale, self.dropout, self.conv_init)
                 yield block, f"{branch}.parallel", layer

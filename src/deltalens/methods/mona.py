@@ -83,6 +83,7 @@ class MonaConfig(Method):
                 raise TypeError(
                     f"Mona works on maps, and the stream of {block.path} ({type(block.module).__name__}) is a plain "
                     "sequence; adapt the vision tower only, or use LoRA, Adapter or VPT here"
+                    + block.tower.layout.why_no_map()
                 )
             two = {"attention.stream", "mlp.stream"} <= block.slots
             for slot in ("attention.stream", "mlp.stream") if two else ("block.stream",):

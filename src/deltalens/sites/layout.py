@@ -10,6 +10,7 @@ class           stream                   map
 `ChannelsLast`  (B, H, W, C)             the stream itself
 `ChannelsFirst` (B, C, H, W)             the stream, permuted
 `Sequence`      (B, N, C)                none: text, point clouds; a spatial module is an error
+`PlainFirst`    (B, C, ...)              none: volumes and the like; a spatial module is an error
 ==============  =======================  =========================================================
 """
 
@@ -82,21 +83,46 @@ def _insert_after(x: Tensor, tokens: Tensor, prefix: int) -> Tensor:
 
 
 class Sequence(Layout):
-    """(B, N, C) tokens with no map behind them: text, or an image tower whose grid nobody knows."""
+    """(B, N, C) tokens with no map behind them: text, or an image tower whose grid nobody knows. `reason` says why
+    there is none; streams with more axes, channels last, are read alike."""
 
     has_map = False
 
-    def __init__(self, prefix: int = 0):
+    def __init__(self, prefix: int = 0, reason: str = ""):
         self.prefix = prefix
+        self.reason = reason
+
+    def why_no_map(self) -> str:
+        """For the end of an error message; empty for streams that nobody would take for a map."""
+        if not self.reason:
+            return ""
+        return f" ({self.reason}; blocks=, a regular expression of block paths, chooses blocks that have one)"
 
     def split(self, x):
         raise TypeError(
             "this stream is a plain sequence (text, points, or tokens of an unknown grid): a method with spatial "
             "modules (Mona, Convpass) has no map to work on; use LoRA, Adapter, AdaptFormer or VPT here"
+            + self.why_no_map()
         )
 
     def insert(self, x, tokens):
         return _insert_after(x, tokens, self.prefix)
+
+
+class PlainFirst(Sequence):
+    """(B, C, ...) with no map behind it, such as the volumes of a 3-D network."""
+
+    def __init__(self, reason: str = ""):
+        super().__init__(0, reason)
+
+    def features(self, x):
+        return x.movedim(1, -1)
+
+    def stream(self, features):
+        return features.movedim(-1, 1)
+
+    def insert(self, x, tokens):
+        raise TypeError(f"{type(self).__name__} streams take no extra tokens")
 
 
 class Tokens(Layout):

@@ -1,0 +1,190 @@
+"""Which position of the image an element of a tensor belongs to, followed through a forward of fake tensors.
+
+The result of a convolution, pooling or resizing of images (B, C, H, W) is a map: the element [b, c, h, w] stands at
+position h * W + w. From there the positions are followed through every operation: what only moves data (reshape,
+transpose, cat, slices) moves them too, what acts on each element or each channel vector alone (sums, norms, linear
+layers) keeps them, a residual sum with something unknown keeps those of the other operand. After any other operation
+they are unknown. A stream whose positions come out as 0, 1, 2, ... is therefore proven to be a map in row order,
+whatever its numbers are; that a token count happens to be H * W proves nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+BATCH = 2  # images of the trial forward
+
+_NEW_MAPS = {
+    aten.convolution, aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d,
+    aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa,
+    aten._upsample_bicubic2d_aa, aten._upsample_nearest_exact2d, aten.adaptive_max_pool2d,
+}  # fmt: skip
+_MOVES = {
+    aten.view, aten._unsafe_view, aten.permute, aten.transpose, aten.t, aten.expand, aten.clone, aten.slice,
+    aten.unsqueeze, aten.squeeze, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.roll, aten.flip,
+    aten.alias, aten.detach, aten.cat, aten.stack, aten.constant_pad_nd, aten.repeat, aten.pixel_shuffle,
+    aten.pixel_unshuffle, aten.channel_shuffle, aten._reshape_alias, aten.select,
+}  # fmt: skip
+_KEEPS = {
+    aten.native_layer_norm, aten.native_batch_norm, aten._native_batch_norm_legit_no_training, aten.native_group_norm,
+    aten._native_batch_norm_legit, aten._batch_norm_no_update, aten._fused_rms_norm, aten.native_dropout, aten._to_copy,
+    aten._softmax, aten.cumsum, aten.div, aten.glu,
+}  # fmt: skip
+
+
+class Positions(NamedTuple):
+    """ids: the position of every element, -1 where it belongs to none. grid: (H, W) of the map they count in.
+    origins: numbers of the maps they come from."""
+
+    ids: Tensor
+    grid: tuple[int, int]
+    origins: frozenset[int]
+
+
+class Follow(TorchDispatchMode):
+    """Within this mode every tensor knows its positions, in its attribute `_positions`."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        packet = function.overloadpacket
+        try:
+            with no_dispatch():
+                found = self._result(function, packet, args, kwargs, result)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            found = None  # no proof
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        if isinstance(found, list) and isinstance(result, (tuple, list)):
+            for tensor, positions in zip(result, found, strict=True):
+                tensor._positions = positions
+        elif isinstance(first, Tensor):
+            first._positions = found if isinstance(found, Positions) else None
+        if function._schema.is_mutable and isinstance(args[0] if args else None, Tensor) and args[0]._base is not None:
+            args[0]._base._positions = None  # part of it has changed
+        return result
+
+    def _result(self, function, packet, args, kwargs, result) -> Positions | list[Positions | None] | None:
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        if not isinstance(first, Tensor):
+            return None
+        if packet in _NEW_MAPS:
+            return self._new_map(first)
+        if packet in _MOVES:
+            return _moved(function, args, kwargs, result)
+        if packet in _KEEPS:
+            known = positions_of(args[0])
+            return known if known is not None and known.ids.shape == first.shape else None
+        if packet in (aten.mm, aten.linear):
+            return _projected(args[0], first)
+        if packet is aten.addmm:
+            return _projected(args[1], first)
+        if packet is aten.copy_:
+            return _together([positions_of(args[1])], first)
+        if torch.Tag.pointwise in function.tags:
+            operands = [each for arg in args for each in (arg if isinstance(arg, (tuple, list)) else [arg])]
+            return _together([positions_of(each) for each in operands], first)
+        return None
+
+    def _new_map(self, result: Tensor) -> Positions | None:
+        if result.dim() != 4 or result.shape[0] != BATCH:
+            return None
+        height, width = result.shape[2:]
+        self.maps += 1
+        ids = torch.arange(height * width, dtype=torch.int32).view(1, 1, height, width).expand(result.shape)
+        return Positions(ids, (height, width), frozenset([self.maps]))
+
+
+def positions_of(tensor: object) -> Positions | None:
+    return getattr(tensor, "_positions", None)
+
+
+def _moved(function, args, kwargs, result) -> Positions | list[Positions | None] | None:
+    known: list[Positions] = []
+
+    def ids(arg):
+        if isinstance(arg, (tuple, list)) and any(isinstance(each, Tensor) for each in arg):
+            return [ids(each) for each in arg]
+        if not isinstance(arg, Tensor):
+            return arg
+        positions = positions_of(arg)
+        if positions is None:
+            return torch.full(arg.shape, -1, dtype=torch.int32)
+        known.append(positions)
+        return positions.ids
+
+    found = [ids(arg) for arg in args]
+    if not known or len({positions.grid for positions in known}) > 1:
+        return None
+    if function.overloadpacket is aten.constant_pad_nd:
+        found[2:] = [-1]
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("memory_format",)}
+    moved = function(*found, **kwargs)
+    origins = frozenset.union(*[positions.origins for positions in known])
+    if isinstance(result, (tuple, list)):
+        return [Positions(each, known[0].grid, origins) for each in moved]
+    return Positions(moved, known[0].grid, origins)
+
+
+def _projected(x: Tensor, result: Tensor) -> Positions | None:
+    """A linear layer keeps the position of a vector of channels if that is all of one position."""
+    known = positions_of(x)
+    if known is None or not bool((known.ids == known.ids[..., :1]).all()):
+        return None
+    return known._replace(ids=known.ids[..., :1].expand(result.shape))
+
+
+def _together(operands: list[Positions | None], result: Tensor) -> Positions | None:
+    """Element by element: operands that are spread out, such as the gates of a channel attention, say nothing."""
+    known = [each for each in operands if each is not None]
+    whole = [each for each in known if each.ids.shape == result.shape]
+    if not whole:
+        if len(known) != 1:
+            return None
+        return known[0]._replace(ids=known[0].ids.expand(result.shape))
+    found = whole[0]
+    for other in whole[1:]:
+        if other.grid != found.grid:
+            return None
+        ids = found.ids
+        if other.ids is not ids:
+            if bool(((ids >= 0) & (other.ids >= 0) & (ids != other.ids)).any()):
+                return None
+            ids = torch.where(ids < 0, other.ids, ids) if bool((ids < 0).any()) else ids
+        found = Positions(ids, found.grid, found.origins | other.origins)
+    return found
+
+
+# ------------------------------------------------------------------ what positions prove
+def map_axes(tensor: Tensor) -> tuple[str, tuple[int, int], int, frozenset[int]] | None:
+    """(format, grid, prefix tokens, origins) of a tensor that is proven to be a map in row order, None of any other.
+
+    Formats: "first" (B, C, H, W), "last" (B, H, W, C), "tokens" (B, prefix + H * W, C).
+    """
+    known = positions_of(tensor)
+    if known is None or tensor.shape[0] != BATCH:
+        return None
+    ids, (height, width) = known.ids, known.grid
+    order = torch.arange(height * width, dtype=torch.int32)
+    if ids.dim() == 4:
+        for name, shape, view in (
+            ("first", ids.shape[2:], (1, 1, height, width)),
+            ("last", ids.shape[1:3], (1, height, width, 1)),
+        ):
+            if tuple(shape) == known.grid and bool((ids == order.view(view)).all()):
+                return name, known.grid, 0, known.origins
+    if ids.dim() == 3:
+        prefix = ids.shape[1] - height * width
+        expected = torch.cat([torch.full((max(prefix, 0),), -1, dtype=torch.int32), order])
+        if prefix >= 0 and bool((ids == expected.view(1, -1, 1)).all()):
+            return "tokens", known.grid, prefix, known.origins
+    return None
