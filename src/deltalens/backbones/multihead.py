@@ -78,10 +78,11 @@ def visible(mask: Tensor | None, heads: int) -> Tensor | None:
     return mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
 
 
-def fitted_mask(mask: Tensor | None, extra: int, keep: int | None) -> Tensor | None:
-    """The mask with `extra` further keys in front, which everyone sees, and only the first `keep` queries."""
+def fitted_mask(mask: Tensor | None, q: Tensor, extra: int, keep: int | None) -> Tensor | None:
+    """The mask for queries q with `extra` further keys in front, which everyone sees, and the first `keep` queries."""
     if mask is None:
         return None
+    mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
     mask = mask if keep is None or mask.shape[-2] == 1 else mask[..., :keep, :]
     return F.pad(mask, (extra, 0), value=True if mask.dtype == torch.bool else 0.0) if extra else mask
 
@@ -146,7 +147,7 @@ def _forward(
         weights = weights.mean(1) if average_attn_weights else weights
         weights = weights if batched else weights.squeeze(0)
     else:
-        y = attention(q, k, v, mask, dropout, fused=True)
+        y = attention(q, k, v, fitted_mask(mask, q, 0, None), dropout, fused=True)
     y = self.out_proj(y.transpose(1, 2).flatten(2))
     if not batched:
         return y.squeeze(0), weights
@@ -184,6 +185,7 @@ def self_attention(
         q = linear_rows(attn, normed[:, :keep], 0, width)
         k, v = linear_rows(attn, normed, width, 3 * width).chunk(2, -1)
     k, v = longer(keys_values, split_heads(k, heads), split_heads(v, heads))
-    mask = fitted_mask(mask, k.shape[2] - normed.shape[1], keep)
-    y = attention(split_heads(q, heads), k, v, mask, attn.dropout if attn.training else 0.0, fused=True)
+    q = split_heads(q, heads)
+    mask = fitted_mask(mask, q, k.shape[2] - normed.shape[1], keep)
+    y = attention(q, k, v, mask, attn.dropout if attn.training else 0.0, fused=True)
     return attn.out_proj(y.transpose(1, 2).flatten(2))

@@ -90,8 +90,8 @@ class Tower:
     """One stream with its blocks and its layout.
 
     embed: the module that records the token grid, or None where the layout needs none.
-    callers: modules that read the weights of their layers themselves, such as nn.MultiheadAttention, each with a reading
-        that calls the layers; swapped when a layer in them is changed.
+    callers: modules that read the weights of their layers themselves, such as nn.MultiheadAttention, each with a
+        reading that calls the layers; swapped when a layer in them is changed.
     carriers: sites besides the blocks that must be swapped where tokens live on between blocks (patch merging, the
         model that owns the tokens), so that nobody outside sees those tokens.
     classifier: the model that reads this stream for its head and offers the slots `pool` and `output`, or None.
