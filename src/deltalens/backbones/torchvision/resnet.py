@@ -2,8 +2,8 @@
 
     y = block.stream( relu( shortcut(x) + inner(branch(x)) ) )
 
-The convolutions up to the last norm are the branch; like ConvNeXt's it is called `mlp`. There is no norm of the stream to
-read and no layer of the same shape at both ends, so that there are no `pre` and no parallel slots. Convolutions are no
+The convolutions up to the last norm are the branch; like ConvNeXt's it is called `mlp`. There is no norm of the stream
+to read, and input and output may differ in shape, so that there are no `pre` and no parallel slots. Convolutions are no
 parts for LoRA; SSF scales them, as it does the norms.
 """
 

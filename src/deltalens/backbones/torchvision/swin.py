@@ -7,10 +7,11 @@ Version 2 is post-norm: x + norm1(attn(x)). What the frozen branch reads, the n 
 become keys and values without a norm. Its attention is a cosine, so that keys of prompts are normalised like all
 others. It ignores the bias of k: k = f(x) - f(0) for the layer f, whatever sits in it, so that merging stays exact.
 
-Prompts that only serve as keys and values are shared by all windows and visible everywhere, with zero bias. Prompts that
-live on (VPT-shallow, and the last block of VPT-deep, whose outputs the head pools) travel beside the map as the pair
-(map, prompts): in a block each window attends with its own copy and the copies' outputs are averaged; in patch merging
-they are tiled to 4 C channels.
+Prompts that only serve as keys and values are shared by all windows and visible everywhere, with zero bias. Prompts
+that live on (VPT-shallow, and the last block of VPT-deep, whose outputs the head pools) travel beside the map as the
+pair (map, prompts): in a block each window attends with its own copy and the copies' outputs are averaged; in patch
+merging they are tiled to 4 C channels. Where the blocks do not end in a SwinTransformer's own head, nobody would take
+the prompts out again, and the blocks offer no `tokens` slots.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def _per_window(x: Tensor, windows: int) -> Tensor:
 def _attend(
     attn: ShiftedWindowAttention, x: Tensor, keys_values: list, carried: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Shift, partition, attend, merge. x: the map that the attention reads (B, H, W, C); carried: prompts (B, p, C) that
-    live on, or None. Returns the map's update and the carried prompts' update (None without)."""
+    """Shift, partition, attend, merge. x: the map that the attention reads (B, H, W, C); carried: prompts (B, p, C)
+    that live on, or None. Returns the map's update and the carried prompts' update (None without)."""
     window, (batch, height, width, channels) = attn.window_size, x.shape
     x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
     size = x.shape[1:3]
@@ -201,6 +202,11 @@ def _width(block: SwinTransformerBlock) -> int:
     return block.attn.qkv.in_features
 
 
+def _readers(block: SwinTransformerBlock) -> dict[str, tuple[str, ...]]:
+    """Not of `attention.pre`: attention pads maps that windows do not divide, and qkv reads those zeros, too."""
+    return {"mlp.pre": ("mlp.0",)}
+
+
 BLOCK = Family(
     name="deltalens.backbones.torchvision.swin:BLOCK",
     methods={"forward": _block_forward},
@@ -208,8 +214,16 @@ BLOCK = Family(
     parts=_parts,
     width=_width,
     keys_values=prompt_keys_values,
-    # attention pads maps with zeros behind `attention.pre`, for sizes that windows do not divide: qkv reads those, too
-    readers=lambda block: {"mlp.pre": ("mlp.0",)},
+    readers=_readers,
+)
+BLOCK_WITHOUT_HEAD = Family(
+    name="deltalens.backbones.torchvision.swin:BLOCK_WITHOUT_HEAD",
+    methods=BLOCK.methods,
+    slots=BLOCK.slots - {"tokens.in", "tokens.out"},
+    parts=_parts,
+    width=_width,
+    keys_values=prompt_keys_values,
+    readers=_readers,
 )
 
 
@@ -281,9 +295,14 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
             tower.callers.append(Site(f"{path}.attn", attn, ATTENTION, _width(module), tower=tower))
         elif isinstance(module, (PatchMerging, PatchMergingV2)):
             tower.carriers.append(Site(path, module, MERGING, module.dim, tower=tower))
-    if tower.blocks:
-        _add_grids(tower)
-        yield "", tower
+    if not tower.blocks:
+        return
+    if tower.classifier is None:
+        tower.carriers.clear()
+        for block in tower.blocks:
+            block.family = BLOCK_WITHOUT_HEAD if block.family is BLOCK else block.family
+    _add_grids(tower)
+    yield "", tower
 
 
 def _add_grids(tower: Tower) -> None:
