@@ -79,6 +79,9 @@ def attach(
     for method, placed in zip(configs, placements, strict=True):
         for site, slot, module in placed:
             _install(anatomy, site, slot, name, method.name, module)
+    for wrapping in wrappings:
+        for path in wrapping.originals:
+            weights.swap_caller(anatomy, path)
     for tower in anatomy.towers:
         _swap_owner(tower)
     _overlay_tensors(model, state, adapter, unfrozen)
@@ -176,6 +179,7 @@ def _install(anatomy: Anatomy, site: Site, slot: str, name: str, method: str, mo
         layer = weights.equip(site.module, part, site.tower.layout if site.tower else None)
         layer.delta.rows[part_name] = part.rows
         layer.delta.put(part_name, name, method, module)
+        weights.swap_caller(anatomy, ".".join(piece for piece in (site.path, part.path) if piece))
         return
     _slots_of(site).put(slot, name, method, module)
     if slot == "pool":  # it wants the tokens that adapters added, too

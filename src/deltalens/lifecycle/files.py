@@ -51,7 +51,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | 
         "trained_parameters": _count(model, name),
         "info": adapter.info,
     }
-    if peft_format.applies(adapter.configs):
+    if peft_format.applies(model, adapter.configs):
         with plain_layers(model):
             tensors, config = peft_format.encode(model, name, tensors, config)
     with contextlib.ExitStack() as renamed_at_the_end:

@@ -9,7 +9,7 @@ from deltalens.lifecycle.state import KEY, ROOT, all_slots, state_of
 from deltalens.lifecycle.wrapped import merge_wrapped
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
 from deltalens.sites.swap import Swapped, original_class, swapped_class, unswap
-from deltalens.sites.weights import WeightSlots, merge_changes
+from deltalens.sites.weights import WeightSlots, fold_affine, is_plainly_linear, merge_changes
 
 
 class ConstantKeysValues(nn.Module):
@@ -71,16 +71,13 @@ def _fold_into_readers(block: nn.Module, slots: Slots) -> None:
         if slot == "attention.pre" and prompted:
             continue
         readers = [layer for path in paths if (layer := _layer_at(block, path)) is not None]
-        if not readers or any(original_class(layer) is not nn.Linear for layer in readers):
+        if not readers or not all(is_plainly_linear(layer) for layer in readers):
             continue
         while (modules := slots.live(slot)) and hasattr(modules[-1], "affine"):
-            precise = torch.promote_types(readers[0].weight.dtype, torch.float32)  # M is near 1
+            precise = torch.promote_types(next(readers[0].parameters()).dtype, torch.float32)  # M is near 1
             matrix, shift = modules[-1].to(precise).affine()
             for layer in readers:
-                weight = layer.weight.to(precise)
-                bias = weight @ shift if layer.bias is None else layer.bias + weight @ shift
-                layer.weight.copy_(weight @ matrix)
-                layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+                fold_affine(layer, matrix, shift)
             slots.remove_last(slot)
 
 

@@ -22,14 +22,20 @@ from deltalens.lifecycle.state import KEY
 from deltalens.lifecycle.tensors import anatomy_of, inserted_tensors
 from deltalens.methods.base import Method, make_config
 from deltalens.methods.lora import LoRAConfig
-from deltalens.sites.anatomy import Anatomy
+from deltalens.sites.anatomy import Anatomy, Part, Site
+from deltalens.sites.weights import caller_of
 
 PREFIX = "base_model.model."
 
 
-def applies(configs: list[Method]) -> bool:
-    """Whether an adapter can be written in peft's format: LoRA and a head, nothing else."""
-    return len(configs) == 1 and isinstance(configs[0], LoRAConfig)
+def applies(model: nn.Module, configs: list[Method]) -> bool:
+    """Whether an adapter can be written in peft's format: LoRA and a head, nothing else, on layers that the plain model
+    calls. Where it reads their weights itself (nn.MultiheadAttention, torchvision's Swin), peft's wrapper of the layer
+    would be passed over without a word."""
+    if len(configs) != 1 or not isinstance(configs[0], LoRAConfig):
+        return False
+    anatomy = anatomy_of(model)
+    return all(caller_of(anatomy, path) is None for path in _layers(anatomy, configs[0]))
 
 
 def is_peft(config: dict[str, Any]) -> bool:
@@ -155,5 +161,13 @@ def _parts(anatomy: Anatomy, lora: LoRAConfig) -> Iterator[tuple[str, str, slice
     for site, slot, _ in lora.place(anatomy):
         name = slot.partition(":")[2]
         part = site.parts[name]
-        path = ".".join(piece for piece in (site.path, part.path) if piece)
-        yield anatomy.canonical(path), name, slice(*(part.rows or (None, None)))
+        yield anatomy.canonical(_layer_path(site, part)), name, slice(*(part.rows or (None, None)))
+
+
+def _layers(anatomy: Anatomy, lora: LoRAConfig) -> set[str]:
+    """Paths in this model of the layers that the configuration changes."""
+    return {_layer_path(site, site.parts[slot.partition(":")[2]]) for site, slot, _ in lora.place(anatomy)}
+
+
+def _layer_path(site: Site, part: Part) -> str:
+    return ".".join(piece for piece in (site.path, part.path) if piece)

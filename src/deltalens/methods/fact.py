@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltalens.methods.base import Method, check_choices, register, setting
 from deltalens.sites.anatomy import Anatomy, Site, require
-from deltalens.sites.weights import linear_of
+from deltalens.sites.weights import part_shape
 
 PARTS = ("q", "k", "v", "proj", "fc1", "fc2")
 
@@ -130,10 +130,7 @@ class FacTConfig(Method):
 
 def _multiples(block: Site, name: str) -> tuple[int, int]:
     """How many times wider than the stream a part's output and input are; whole numbers, one of them 1."""
-    part = block.parts[name]
-    linear = linear_of(block.module, part)
-    start, stop = part.rows or (0, linear.out_features)
-    sizes = (stop - start, linear.in_features)
+    sizes = part_shape(block.module, block.parts[name])
     if any(size % block.width for size in sizes) or min(sizes) != block.width:
         raise ValueError(
             f"FacT cuts layers into blocks of {block.width} x {block.width}, and {name} of {block.path} is "

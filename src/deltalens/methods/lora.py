@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltalens.methods.base import Method, register, setting
 from deltalens.sites.anatomy import Anatomy, Family, Part, Site, require
-from deltalens.sites.weights import linear_of, refuse_unfit_target
+from deltalens.sites.weights import part_shape, refuse_unfit_target
 
 
 class LoRALayer(nn.Module):
@@ -77,9 +77,8 @@ class LoRAConfig(Method):
                 yield block, f"weights:{name}", self._layer(block, block.parts[name])
 
     def _layer(self, block: Site, part: Part) -> LoRALayer:
-        linear = linear_of(block.module, part)
-        start, stop = part.rows or (0, linear.out_features)
-        return LoRALayer(linear.in_features, stop - start, self.r, self.alpha, self.dropout)
+        outputs, inputs = part_shape(block.module, part)
+        return LoRALayer(inputs, outputs, self.r, self.alpha, self.dropout)
 
     def _place_by_name(self, anatomy: Anatomy):
         found = False

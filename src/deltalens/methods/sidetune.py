@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.methods.base import Method, may_fetch, register, setting
-from deltalens.sites.anatomy import Anatomy, Site
+from deltalens.sites.anatomy import Anatomy, Site, require
 
 ALEXNET_SMALLEST = 63  # pixels; below, its poolings run out of rows
 ALEXNET_FEATURES = 256 * 6 * 6
@@ -67,13 +67,15 @@ class SidetuneConfig(Method):
 
     def place(self, anatomy: Anatomy):
         site = _classifier(anatomy)
+        require(site, "output", "Sidetune", anatomy.model)
         yield site, "output", SideNetwork(site.width, self.min_size, self.pretrained and may_fetch())
 
 
 def _classifier(anatomy: Anatomy) -> Site:
     """The model that reads the features; TypeError where there is none."""
     sites = [tower.classifier for tower in anatomy.towers if tower.classifier is not None]
-    if not sites or not isinstance(sites[0].module.get_classifier(), nn.Module):
+    of_timm = sites and hasattr(sites[0].module, "get_classifier")
+    if not sites or (of_timm and not isinstance(sites[0].module.get_classifier(), nn.Module)):
         raise TypeError(
             f"Sidetune needs the features that a classifier layer reads, and {type(anatomy.model).__name__} has no "
             "such place: use a classifier with timm's interface (forward_features, forward_head, get_classifier)"

@@ -90,6 +90,8 @@ class Tower:
     """One stream with its blocks and its layout.
 
     embed: the module that records the token grid, or None where the layout needs none.
+    callers: modules that read the weights of their layers themselves, such as nn.MultiheadAttention, each with a
+        reading that calls the layers; swapped when a layer in them is changed.
     carriers: sites besides the blocks that must be swapped where tokens live on between blocks (patch merging, the
         model that owns the tokens), so that nobody outside sees those tokens.
     classifier: the model that reads this stream for its head and offers the slots `pool` and `output`, or None.
@@ -108,6 +110,7 @@ class Tower:
     blocks: list[Site] = field(default_factory=list)
     embed: Site | None = None
     owner: Site | None = None
+    callers: list[Site] = field(default_factory=list)
     carriers: list[Site] = field(default_factory=list)
     classifier: Site | None = None
     patch_size: tuple[int, int] | None = None
@@ -127,6 +130,7 @@ class Tower:
         yield from self.blocks
         sites = (self.embed, self.owner, self.classifier, self.image, self.stem)
         yield from (site for site in sites if site is not None)
+        yield from self.callers
         yield from self.carriers
 
 

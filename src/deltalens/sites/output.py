@@ -28,11 +28,16 @@ def pooled(owner: nn.Module, tokens: Tensor, layout: Layout) -> Tensor | None:
     return modules[-1](tokens, layout) if modules else None
 
 
-def through_output(owner: nn.Module, features: Tensor, images: Tensor) -> Tensor:
-    """Features -> `output` modules -> logits of the classifier layer."""
+def changed_features(owner: nn.Module, features: Tensor, images: Tensor) -> Tensor:
+    """Features as the active `output` modules of the owner make them."""
     for module in live(owner, "output"):
         features = module(features, images)
-    return owner.get_classifier()(features)
+    return features
+
+
+def through_output(owner: nn.Module, features: Tensor, images: Tensor) -> Tensor:
+    """Features -> `output` modules -> logits of the classifier layer."""
+    return owner.get_classifier()(changed_features(owner, features, images))
 
 
 def logits_of(output: Any) -> Tensor:

@@ -9,6 +9,12 @@ in which they were attached. There are two kinds:
   place; `merged(weight, bias)` returns weight (rows, n) and bias (rows,) of a layer that gives that at once. For
   every layer of `output_channels`. With `channelwise = True` each row depends on itself alone, and the module takes
   the rows that are asked for as a slice: f(y[..., rows], rows).
+
+A fused projection counts as a layer: a module that holds q, k and v as its own parameters `in_proj_weight` (3 C, C) and
+`in_proj_bias`, as nn.MultiheadAttention does. No forward of that module is swapped for it; the module is a caller.
+
+A *caller* is a module whose own forward reads the weights of its layers instead of calling them. A family that can read
+such a module so that the layers are called lists it in `Tower.callers`; it is swapped when one of its layers changes.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
 from torch import Tensor, nn
 
-from deltalens.sites.anatomy import Anatomy, Family, Part
+from deltalens.sites.anatomy import Anatomy, Family, Part, Site
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
 from deltalens.sites.swap import original_class, original_method, swap
 
@@ -60,6 +66,22 @@ def transforms_output(module: nn.Module) -> bool:
     return getattr(module, "transforms_output", False)
 
 
+def is_fused(layer: nn.Module) -> bool:
+    """Whether a module holds q, k and v as parameters of its own, in one matrix."""
+    return getattr(layer, "in_proj_weight", None) is not None
+
+
+def _names(layer: nn.Module) -> tuple[str, str]:
+    """What weight and bias of a layer are called."""
+    return ("in_proj_weight", "in_proj_bias") if is_fused(layer) else ("weight", "bias")
+
+
+def is_changed(layer: nn.Module) -> bool:
+    """Whether a layer is more than its weight and bias: active modules sit in it, or peft's wrapper around it."""
+    slots = layer._modules.get("delta")
+    return bool(slots.changes()) if isinstance(slots, WeightSlots) else "base_layer" in layer._modules
+
+
 # forward of a layer norm -> axis of its channels
 _LAYER_NORM_AXIS = {cls.forward: -1 for cls in (nn.LayerNorm, LayerNorm, LayerNormFp32)} | {
     cls.forward: 1 for cls in (LayerNorm2d, LayerNorm2dFp32)
@@ -69,9 +91,11 @@ _LAYER_NORM_AXIS = {cls.forward: -1 for cls in (nn.LayerNorm, LayerNorm, LayerNo
 def output_channels(layer: nn.Module) -> tuple[int, int] | None:
     """(channels, their axis) of the output of a layer whose last step is weight * value + bias, None for others.
 
-    These are nn.Linear, nn.Conv2d, and the leaf norms: LayerNorm, LayerNorm2d, BatchNorm2d, GroupNorm. Layers that
-    compute their weight (weight standardisation) or end with an activation are none of them.
+    These are nn.Linear, nn.Conv2d, fused projections, and the leaf norms: LayerNorm, LayerNorm2d, BatchNorm2d,
+    GroupNorm. Layers that compute their weight (weight standardisation) or end with an activation are none of them.
     """
+    if is_fused(layer):
+        return len(layer.in_proj_weight), -1
     if getattr(layer, "weight", None) is None or any(name != "delta" for name, _ in layer.named_children()):
         return None
     forward = original_class(layer).forward
@@ -116,18 +140,20 @@ def _changed(slots: WeightSlots, x: Tensor, y: Tensor, low: int, high: int) -> T
 LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forward})
 
 
-def linear_rows(layer: nn.Linear, x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start:stop of layer(x), computing no others where the layer is an nn.Linear and no module mixes rows."""
-    if original_class(layer) is not nn.Linear:
+def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start:stop of layer(x), computing no others where the layer is an nn.Linear or a fused projection and no
+    module mixes rows."""
+    if not is_fused(layer) and original_class(layer) is not nn.Linear:
         return layer(x)[..., start:stop]
+    weight, bias = (getattr(layer, name) for name in _names(layer))
     low, high = _rows_needed(layer, start, stop)
-    y = F.linear(x, layer.weight[low:high], None if layer.bias is None else layer.bias[low:high])
+    y = F.linear(x, weight[low:high], None if bias is None else bias[low:high])
     if hasattr(layer, "delta"):
         y = _changed(layer.delta, x, y, low, high)
     return y[..., start - low : stop - low]
 
 
-def _rows_needed(layer: nn.Linear, low: int, high: int) -> tuple[int, int]:
+def _rows_needed(layer: nn.Module, low: int, high: int) -> tuple[int, int]:
     """low:high, widened to all rows of each module that mixes some of them."""
     mixing = [
         (first, last)
@@ -147,18 +173,20 @@ def layer_of(block: nn.Module, part: Part) -> nn.Module:
     return block.get_submodule(part.path) if part.path else block
 
 
-def linear_of(block: nn.Module, part: Part) -> nn.Linear:
-    """The layer that a part belongs to. Other than nn.Linear is a TypeError."""
+def part_shape(block: nn.Module, part: Part) -> tuple[int, int]:
+    """(outputs, inputs) of a part's matrix. A layer that is neither nn.Linear nor a fused projection is a TypeError."""
     layer = layer_of(block, part)
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear) and not is_fused(layer):
         raise TypeError(f"{part.path} is a {type(layer).__name__}; weight methods change nn.Linear layers only")
-    return layer
+    outputs, inputs = getattr(layer, _names(layer)[0]).shape
+    start, stop = part.rows or (0, outputs)
+    return stop - start, inputs
 
 
 def check_fit(block: nn.Module, part: Part, module: nn.Module) -> None:
     """Raise TypeError where the layer of a part cannot hold this weight module."""
     if not transforms_output(module):
-        linear_of(block, part)
+        part_shape(block, part)
     elif output_channels(layer := layer_of(block, part)) is None:
         raise TypeError(
             f"{part.path or 'the layer'} is a {type(layer).__name__}, which has no plain weight and bias at its end; "
@@ -172,23 +200,56 @@ def equip(block: nn.Module, part: Part, layout) -> nn.Module:
     if not hasattr(layer, "delta"):
         shape = (layer.out_features, -1) if isinstance(layer, nn.Linear) else output_channels(layer)
         layer.delta = WeightSlots(layout, *shape)
-        swap(layer, LAYER)
+        if not is_fused(layer):
+            swap(layer, LAYER)
     return layer
 
 
 def merge_changes(layer: nn.Module) -> None:
     """Fold the active modules of a layer into its weight and bias, in the order in which they act. A layer without a
     bias gets one where a module needs it."""
+    weight_name, bias_name = _names(layer)
+    weight = getattr(layer, weight_name)
     for start, stop, module in layer.delta.changes():
         if not transforms_output(module):
-            layer.weight[start:stop] += module.weight_change().to(layer.weight.dtype)
+            weight[start:stop] += module.weight_change().to(weight.dtype)
             continue
-        if layer.bias is None:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.delta.channels))
-        rows, bias = layer.weight[start:stop], layer.bias[start:stop]
+        if getattr(layer, bias_name) is None:
+            setattr(layer, bias_name, nn.Parameter(weight.new_zeros(layer.delta.channels)))
+        rows, bias = weight[start:stop], getattr(layer, bias_name)[start:stop]
         new_rows, new_bias = module.merged(rows.reshape(stop - start, -1), bias)
         rows.copy_(new_rows.reshape(rows.shape))
         bias.copy_(new_bias)
+
+
+def fold_affine(layer: nn.Module, matrix: Tensor, shift: Tensor) -> None:
+    """Let a layer read M n + c instead of n, by its weight and bias alone: W <- W M, b <- b + W c."""
+    weight_name, bias_name = _names(layer)
+    weight, bias = getattr(layer, weight_name), getattr(layer, bias_name)
+    precise = weight.to(matrix.dtype)
+    moved = precise @ shift if bias is None else bias + precise @ shift
+    weight.copy_(precise @ matrix)
+    setattr(layer, bias_name, nn.Parameter(moved.to(weight.dtype)))
+
+
+def is_plainly_linear(layer: nn.Module) -> bool:
+    """Whether a layer is W x + b and nothing else."""
+    return is_fused(layer) or original_class(layer) is nn.Linear
+
+
+# ------------------------------------------------------------------ modules that read the weights of their layers
+def caller_of(anatomy: Anatomy, path: str) -> Site | None:
+    """The module that must be swapped so that the layer at a path is called."""
+    for site in (site for tower in anatomy.towers for site in tower.callers):
+        if path == site.path or path.startswith(f"{site.path}."):
+            return site
+    return None
+
+
+def swap_caller(anatomy: Anatomy, path: str) -> None:
+    """Make sure that the layer at a path is called."""
+    if (site := caller_of(anatomy, path)) is not None:
+        swap(site.module, site.family)
 
 
 def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module) -> None:
@@ -208,11 +269,14 @@ def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module) -> None:
             "the layer would train nothing; leave it out of the targets"
         )
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{path} is a {type(layer).__name__}; LoRA changes nn.Linear layers only")
+        rows = "; name its rows with parts=, such as ('q', 'v')" if is_fused(layer) else ""
+        raise ValueError(f"{path} is a {type(layer).__name__}; LoRA changes nn.Linear layers only{rows}")
 
 
 def is_bypassed(anatomy: Anatomy, path: str) -> bool:
-    """Whether a layer's parent reads its weight instead of calling it."""
+    """Whether a layer's parent reads its weight instead of calling it, and no family knows how to call it."""
+    if caller_of(anatomy, path) is not None:
+        return False
     parent = anatomy.model.get_submodule(path.rpartition(".")[0])
     uncalled = any(f"{block.path}.{name}" == path for block in anatomy.blocks() for name in block.uncalled)
-    return uncalled or isinstance(parent, nn.MultiheadAttention)
+    return uncalled or isinstance(parent, nn.MultiheadAttention) or is_fused(anatomy.model.get_submodule(path))
