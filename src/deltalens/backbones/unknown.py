@@ -92,6 +92,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, tuple) and len(size) == 2:
         return (getattr(model, "in_chans", 3), *size)
+    config = getattr(model, "config", None)
+    if isinstance(side := getattr(config, "image_size", None), (int, list, tuple)):  # transformers
+        return (getattr(config, "num_channels", 3), *((side, side) if isinstance(side, int) else side))
     return tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224)))
 
 

@@ -177,6 +177,8 @@ def _slots_of(site: Site) -> Slots:
     if "delta" not in block._modules:
         block.delta = Slots(site.tower.layout, last=site.is_last)
         swap(block, site.family)
+        for path, family in site.family.companions.items():
+            swap(block.get_submodule(path), family)
     return block.delta
 
 

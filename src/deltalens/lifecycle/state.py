@@ -113,8 +113,8 @@ def hold_frozen(model: nn.Module) -> None:
         trains = any(p is not None and p.requires_grad for p in module._parameters.values())
         if isinstance(module, _BATCH_NORMS):
             module.training = trains
-        elif state.frozen_mode == "eval":
-            module.training = False
+        elif state.frozen_mode == "eval":  # transformers' layers checkpoint in train mode only
+            module.training = getattr(module, "gradient_checkpointing", False) is True
 
 
 def _load_state_dict(self: nn.Module, state_dict, strict: bool = True, assign: bool = False):

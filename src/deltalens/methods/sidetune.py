@@ -73,7 +73,8 @@ class SidetuneConfig(Method):
 def _classifier(anatomy: Anatomy) -> Site:
     """The model that reads the features; TypeError where there is none."""
     sites = [tower.classifier for tower in anatomy.towers if tower.classifier is not None]
-    if not sites or not isinstance(sites[0].module.get_classifier(), nn.Module):
+    timm_layer = getattr(sites[0].module, "get_classifier", nn.Module) if sites else None
+    if timm_layer is None or not isinstance(timm_layer(), nn.Module):
         raise TypeError(
             f"Sidetune needs the features that a classifier layer reads, and {type(anatomy.model).__name__} has no "
             "such place: use a classifier with timm's interface (forward_features, forward_head, get_classifier)"
