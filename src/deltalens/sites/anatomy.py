@@ -95,6 +95,8 @@ class Tower:
     embed: the module that records the token grid, or None where the layout needs none.
     carriers: sites besides the blocks that must be swapped where tokens live on between blocks (patch merging, the
         model that owns the tokens), so that nobody outside sees those tokens.
+    blocks_count_tokens: whether every block behind added tokens must be swapped too, because it makes or receives
+        something of the stream's length (a mask, a position bias).
     classifier: the model that reads this stream for its head and offers the slots `pool` and `output`, or None.
     patch_size: (h, w) of the patch embedding's kernel where known; VPT's initialisation reads it.
     class_token: whether the first prefix token is a class token.
@@ -119,6 +121,7 @@ class Tower:
     stem: Site | None = None
     image_size: tuple[int, int] | None = None
     resizable: str = ""
+    blocks_count_tokens: bool = False
 
     def add(
         self, path: str, module: nn.Module, family: Family, width: int, grid: tuple[int, int] | None = None

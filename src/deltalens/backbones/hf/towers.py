@@ -21,7 +21,6 @@ from deltalens.sites.layout import Sequence, Tokens
 from deltalens.sites.output import live, pooled
 from deltalens.sites.swap import original_class, original_method
 
-
 # ------------------------------------------------------------------ embeddings
 _STEMS = ("patch_embeddings.projection", "patch_embeddings", "patch_embedding")
 
@@ -53,7 +52,7 @@ def _model_forward(self: nn.Module, *args, **kwargs):
     wanted = kwargs.pop("return_dict", None)
     wanted = getattr(self.config, "return_dict", True) if wanted is None else wanted
     output = original_method(self, "forward")(*args, return_dict=True, **kwargs)
-    layout = self.__dict__["delta_layout"] if "delta_layout" in self.__dict__ else self.delta.layout
+    layout = self.__dict__.get("delta_layout") or self.delta.layout
     if isinstance(layout, Tokens):
         _trim_recorded(output, layout)
     return output if wanted else output.to_tuple()
@@ -91,7 +90,8 @@ class Reading:
 
     base: name of the backbone in it. output: class of what it returns. features: (model, output of the backbone) ->
     features (B, C). of_pooled: (model, what a `pool` module returns) -> features, None where the slot `pool` is not
-    offered. loss_options: whether further keywords go to the loss.
+    offered. loss_options: whether further keywords go to the loss. layout: model -> layout of the tokens that a `pool`
+    module gets.
     """
 
     base: str
@@ -99,6 +99,7 @@ class Reading:
     features: Callable[[nn.Module, object], Tensor]
     of_pooled: Callable[[nn.Module, Tensor], Tensor] | None = lambda model, features: features
     loss_options: bool = True
+    layout: Callable[[nn.Module], Tokens] = lambda model: model.delta.layout
 
 
 def classifier_family(name: str, cls: type, reading: Reading) -> Family:
@@ -111,7 +112,7 @@ def classifier_family(name: str, cls: type, reading: Reading) -> Family:
             return original_method(self, "forward")(pixel_values, labels=labels, **kwargs)
         outputs = getattr(self, reading.base)(pixel_values, **kwargs)
         if live(self, "pool"):
-            features = reading.of_pooled(self, pooled(self, outputs.last_hidden_state, self.delta.layout))
+            features = reading.of_pooled(self, pooled(self, outputs.last_hidden_state, reading.layout(self)))
         else:
             features = reading.features(self, outputs)
         for module in live(self, "output"):
@@ -201,6 +202,7 @@ class Kind:
             tower.image = Site(owner_path, owner, IMAGE, width, tower=tower)
             tower.stem = Site(f"{path}.{stem[0]}".lstrip("."), stem[1], STEM, width, tower=tower)
             tower.resizable = self.resizable
+            tower.blocks_count_tokens = True
         tower.classifier = classifier_site(model, self.classifiers or {}, tower)
         return tower
 
