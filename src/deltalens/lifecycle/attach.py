@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from deltalens.backbones import describe
-from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, state_of
+from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, plain_labels, state_of
 from deltalens.lifecycle.switch import set_adapter
 from deltalens.lifecycle.wrapped import make_wrappings, on_plain_layers
 from deltalens.methods.base import Method, Placement
 from deltalens.sites import weights
 from deltalens.sites.anatomy import Anatomy, Site, Tower, require
+from deltalens.sites.output import class_count
 from deltalens.sites.slots import Slots
 from deltalens.sites.swap import Swapped, refuse_unswappable, swap, unswap
 
@@ -66,7 +67,8 @@ def attach(
             backbone,
             blocks,
             {path: p.requires_grad for path, p in model.named_parameters()},
-            getattr(model, "num_classes", None),
+            class_count(model),
+            plain_labels(model),
         )
         model.__dict__[KEY] = state
         for parameter in model.parameters():

@@ -68,9 +68,9 @@ def per_window(tensors: tuple[Tensor, ...], batch: int, windows: int) -> tuple[T
 
 def _attend(block: nn.Module, normed: Tensor, grid: Grid, **kwargs) -> tuple[Tensor, Tensor | None]:
     """Shift, partition, attend, merge. normed: (B, carried + H W, C). Returns its update and attention weights."""
-    (height, width), size, (batch, length, channels) = grid, block.window_size, normed.shape
+    (height, width), size, (batch, length, _) = grid, block.window_size, normed.shape
     carried = length - height * width
-    x, padding = block.maybe_pad(normed[:, carried:].unflatten(1, grid), height, width)
+    x, _ = block.maybe_pad(normed[:, carried:].unflatten(1, grid), height, width)
     padded_height, padded_width = x.shape[1:3]
     windows = swin.window_partition(block.cyclic_shift(x), size).flatten(1, 2)
     mask = block.get_attn_mask(padded_height, padded_width, dtype=x.dtype, device=x.device)
@@ -239,6 +239,7 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
                 tower.carriers.append(Site(path, module, STAGE, width, tower=tower))
             elif isinstance(module, swin.SwinPatchEmbeddings):
                 add_pixels(tower, path, module, PATCHES, IMAGE, owner.config)
+                tower.resizable = "timm: the windows of transformers' Swin stay as small as the smallest map they saw"
         tower.carriers.append(Site(start, owner, MODEL, owner.num_features, tower=tower))
         tower.classifier = classifier_site(model, {swin.SwinForImageClassification: CLASSIFIER}, tower)
         yield "", tower
