@@ -7,6 +7,7 @@ import importlib
 from torch import nn
 
 from deltalens.backbones import classifier, hf, open_clip, timm, torchvision, unknown
+from deltalens.backbones.hf.names import in_classifier
 from deltalens.backbones.timm.features import canonical_names
 from deltalens.sites.anatomy import Anatomy, Site, Tower, prefixed
 from deltalens.sites.swap import original_class
@@ -34,7 +35,7 @@ def describe(model: nn.Module, backbone: str | None = None, blocks: str | None =
             f"no repeated blocks found in {type(body).__name__}; name them with blocks=, a regular expression of their "
             "paths, such as blocks=r'stages\\.\\d+\\.\\d+'"
         )
-    canonical = canonical_names(model, backbone or "")
+    canonical = in_classifier(canonical_names(model, backbone or ""), body)
     if backbone is None and all(tower.classifier is None for tower in towers) and classifier.reads_as(model):
         width = classifier.width_of_features(model)
         towers[0].classifier = Site("", model, classifier.CLASSIFIER, width, tower=towers[0])

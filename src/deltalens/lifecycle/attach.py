@@ -10,12 +10,13 @@ from torch import nn
 
 from deltalens.backbones import describe
 from deltalens.backbones.classifier import classes_of
-from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, state_of
+from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, plain_labels, state_of
 from deltalens.lifecycle.switch import set_adapter
 from deltalens.lifecycle.wrapped import make_wrappings, on_plain_layers
 from deltalens.methods.base import Method, Placement
 from deltalens.sites import weights
 from deltalens.sites.anatomy import Anatomy, Site, Tower, require
+from deltalens.sites.output import class_count
 from deltalens.sites.slots import Slots
 from deltalens.sites.swap import Swapped, refuse_unswappable, swap, unswap
 
@@ -69,7 +70,8 @@ def attach(
             backbone,
             blocks,
             {path: p.requires_grad for path, p in model.named_parameters()},
-            getattr(model, "num_classes", None),
+            class_count(model),
+            plain_labels(model),
         )
         model.__dict__[KEY] = state
         for parameter in model.parameters():
@@ -184,7 +186,7 @@ def _install(anatomy: Anatomy, site: Site, slot: str, name: str, method: str, mo
     _slots_of(site).put(slot, name, method, module)
     if slot == "pool":  # it wants the tokens that adapters added, too
         _slots_of(site.tower.blocks[-1]).put("tokens.kept", name, method, module)
-    if slot.startswith("tokens") and site.tower.carriers:
+    if slot.startswith("tokens") and (site.tower.carriers or site.tower.blocks_count_tokens):
         for carrier in site.tower.carriers:
             swap(carrier.module, carrier.family)
         for block in site.tower.blocks[site.index :]:
@@ -196,6 +198,8 @@ def _slots_of(site: Site) -> Slots:
     if "delta" not in block._modules:
         block.delta = Slots(site.tower.layout, last=site.is_last)
         swap(block, site.family)
+        for path, family in site.family.companions.items():
+            swap(block.get_submodule(path), family)
     return block.delta
 
 

@@ -37,12 +37,17 @@ class Adapter:
 
 @dataclass(eq=False)
 class State:
-    """Adapters by name, the active ones in order, and everything needed to give the backbone back."""
+    """Adapters by name, the active ones in order, and everything needed to give the backbone back.
+
+    num_classes: what the plain model says. labels: the names of its classes both ways, as a transformers configuration
+    holds them, or None.
+    """
 
     backbone: str | None
     blocks: str | None
     requires_grad: dict[str, bool]
     num_classes: int | None
+    labels: tuple[dict, dict] | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -113,8 +118,8 @@ def hold_frozen(model: nn.Module) -> None:
         trains = any(p is not None and p.requires_grad for p in module._parameters.values())
         if isinstance(module, _BATCH_NORMS):
             module.training = trains
-        elif state.frozen_mode == "eval":
-            module.training = False
+        elif state.frozen_mode == "eval":  # transformers' layers checkpoint in train mode only
+            module.training = getattr(module, "gradient_checkpointing", False) is True
 
 
 def _load_state_dict(self: nn.Module, state_dict, strict: bool = True, assign: bool = False):
@@ -136,6 +141,28 @@ ROOT = Family(
     name="deltalens.lifecycle.state:ROOT",
     methods={"train": _train, "load_state_dict": _load_state_dict},
 )
+
+
+def plain_labels(model: nn.Module) -> tuple[dict, dict] | None:
+    """(id2label, label2id) of a transformers classifier, None for other models."""
+    config = getattr(model, "config", None)
+    if hasattr(model, "num_classes") or not hasattr(model, "num_labels") or not hasattr(config, "id2label"):
+        return None
+    return config.id2label, config.label2id
+
+
+def put_class_count(model: nn.Module, count: int) -> None:
+    """Let the model say how many classes its present head has; the plain model's own count brings its names back."""
+    state = state_of(model)
+    if state.labels is None:
+        if hasattr(model, "num_classes"):
+            model.num_classes = count
+        return
+    model.num_labels = count
+    if count == state.num_classes:
+        model.config.id2label, model.config.label2id = state.labels
+    else:
+        model.config.num_labels = count  # makes names LABEL_0, LABEL_1...
 
 
 def put_parameter(model: nn.Module, path: str, parameter: nn.Parameter) -> None:

@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from deltalens.lifecycle.state import adapter_of, all_slots, put_buffer, put_module, put_parameter, state_of
+from deltalens.lifecycle.state import (
+    adapter_of,
+    all_slots,
+    put_buffer,
+    put_class_count,
+    put_module,
+    put_parameter,
+    state_of,
+)
 from deltalens.lifecycle.wrapped import put_originals, put_wrappers, refuse_doubly_wrapped
 from deltalens.sites.slots import ADAPTER_PREFIX
 
@@ -48,7 +56,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str]) -> None:
     put_wrappers(model)
     num_classes = next((a.num_classes for a in chosen[::-1] if a.num_classes is not None), state.num_classes)
     if state.num_classes is not None:
-        model.num_classes = num_classes
+        put_class_count(model, num_classes)
     model.train(model.training)
 
 

@@ -36,6 +36,8 @@ class Family:
     readers: block -> {"mlp.pre": ("mlp.fc1",), ...}: for each `pre` slot the paths of all linear layers that read
         what comes out of it, and nothing else does; merging folds affine modules of the slot into them. Paths that
         a block lacks are passed over.
+    companions: path inside the module -> family of the module there, swapped together with it: an attention that must
+        take further keys and values and still be called as a module, because hooks listen to it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Family:
     width: Callable[[nn.Module], int] | None = None
     keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
+    companions: Mapping[str, Family] = field(default_factory=dict)
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
@@ -94,6 +97,8 @@ class Tower:
         reading that calls the layers; swapped when a layer in them is changed.
     carriers: sites besides the blocks that must be swapped where tokens live on between blocks (patch merging, the
         model that owns the tokens), so that nobody outside sees those tokens.
+    blocks_count_tokens: whether every block behind added tokens must be swapped too, because it makes or receives
+        something of the stream's length (a mask, a position bias).
     classifier: the model that reads this stream for its head and offers the slots `pool` and `output`, or None.
     patch_size: (h, w) of the patch embedding's kernel where known; VPT's initialisation reads it.
     class_token: whether the first prefix token is a class token.
@@ -119,6 +124,7 @@ class Tower:
     stem: Site | None = None
     image_size: tuple[int, int] | None = None
     resizable: str = ""
+    blocks_count_tokens: bool = False
 
     def add(
         self, path: str, module: nn.Module, family: Family, width: int, grid: tuple[int, int] | None = None

@@ -40,6 +40,15 @@ def through_output(owner: nn.Module, features: Tensor, images: Tensor) -> Tensor
     return owner.get_classifier()(changed_features(owner, features, images))
 
 
+def class_count(model: nn.Module) -> int | None:
+    """How many classes a model says it has: `num_classes` in timm, `num_labels` in transformers. None where it says
+    nothing."""
+    count = getattr(model, "num_classes", None)
+    if count is None and getattr(model, "config", None) is not None:
+        count = getattr(model, "num_labels", None)
+    return count
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in what a classifier returns: the tensor itself, or the field `logits` of transformers' outputs.
 

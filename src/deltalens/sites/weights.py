@@ -19,6 +19,8 @@ such a module so that the layers are called lists it in `Tower.callers`; it is s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
@@ -82,10 +84,10 @@ def is_changed(layer: nn.Module) -> bool:
     return bool(slots.changes()) if isinstance(slots, WeightSlots) else "base_layer" in layer._modules
 
 
-# forward of a layer norm -> axis of its channels
-_LAYER_NORM_AXIS = {cls.forward: -1 for cls in (nn.LayerNorm, LayerNorm, LayerNormFp32)} | {
-    cls.forward: 1 for cls in (LayerNorm2d, LayerNorm2dFp32)
-}
+# forward of a layer norm -> axis of its channels, or a function from the layer to it; families may add their library's
+LAYER_NORM_AXIS: dict[Callable, int | Callable[[nn.Module], int]] = {
+    cls.forward: -1 for cls in (nn.LayerNorm, LayerNorm, LayerNormFp32)
+} | {cls.forward: 1 for cls in (LayerNorm2d, LayerNorm2dFp32)}
 
 
 def output_channels(layer: nn.Module) -> tuple[int, int] | None:
@@ -104,7 +106,8 @@ def output_channels(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, 1) if forward is nn.Conv2d.forward else None
     if isinstance(layer, nn.LayerNorm):
-        axis = _LAYER_NORM_AXIS.get(forward)
+        axis = LAYER_NORM_AXIS.get(forward)
+        axis = axis(layer) if callable(axis) else axis
         return (layer.normalized_shape[0], axis) if axis and len(layer.normalized_shape) == 1 else None
     if isinstance(layer, nn.BatchNorm2d):
         return layer.num_features, 1

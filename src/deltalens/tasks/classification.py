@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.lifecycle.state import KEY, state_of
-from deltalens.sites.output import logits_of
+from deltalens.sites.output import class_count, logits_of
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -37,7 +37,7 @@ class ClassificationTask(nn.Module):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        outputs = getattr(model, "num_classes", None)
+        outputs = class_count(model)
         if outputs not in (None, len(class_names)):
             raise ValueError(
                 f"the model has {outputs} outputs and the data {len(class_names)} classes; pass "

@@ -1,0 +1,133 @@
+"""The vision towers of transformers' CLIP, SigLIP and SigLIP 2: pre-norm blocks, in CLIP with a class token.
+
+In a two-tower model (CLIPModel, SiglipModel) the vision tower is adapted and the text tower left alone; with
+`backbone="vision_model"` names count from the vision tower, and everything else is trained like a head. SigLIP 2 takes
+patches of images of different shapes with a mask: a plain sequence, so that spatial modules, tokens that live on
+(VPT-shallow) and prompts made of pixels are refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.models.clip import modeling_clip as clip
+from transformers.models.siglip import modeling_siglip as siglip
+from transformers.models.siglip2 import modeling_siglip2 as siglip2
+
+from deltalens.backbones.hf.attention import KeysValues, attend, attention_family, keys_values
+from deltalens.backbones.hf.towers import Kind, Reading, classifier_family, identity, layer_parts, leave, readers
+from deltalens.sites.anatomy import Family, Tower
+from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
+
+
+def prompt_keys_values(block: nn.Module, prompts: Tensor) -> KeysValues:
+    """Un-normed prompts (1 or B, p, C) -> their keys and values, each (1 or B, heads, p, head_dim)."""
+    return keys_values(block.self_attn, block.layer_norm1(prompts))
+
+
+def _block_forward(self: nn.Module, hidden_states: Tensor, attention_mask=None, **kwargs) -> Tensor:
+    def attention(normed: Tensor) -> Tensor:
+        return attend(self, self.self_attn, normed, attention_mask, prompt_keys_values, **kwargs)
+
+    branches = (
+        Branch("attention", self.layer_norm1, attention, identity),
+        Branch("mlp", self.layer_norm2, self.mlp, identity),
+    )
+    return leave(self, residual_block(self.delta, self.delta.layout, hidden_states, branches))
+
+
+def _attention(name: str, library) -> Family:
+    return attention_family(
+        f"deltalens.backbones.hf.clip:{name}",
+        library.eager_attention_forward,
+        out="out_proj",
+        scaling="scale",
+        dropout="dropout",
+    )
+
+
+def _block(name: str, attention: Family, without: frozenset[str] = frozenset()) -> Family:
+    return Family(
+        name=f"deltalens.backbones.hf.clip:{name}",
+        methods={"forward": _block_forward},
+        slots=(RESIDUAL_BLOCK_SLOTS | {"attention.prompts", "attention.mask"}) - without,
+        parts=layer_parts("self_attn", "out_proj", {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}),
+        width=lambda block: block.layer_norm1.normalized_shape[0],
+        keys_values=prompt_keys_values,
+        readers=readers("self_attn", "mlp.fc1"),
+        companions={"self_attn": attention},
+    )
+
+
+ATTENTION = _attention("ATTENTION", clip)
+SIGLIP_ATTENTION = _attention("SIGLIP_ATTENTION", siglip)
+SIGLIP2_ATTENTION = _attention("SIGLIP2_ATTENTION", siglip2)
+BLOCK = _block("BLOCK", ATTENTION)
+SIGLIP_BLOCK = _block("SIGLIP_BLOCK", SIGLIP_ATTENTION)
+SIGLIP2_BLOCK = _block("SIGLIP2_BLOCK", SIGLIP2_ATTENTION, frozenset({"tokens.in", "tokens.out"}))
+
+
+def _mean_of_patches(model: nn.Module, outputs) -> Tensor:
+    return outputs.last_hidden_state[:, 1:].mean(dim=1)
+
+
+def _mean(model: nn.Module, outputs) -> Tensor:
+    return outputs.last_hidden_state.mean(dim=1)
+
+
+CLASSIFIER = classifier_family(
+    "deltalens.backbones.hf.clip:CLASSIFIER",
+    clip.CLIPForImageClassification,
+    Reading("vision_model", ImageClassifierOutput, _mean_of_patches, loss_options=False),
+)
+SIGLIP_CLASSIFIER = classifier_family(
+    "deltalens.backbones.hf.clip:SIGLIP_CLASSIFIER",
+    siglip.SiglipForImageClassification,
+    Reading("vision_model", ImageClassifierOutput, _mean, loss_options=False),
+)
+
+_LINEARS = ("self_attn.q_proj", "self_attn.out_proj", "layer_norm1", "layer_norm2", "mlp")
+_RESIZABLE = "interpolate_pos_encoding=True, which is given with every call"
+KINDS = (
+    Kind(
+        embeddings=clip.CLIPVisionEmbeddings,
+        layer=clip.CLIPEncoderLayer,
+        attention=clip.CLIPAttention,
+        attention_path="self_attn",
+        family=BLOCK,
+        prefix=lambda embeddings: 1,
+        linears=_LINEARS,
+        classifiers={clip.CLIPForImageClassification: CLASSIFIER},
+        resizable=_RESIZABLE,
+    ),
+    Kind(
+        embeddings=siglip.SiglipVisionEmbeddings,
+        layer=siglip.SiglipEncoderLayer,
+        attention=siglip.SiglipAttention,
+        attention_path="self_attn",
+        family=SIGLIP_BLOCK,
+        prefix=lambda embeddings: 0,
+        linears=_LINEARS,
+        classifiers={siglip.SiglipForImageClassification: SIGLIP_CLASSIFIER},
+        class_token=False,
+        resizable=_RESIZABLE,
+    ),
+    Kind(
+        embeddings=siglip2.Siglip2VisionEmbeddings,
+        layer=siglip2.Siglip2EncoderLayer,
+        attention=siglip2.Siglip2Attention,
+        attention_path="self_attn",
+        family=SIGLIP2_BLOCK,
+        prefix=lambda embeddings: 0,
+        linears=_LINEARS,
+        class_token=False,
+    ),
+)
+
+
+def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
+    """The vision towers of CLIP, SigLIP and SigLIP 2 models: bare, in a two-tower model, or in a classifier."""
+    for kind in KINDS:
+        yield from kind.find_towers(model)
