@@ -36,6 +36,8 @@ class Family:
     readers: block -> {"mlp.pre": ("mlp.fc1",), ...}: for each `pre` slot the paths of all linear layers that read
         what comes out of it, and nothing else does; merging folds affine modules of the slot into them. Paths that
         a block lacks are passed over.
+    layout: how the stream looks inside these blocks, where that differs from the rest of their tower (blocks on
+        channels-last maps among convolutions); None for the tower's layout.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Family:
     width: Callable[[nn.Module], int] | None = None
     keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
+    layout: Layout | None = None
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
@@ -79,6 +82,11 @@ class Site:
     @property
     def parts(self) -> dict[str, Part]:
         return self.family.parts(self.module)
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the stream looks here; None for a site of no tower."""
+        return self.family.layout or (self.tower.layout if self.tower is not None else None)
 
     @property
     def is_last(self) -> bool:
