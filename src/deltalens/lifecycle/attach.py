@@ -178,7 +178,7 @@ def _install(anatomy: Anatomy, site: Site, slot: str, name: str, method: str, mo
     if slot.startswith("weights:"):
         part_name = slot.partition(":")[2]
         part = site.parts[part_name]
-        layer = weights.equip(site.module, part, site.tower.layout if site.tower else None)
+        layer = weights.equip(site.module, part, site.layout)
         layer.delta.rows[part_name] = part.rows
         layer.delta.put(part_name, name, method, module)
         weights.swap_caller(anatomy, ".".join(piece for piece in (site.path, part.path) if piece))
@@ -196,7 +196,7 @@ def _install(anatomy: Anatomy, site: Site, slot: str, name: str, method: str, mo
 def _slots_of(site: Site) -> Slots:
     block = site.module
     if "delta" not in block._modules:
-        block.delta = Slots(site.tower.layout, last=site.is_last)
+        block.delta = Slots(site.layout, last=site.is_last)
         swap(block, site.family)
         for path, family in site.family.companions.items():
             swap(block.get_submodule(path), family)
@@ -207,7 +207,8 @@ def _share_layout(tower: Tower) -> None:
     """All adapters of a tower read the one layout whose grid its embedding records."""
     sites = [site.module for site in (tower.embed, tower.owner) if site is not None]
     layouts = [module.__dict__["delta_layout"] for module in sites if "delta_layout" in module.__dict__]
-    layouts += [block.module.delta.layout for block in tower.blocks if "delta" in block.module._modules]
+    shared = [block.module for block in tower.blocks if block.family.layout is None]
+    layouts += [block.delta.layout for block in shared if "delta" in block._modules]
     tower.layout = next(iter(layouts), tower.layout)
 
 

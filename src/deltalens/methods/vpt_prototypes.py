@@ -108,7 +108,7 @@ def _taker(taken: dict, place: tuple[int, str, int], tower: Tower):
     def take(module: nn.Module, args: tuple, output: Tensor | tuple | None = None) -> None:
         x = args[0] if place[1] == "inputs" else output
         x = x[0] if isinstance(x, tuple) else x
-        x = tower.layout.features(x)
+        x = tower.blocks[place[2]].layout.features(x)
         taken[place] = (x[:, 0] if tower.class_token else x.flatten(1, -2).mean(1)).double()
 
     return take

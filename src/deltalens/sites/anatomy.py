@@ -38,6 +38,8 @@ class Family:
         a block lacks are passed over.
     companions: path inside the module -> family of the module there, swapped together with it: an attention that must
         take further keys and values and still be called as a module, because hooks listen to it.
+    layout: how the stream looks inside these blocks, where that differs from the rest of their tower (blocks on
+        channels-last maps among convolutions); None for the tower's layout.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Family:
     keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
     companions: Mapping[str, Family] = field(default_factory=dict)
+    layout: Layout | None = None
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
@@ -82,6 +85,11 @@ class Site:
     @property
     def parts(self) -> dict[str, Part]:
         return self.family.parts(self.module)
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the stream looks here; None for a site of no tower."""
+        return self.family.layout or (self.tower.layout if self.tower is not None else None)
 
     @property
     def is_last(self) -> bool:

@@ -4,10 +4,11 @@ A block with branches b (attention, then mlp) reads
 
     n  = norm_b(x)
     u  = inner_b( body_b( pre_b(n) ) )                     the frozen branch with its LayerScale, then what sits on it
-    x <- stream_b( x + drop_path(u) + sum of parallel_b(x, n) )
+    x <- stream_b( act_b( skip_b(x) + drop_path(u) + sum of parallel_b(x, n) ) )
 
-and the block as a whole  y = block.stream( branches(x) + sum of block.parallel(x, n_1) ), its input and output open
-to `tokens` modules. New tokens that parallel modules return join the stream at the end of the block.
+where skip and act are the identity in most blocks, and the block as a whole  y = block.stream( branches(x) + sum of
+block.parallel(x, n_1) ), its input and output open to `tokens` modules. New tokens that parallel modules return join
+the stream at the end of the block.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from deltalens.sites.slots import Slots
 
 
 class Branch(NamedTuple):
-    """One residual branch: x + drop_path(body(norm(x))). `body` includes the branch's LayerScale."""
+    """One residual branch: act(skip(x) + drop_path(body(norm(x)))). `body` includes the branch's LayerScale.
+
+    skip: what x passes beside the branch, such as a ResScale or a strided shortcut; None for the identity. act: what
+    the sum passes, as in ResNet; None for the identity.
+    """
 
     name: str
     norm: Callable[[Tensor], Tensor]
     body: Callable[[Tensor], Tensor]
     drop_path: Callable[[Tensor], Tensor]
+    skip: Callable[[Tensor], Tensor] | None = None
+    act: Callable[[Tensor], Tensor] | None = None
 
 
 def residual_block(
@@ -51,9 +58,10 @@ def residual_block(
             first_normed = normed
         delta, tokens = slots.parallel(f"{branch.name}.parallel", x, normed, layout)
         new_tokens += tokens
-        x = x + branch.drop_path(update)
+        x = (x if branch.skip is None else branch.skip(x)) + branch.drop_path(update)
         if delta is not None:
             x = x + delta
+        x = x if branch.act is None else branch.act(x)
         x = slots.chain(f"{branch.name}.stream", x, layout)
     delta, tokens = slots.parallel("block.parallel", block_input, first_normed, layout)
     if delta is not None:

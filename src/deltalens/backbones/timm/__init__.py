@@ -4,4 +4,11 @@ FAMILIES = {
     "timm.models.vision_transformer": ("deltalens.backbones.timm.vit",),
     "timm.models.swin_transformer": ("deltalens.backbones.timm.swin",),
     "timm.models.convnext": ("deltalens.backbones.timm.convnext",),
+    "timm.models.resnet": ("deltalens.backbones.timm.resnet",),
+    "timm.models.resnetv2": ("deltalens.backbones.timm.resnetv2",),
+    "timm.models.regnet": ("deltalens.backbones.timm.regnet",),
+    "timm.models._efficientnet_blocks": ("deltalens.backbones.timm.efficientnet",),
+    "timm.models.metaformer": ("deltalens.backbones.timm.metaformer",),
+    "timm.models.maxxvit": ("deltalens.backbones.timm.maxvit",),
+    "timm.models.fastvit": ("deltalens.backbones.timm.fastvit",),
 }

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from deltalens.backbones.pixels import IMAGE, STEM
-from deltalens.backbones.unknown import input_size
-from deltalens.sites.anatomy import Family, Part, Site, Tower
-from deltalens.sites.layout import ChannelsFirst, ChannelsLast
-from deltalens.sites.swap import original_class
+from deltalens.backbones.timm.maps import find_tower
+from deltalens.sites.anatomy import Family, Part, Tower
+from deltalens.sites.layout import ChannelsLast
 
 _CHANNELS_LAST = ChannelsLast()
 
@@ -48,23 +46,7 @@ BLOCK = Family(
 )
 
 
-def _add_pixels(tower: Tower, model: nn.Module) -> None:
-    """The stem's first convolution: the first one outside the blocks."""
-    blocks = tuple(f"{block.path}." for block in tower.blocks)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and "delta" not in path.split(".") and not path.startswith(blocks):
-            tower.image = Site(path, module, IMAGE, module.out_channels, tower=tower)
-            tower.stem = Site(path, module, STEM, module.out_channels, tower=tower)
-            tower.image_size = input_size(model)[1:]
-            return
-
-
 def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
     """One tower of all ConvNeXt blocks in the tree."""
-    tower = Tower("vision", ChannelsFirst())
-    for path, block in model.named_modules():
-        if isinstance(block, ConvNeXtBlock) and original_class(block).forward is ConvNeXtBlock.forward:
-            tower.add(path, block, BLOCK, _width(block))
-    if tower.blocks:
-        _add_pixels(tower, model)
+    for tower in find_tower(model, {ConvNeXtBlock: lambda block: BLOCK}, _width):
         yield "", tower
