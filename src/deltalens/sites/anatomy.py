@@ -36,6 +36,11 @@ class Family:
     readers: block -> {"mlp.pre": ("mlp.fc1",), ...}: for each `pre` slot the paths of all linear layers that read
         what comes out of it, and nothing else does; merging folds affine modules of the slot into them. Paths that
         a block lacks are passed over.
+    spliced: block -> paths of linear layers whose weight the library's own forward reads itself, together with biases
+        that lie elsewhere, and which this family's reading calls; a block is swapped where one of them is changed.
+    merged: called with a block when weight changes have become weights and biases, so that the library's own forward
+        uses all of them.
+    widths: block -> {slot: channels} for slots on a stream of another width than the block's, in blocks that change it.
     """
 
     name: str
@@ -45,6 +50,9 @@ class Family:
     width: Callable[[nn.Module], int] | None = None
     keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
+    spliced: Callable[[nn.Module], tuple[str, ...]] = lambda block: ()
+    merged: Callable[[nn.Module], None] = lambda block: None
+    widths: Callable[[nn.Module], dict[str, int]] = lambda block: {}
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
@@ -79,6 +87,10 @@ class Site:
     @property
     def parts(self) -> dict[str, Part]:
         return self.family.parts(self.module)
+
+    def width_of(self, slot: str) -> int:
+        """Channels of the stream that a slot is on."""
+        return self.family.widths(self.module).get(slot, self.width)
 
     @property
     def is_last(self) -> bool:
