@@ -6,7 +6,7 @@ import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -76,6 +76,22 @@ def tiny_swin_v2(**kwargs) -> SwinTransformerV2:
         "num_classes": CLASSES,
     }
     return randomize(SwinTransformerV2(**{**settings, **kwargs})).eval()
+
+
+class UnreadBlock(SwinTransformerV2Block):
+    """A block with a forward of its own, which therefore no family reads. Its attention goes around `qkv`."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def tiny_unread(**kwargs) -> SwinTransformerV2:
+    """A network of no known family whose blocks are post-norm and multiply with a layer's weight themselves."""
+    model = tiny_swin_v2(**kwargs)
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.__class__ = UnreadBlock
+    return model
 
 
 def tiny_convnext(**kwargs) -> ConvNeXt:

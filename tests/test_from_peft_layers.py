@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from models import MODELS, randomize_adapter, tiny_convnext, tiny_swin_v2
+from models import MODELS, randomize_adapter, tiny_convnext, tiny_unread
 from peft_tuners import X, assert_unchanged, build, everything_about, loha, method_of, wrapped_layers
 from torch import nn
 
@@ -69,7 +69,7 @@ class WithMultiheadAttention(nn.Module):
         (lambda: build("vit"), ["norm1"], "blocks.0.norm1 is a LayerNorm"),
         (lambda: build("vit"), ["query"], "matches no layer of VisionTransformer"),
         (WithMultiheadAttention, ["out_proj"], "never called: its parent MultiheadAttention reads the weight itself"),
-        (tiny_swin_v2, ["qkv"], "never called: its parent WindowAttention reads the weight itself"),
+        (tiny_unread, ["qkv"], "never called: its parent WindowAttention reads the weight itself"),
     ],
 )
 def test_unfit_targets_are_refused(model, targets, message):

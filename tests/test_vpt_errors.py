@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import images, randomize_adapter, tiny_convnext, tiny_resnet, tiny_swin, tiny_swin_v2, tiny_vit
+from models import images, randomize_adapter, tiny_convnext, tiny_resnet, tiny_swin, tiny_swin_v2, tiny_unread, tiny_vit
 
 import deltalens as dl
 from deltalens.methods import VPTConfig, make_config
@@ -56,7 +56,8 @@ def test_settings_that_contradict_each_other(settings, message):
         (tiny_swin, {"pool": "cls"}, ValueError, "class token"),
         (tiny_vit, {"location": "padding", "deep": False, "num_tokens": 4}, ValueError, "dynamic_img_size=True"),
         (tiny_swin, {"location": "padding", "deep": False, "num_tokens": 4}, ValueError, "strict_img_size=False"),
-        (tiny_swin_v2, {"location": "padding", "deep": False, "num_tokens": 4}, ValueError, "create it with"),
+        (tiny_swin_v2, {"location": "padding", "deep": False, "num_tokens": 4}, ValueError, "strict_img_size=False"),
+        (tiny_unread, {"location": "padding", "deep": False, "num_tokens": 4}, ValueError, "create it with"),
         (tiny_convnext, {}, TypeError, r"VPT-deep needs the slot 'attention\.prompts'.*ConvNeXtBlock"),
         (
             tiny_convnext,
@@ -70,7 +71,8 @@ def test_settings_that_contradict_each_other(settings, message):
 )
 def test_what_a_model_cannot_do_is_named(build, settings, error, message):
     model = build()
-    x = images(build.__name__.removeprefix("tiny_").removesuffix("_v2"))
+    family = build.__name__.removeprefix("tiny_").removesuffix("_v2")
+    x = images("swin" if family == "unread" else family)
     before = model(x)
     with pytest.raises(error, match=message):
         dl.attach(model, VPTConfig(**settings))

@@ -13,7 +13,7 @@ from models import (
     randomize,
     randomize_adapter,
     tiny_swin,
-    tiny_swin_v2,
+    tiny_unread,
     tiny_vit,
 )
 from timm.models.beit import Beit
@@ -166,10 +166,10 @@ def tiny_beit():
     ("build", "forms"),
     [
         (tiny_beit, ["channels"]),  # the convolution both receives the pixels and gives the grid that Mona needs
-        (lambda: tiny_swin_v2(strict_img_size=False), ["padding"]),
-        (lambda: tiny_swin_v2(strict_img_size=False), ["channels", "padding"]),
+        (lambda: tiny_unread(strict_img_size=False), ["padding"]),
+        (lambda: tiny_unread(strict_img_size=False), ["channels", "padding"]),
     ],
-    ids=["beit", "swin v2", "swin v2, both"],
+    ids=["beit", "post-norm", "post-norm, both"],
 )
 def test_pixel_prompts_on_networks_of_no_known_family(build, forms, tmp_path):
     model, x = build(), images("vit")

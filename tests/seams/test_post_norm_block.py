@@ -1,8 +1,8 @@
-"""Seam: a post-norm block (Swin v2) has no norm(x) to read; it offers its output alone."""
+"""Seam: a post-norm block that no family reads (Swin v2 with a forward of its own) offers its output alone."""
 
 import pytest
 import torch
-from models import images, randomize_adapter, tiny_swin_v2
+from models import images, randomize_adapter, tiny_unread
 from torch import nn
 
 import deltalens as dl
@@ -34,7 +34,7 @@ class AtTheOutput(HoulsbyLike):
 
 
 def test_only_the_output_is_offered():
-    blocks = dl.describe(tiny_swin_v2()).blocks()
+    blocks = dl.describe(tiny_unread()).blocks()
     assert [(block.path, block.width) for block in blocks] == [
         ("layers.0.blocks.0", 12),
         ("layers.0.blocks.1", 12),
@@ -54,11 +54,11 @@ def test_only_the_output_is_offered():
     ],
 )
 def test_other_slots_are_a_named_error_and_nothing_changes(config, slot):
-    model, x = tiny_swin_v2(), images("swin")
+    model, x = tiny_unread(), images("swin")
     before, output = {name: type(m) for name, m in model.named_modules()}, model(x)
     with pytest.raises(TypeError) as caught:
         dl.attach(model, config)
-    for word in (slot, "layers.0.blocks.0", "SwinTransformerV2Block", "SwinTransformerV2", "block.stream"):
+    for word in (slot, "layers.0.blocks.0", "UnreadBlock", "SwinTransformerV2", "block.stream"):
         assert word in str(caught.value)
     assert {type(config).__name__, type(config).__name__.removesuffix("Config")} & set(
         str(caught.value).replace("-", " ").split()
@@ -69,7 +69,7 @@ def test_other_slots_are_a_named_error_and_nothing_changes(config, slot):
 
 
 def test_a_module_at_the_output_reads_the_output():
-    model, plain, x = tiny_swin_v2(), tiny_swin_v2(), images("swin")
+    model, plain, x = tiny_unread(), tiny_unread(), images("swin")
     dl.attach(model, AtTheOutput())
     modules = [block.delta.live("block.stream")[0] for stage in model.layers for block in stage.blocks]
     blocks = [block for stage in plain.layers for block in stage.blocks]
@@ -83,7 +83,7 @@ def test_a_module_at_the_output_reads_the_output():
     [MonaConfig(bottleneck=4), BitFitConfig(), LoRAConfig(r=2, target_modules=("attn.proj", "mlp.fc1"))],
 )
 def test_what_fits_works_and_comes_off_again(config):
-    model, x = tiny_swin_v2(), images("swin")
+    model, x = tiny_unread(), images("swin")
     output = model(x)
     dl.attach(model, config)
     randomize_adapter(model)
@@ -96,8 +96,8 @@ def test_what_fits_works_and_comes_off_again(config):
 
 
 def test_a_layer_that_its_parent_goes_around_is_refused():
-    """Swin v2 multiplies with qkv.weight itself; a LoRA on that layer would train nothing and say nothing."""
-    model = tiny_swin_v2()
+    """The attention multiplies with qkv.weight itself; a LoRA on that layer would train nothing and say nothing."""
+    model = tiny_unread()
     with pytest.raises(
         ValueError, match=r"layers\.0\.blocks\.0\.attn\.qkv is never called: its parent WindowAttention"
     ):

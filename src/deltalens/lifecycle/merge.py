@@ -7,6 +7,7 @@ from torch import nn
 
 from deltalens.lifecycle.state import KEY, ROOT, all_slots, state_of
 from deltalens.lifecycle.wrapped import merge_wrapped
+from deltalens.sites.anatomy import Family
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
 from deltalens.sites.swap import Swapped, original_class, swapped_class, unswap
 from deltalens.sites.weights import WeightSlots, fold_affine, is_plainly_linear, merge_changes
@@ -55,6 +56,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         _fold_slots(block, slots, active)
     for block, slots in blocks:
         _fold_into_readers(block, slots)
+        for family in type(block)._families:
+            family.merged(block)
     _unswap_idle(model)
     del model.__dict__[KEY]
     return model.requires_grad_(False)
@@ -96,11 +99,15 @@ def _fold_slots(block: nn.Module, slots: Slots, active: tuple[str, ...]) -> None
             methods = adapters[ADAPTER_PREFIX + name]
             for key, module in list(methods.items()):
                 if slot == "attention_prompts" and getattr(module, "constant", False):
-                    tokens = module(next(block.parameters()).new_zeros(1, 1, family.width(block)))
+                    tokens = module(next(block.parameters()).new_zeros(1, 1, _prompt_width(family, block)))
                     keys, values = tokens if isinstance(tokens, tuple) else family.keys_values(block, tokens)
                     methods[key] = ConstantKeysValues(keys.clone(), values.clone())
                 elif hasattr(module, "folded"):
                     methods[key] = module.folded()
+
+
+def _prompt_width(family: Family, block: nn.Module) -> int:
+    return family.widths(block).get("attention.prompts", family.width(block))
 
 
 def _unswap_idle(model: nn.Module) -> None:

@@ -85,5 +85,5 @@ class RepAdapterConfig(Method):
             slots = [f"{branch}.pre" for branch in self.branches]
             for slot in [slot for slot in slots if slot in block.slots] or slots[:1]:
                 require(block, slot, "RepAdapter", anatomy.model)
-                layer = RepAdapterLayer(block.width, self.bottleneck, self.groups, self.scale, self.dropout)
+                layer = RepAdapterLayer(block.width_of(slot), self.bottleneck, self.groups, self.scale, self.dropout)
                 yield block, slot, layer

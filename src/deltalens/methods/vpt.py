@@ -189,7 +189,8 @@ class VPTConfig(Method):
 
     def _place_in_blocks(self, number: int, tower: Tower, anatomy: Anatomy) -> Iterator[Placement]:
         blocks = self._prompted(tower)
-        project = None if self.project is None else Projection(self.project, [block.width for block in blocks])
+        widths = [block.width_of("attention.prompts") for block in blocks]
+        project = None if self.project is None else Projection(self.project, widths)
         shared: dict[tuple[int, ...], nn.Module] = {}
         for block in blocks:
             slot = self._slot(block, blocks[-1])
@@ -221,11 +222,11 @@ class VPTConfig(Method):
 
     def _shape(self, block: Site) -> tuple[int, ...]:
         """Of the learned tensor: (tokens, width), or (heads, p, head_dim) for keys and values."""
-        width = self.project or block.width
+        width = self.project or block.width_of("attention.prompts")
         count = 1 if self.shared in ("intra", "all") or self.location == "add-1" else self.num_tokens
         if self.location == "prefix":
             reference = next(block.module.parameters())
-            zero = torch.zeros(1, count, block.width, device=reference.device, dtype=reference.dtype)
+            zero = torch.zeros(1, count, width, device=reference.device, dtype=reference.dtype)
             with torch.no_grad():
                 return tuple(block.family.keys_values(block.module, zero)[0].shape[1:])
         if self.location == "add":
@@ -259,12 +260,18 @@ class VPTConfig(Method):
     def _source(self, block: Site, number: int) -> tuple[int, str, int] | None:
         if self.init not in PROTOTYPES:
             return None
+        width = block.width_of("attention.prompts")
+        if self.init == "cls-nofirstl" and block.width != width:
+            raise ValueError(
+                f"init='cls-nofirstl' starts the prompts of {block.path}, {width} wide, from the block's output, "
+                f"{block.width} wide; use init='cls-nolastl' here"
+            )
         if self.init != "final-cls":
             return number, "inputs" if self.init == "cls-nolastl" else "outputs", block.index
         last = block.tower.blocks[-1]
-        if last.width != block.width:
+        if last.width != width:
             raise ValueError(
-                f"init='final-cls' starts the prompts of {block.path}, {block.width} wide, from the last block's "
+                f"init='final-cls' starts the prompts of {block.path}, {width} wide, from the last block's "
                 f"output, {last.width} wide; use init='cls-nolastl' or 'cls-nofirstl' here"
             )
         return number, "outputs", last.index

@@ -40,6 +40,11 @@ class Family:
         take further keys and values and still be called as a module, because hooks listen to it.
     layout: how the stream looks inside these blocks, where that differs from the rest of their tower (blocks on
         channels-last maps among convolutions); None for the tower's layout.
+    spliced: block -> paths of linear layers whose weight the library's own forward reads itself, together with biases
+        that lie elsewhere, and which this family's reading calls; a block is swapped where one of them is changed.
+    merged: called with a block when weight changes have become weights and biases, so that the library's own forward
+        uses all of them.
+    widths: block -> {slot: channels} for slots on a stream of another width than the block's, in blocks that change it.
     """
 
     name: str
@@ -51,6 +56,9 @@ class Family:
     readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
     companions: Mapping[str, Family] = field(default_factory=dict)
     layout: Layout | None = None
+    spliced: Callable[[nn.Module], tuple[str, ...]] = lambda block: ()
+    merged: Callable[[nn.Module], None] = lambda block: None
+    widths: Callable[[nn.Module], dict[str, int]] = lambda block: {}
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
@@ -85,6 +93,10 @@ class Site:
     @property
     def parts(self) -> dict[str, Part]:
         return self.family.parts(self.module)
+
+    def width_of(self, slot: str) -> int:
+        """Channels of the stream that a slot is on."""
+        return self.family.widths(self.module).get(slot, self.width)
 
     @property
     def layout(self) -> Layout | None:

@@ -3,6 +3,8 @@
 FAMILIES = {
     "timm.models.vision_transformer": ("deltalens.backbones.timm.vit",),
     "timm.models.swin_transformer": ("deltalens.backbones.timm.swin",),
+    "timm.models.swin_transformer_v2": ("deltalens.backbones.timm.swin_v2",),
+    "timm.models.hiera": ("deltalens.backbones.timm.hiera",),
     "timm.models.convnext": ("deltalens.backbones.timm.convnext",),
     "timm.models.resnet": ("deltalens.backbones.timm.resnet",),
     "timm.models.resnetv2": ("deltalens.backbones.timm.resnetv2",),

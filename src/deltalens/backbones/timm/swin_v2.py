@@ -1,0 +1,176 @@
+"""timm's Swin Transformer v2: norms behind the branches, cosine attention, continuous relative-position bias.
+
+    x <- x + norm1(attn(x));  x <- x + norm2(mlp(x))
+
+There is no norm(x) in front of a branch: n, what the frozen branch reads, is x itself, so `pre`, `parallel` and prompts
+get the stream un-normed, and `inner` what comes out of the norm. q and k have unit length; prompts' keys are normalised
+with them, keys given directly are not. The relative-position bias of prompts is zero. timm multiplies with qkv.weight
+itself, to add the biases of q and v in the same product; here the layer is called where an adapter changes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2, SwinTransformerV2Block, WindowAttention
+from torch import Tensor, nn
+
+from deltalens.backbones.timm.windows import (
+    OWNER,
+    MapAndPrompts,
+    add_pixels,
+    block_forward,
+    in_windows,
+    may_pad,
+    per_window,
+    prompt_pairs,
+)
+from deltalens.sites.anatomy import Family, Part, Site, Tower
+from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch
+from deltalens.sites.layout import ChannelsLast
+from deltalens.sites.swap import original_class, original_method
+from deltalens.sites.weights import linear_rows, linear_with
+
+LARGEST_LOGIT_SCALE = math.log(100.0)
+
+
+def _qkv_bias(attn: WindowAttention) -> Tensor | None:
+    return None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+
+
+def _qkv(attn: WindowAttention, tokens: Tensor) -> Tensor:
+    if attn.qkv_bias_separate and attn.q_bias is not None:
+        return attn.qkv(tokens) + _qkv_bias(attn)
+    return linear_with(attn.qkv, tokens, _qkv_bias(attn))
+
+
+def prompt_keys_values(block: SwinTransformerV2Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts (1 or B, p, C) -> keys of unit length and values, each (1 or B, heads, p, head_dim)."""
+    attn, bias = block.attn, _qkv_bias(block.attn)
+    width = attn.qkv.out_features // 3
+    kv = linear_rows(attn.qkv, prompts, width, 3 * width)
+    kv = kv if bias is None else kv + bias[width:]
+    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.normalize(k, dim=-1), v
+
+
+def _position_bias(attn: WindowAttention) -> Tensor:
+    """16 sigmoid(cpb_mlp(relative coordinates)), (heads, area, area)."""
+    table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
+    area = attn.window_size[0] * attn.window_size[1]
+    bias = table[attn.relative_position_index.view(-1)].view(area, area, -1)
+    return 16 * torch.sigmoid(bias.permute(2, 0, 1).contiguous())
+
+
+def _attend(
+    attn: WindowAttention, tokens: Tensor, mask: Tensor | None, prompt_queries: int, keys_values: list
+) -> Tensor:
+    """timm's WindowAttention.forward on (windows, p + area, C) with further keys and values."""
+    windows, length = tokens.shape[:2]
+    q, k, v = _qkv(attn, tokens).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    for extra_k, extra_v in keys_values:
+        k = torch.cat([per_window(extra_k.to(k.dtype), windows), k], 2)
+        v = torch.cat([per_window(extra_v.to(v.dtype), windows), v], 2)
+    padding = (k.shape[2] - length + prompt_queries, 0, prompt_queries, 0)
+    scores = (q @ k.transpose(-2, -1)) * attn.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()
+    scores = scores + F.pad(_position_bias(attn), padding).unsqueeze(0)
+    if mask is not None:
+        mask = F.pad(mask, padding).unsqueeze(1).unsqueeze(0)
+        scores = (scores.unflatten(0, (-1, mask.shape[1])) + mask).flatten(0, 1)
+    y = attn.attn_drop(scores.softmax(-1)) @ v
+    return attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
+
+
+def _goes_around(block: SwinTransformerV2Block) -> tuple[str, ...]:
+    """qkv, unless timm calls it: without biases, or with biases that are added afterwards."""
+    return () if block.attn.q_bias is None or block.attn.qkv_bias_separate else ("attn.qkv",)
+
+
+def _changed_qkv(attn: WindowAttention) -> bool:
+    return original_class(attn.qkv) is not nn.Linear or hasattr(attn.qkv, "delta")
+
+
+def _call_qkv(block: SwinTransformerV2Block) -> None:
+    """Where merging gave qkv a bias of its own, timm's forward must call the layer."""
+    if block.attn.qkv.bias is not None and block.attn.q_bias is not None:
+        block.attn.qkv_bias_separate = True
+
+
+def _block_forward(self: SwinTransformerV2Block, x: Tensor | MapAndPrompts) -> Tensor | MapAndPrompts:
+    def attend(read: Tensor, carried: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        extra = prompt_pairs(self, read, prompt_keys_values)
+        if not extra and carried is None and not _changed_qkv(self.attn):
+            return self._attn(read), None
+        return in_windows(self, read, carried, lambda *window: _attend(self.attn, *window, extra))
+
+    def mlp(read: Tensor) -> Tensor:
+        return self.norm2(self.mlp(read.flatten(1, -2))).view(read.shape)  # as timm flattens it, bit for bit
+
+    def branches(attention_branch) -> tuple[Branch, Branch]:
+        return (
+            Branch("attention", _itself, lambda read: self.norm1(attention_branch(read)), self.drop_path1),
+            Branch("mlp", _itself, mlp, self.drop_path2),
+        )
+
+    return block_forward(self, x, branches, attend)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _parts(block: SwinTransformerV2Block) -> dict[str, Part]:
+    width = block.attn.qkv.out_features // 3
+    parts = {name: Part("attn.qkv", (i * width, (i + 1) * width)) for i, name in enumerate("qkv")}
+    return parts | {"proj": Part("attn.proj"), "fc1": Part("mlp.fc1"), "fc2": Part("mlp.fc2")}
+
+
+BLOCK = Family(
+    name="deltalens.backbones.timm.swin_v2:BLOCK",
+    methods={"forward": _block_forward},
+    slots=RESIDUAL_BLOCK_SLOTS | {"attention.prompts"},
+    parts=_parts,
+    width=lambda block: block.dim,
+    keys_values=prompt_keys_values,
+    readers=lambda block: {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block) else {"attention.pre": ("attn.qkv",)}),
+    spliced=_goes_around,
+    merged=_call_qkv,
+)
+
+
+def _merging_forward(self: PatchMerging, x: Tensor | MapAndPrompts) -> Tensor | MapAndPrompts:
+    """Prompts are tiled to 4 C channels, as published for Swin, and take this network's way from there."""
+    merge = original_method(self, "forward")
+    if not isinstance(x, tuple):
+        return merge(x)
+    feature_map, prompts = x
+    return merge(feature_map), self.norm(self.reduction(prompts.repeat(1, 1, 4)))
+
+
+MERGING = Family(name="deltalens.backbones.timm.swin_v2:MERGING", methods={"forward": _merging_forward})
+
+
+def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
+    """One tower of all Swin v2 blocks in the tree, none where one of them has a forward of its own: it could not take
+    prompts that others carry."""
+    tower = Tower("vision", ChannelsLast())
+    for path, module in model.named_modules():
+        if isinstance(module, SwinTransformerV2Block):
+            known = original_class(module).forward is SwinTransformerV2Block.forward
+            if not known or original_class(module.attn).forward is not WindowAttention.forward:
+                return
+            tower.add(path, module, BLOCK, module.dim, tuple(module.input_resolution))
+        elif isinstance(module, PatchMerging):
+            tower.carriers.append(Site(path, module, MERGING, module.dim, tower=tower))
+        elif isinstance(module, SwinTransformerV2):
+            tower.classifier = Site(path, module, OWNER, module.num_features, tower=tower)
+            tower.carriers.append(tower.classifier)
+        elif isinstance(module, PatchEmbed) and tower.image is None:
+            add_pixels(tower, path, module)
+    if tower.blocks:
+        yield "", tower
