@@ -36,6 +36,8 @@ class Family:
     readers: block -> {"mlp.pre": ("mlp.fc1",), ...}: for each `pre` slot the paths of all linear layers that read
         what comes out of it, and nothing else does; merging folds affine modules of the slot into them. Paths that
         a block lacks are passed over.
+    before_merge: called with each swapped module before adapters are folded into layers. A family whose module splices
+        a bias into a layer of its own turns the module into an equal one whose layer has that bias.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Family:
     width: Callable[[nn.Module], int] | None = None
     keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
+    before_merge: Callable[[nn.Module], None] = lambda module: None
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
@@ -99,6 +102,8 @@ class Tower:
     stem: the convolution that reads the pixels and offers the slot `stem.parallel`: f(image) -> what is added to its
         output. None where there is none.
     image_size: (height, width) of the images the model was made for.
+    always: sites that are swapped with every adapter, whatever it places: attention modules that read the weight of a
+        layer instead of calling it, or that count tokens (rotary embeddings, position biases).
     resizable: the setting without which this model refuses images of another size, such as
         "dynamic_img_size=True"; empty for a model that takes other sizes as it is.
     """
@@ -109,6 +114,7 @@ class Tower:
     embed: Site | None = None
     owner: Site | None = None
     carriers: list[Site] = field(default_factory=list)
+    always: list[Site] = field(default_factory=list)
     classifier: Site | None = None
     patch_size: tuple[int, int] | None = None
     class_token: bool = False
@@ -128,6 +134,7 @@ class Tower:
         sites = (self.embed, self.owner, self.classifier, self.image, self.stem)
         yield from (site for site in sites if site is not None)
         yield from self.carriers
+        yield from self.always
 
 
 @dataclass(eq=False)

@@ -116,12 +116,17 @@ def _changed(slots: WeightSlots, x: Tensor, y: Tensor, low: int, high: int) -> T
 LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forward})
 
 
-def linear_rows(layer: nn.Linear, x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows start:stop of layer(x), computing no others where the layer is an nn.Linear and no module mixes rows."""
+def linear_rows(layer: nn.Linear, x: Tensor, start: int, stop: int, spliced: Tensor | None = None) -> Tensor:
+    """Rows start:stop of layer(x), computing no others where the layer is an nn.Linear and no module mixes rows.
+
+    spliced: a bias for all rows of a layer that has none, which its parent keeps apart (BEiT, EVA).
+    """
     if original_class(layer) is not nn.Linear:
-        return layer(x)[..., start:stop]
+        y = layer(x)[..., start:stop]
+        return y if spliced is None else y + spliced[start:stop]
     low, high = _rows_needed(layer, start, stop)
-    y = F.linear(x, layer.weight[low:high], None if layer.bias is None else layer.bias[low:high])
+    bias = layer.bias if spliced is None else spliced
+    y = F.linear(x, layer.weight[low:high], None if bias is None else bias[low:high])
     if hasattr(layer, "delta"):
         y = _changed(layer.delta, x, y, low, high)
     return y[..., start - low : stop - low]
