@@ -214,9 +214,9 @@ def _share_layout(tower: Tower) -> None:
 
 
 def _swap_owner(tower: Tower) -> None:
-    """Swap what belongs to a whole tower: the recorder of its grid, the owner of its tokens, and its last block, so
-    that a head that reads the class token only costs one row there."""
-    for site in (tower.embed, tower.owner):
+    """Swap what belongs to a whole tower: the recorder of its grid, the owner of its tokens, the modules that are
+    always swapped, and its last block, so that a head that reads the class token only costs one row there."""
+    for site in (tower.embed, tower.owner, *tower.always):
         if site is not None:
             site.module.__dict__["delta_layout"] = tower.layout
             swap(site.module, site.family)

@@ -46,6 +46,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     for _, slots in owners:
         for name in [name for name in state.adapters if name not in active]:
             slots.remove(name)
+    for module in model.modules():
+        for family in type(module)._families if isinstance(module, Swapped) else ():
+            family.before_merge(module)
     layers = [(module, slots) for module, slots in owners if isinstance(slots, WeightSlots)]
     blocks = [(module, slots) for module, slots in owners if not isinstance(slots, WeightSlots)]
     for layer, _ in layers:  # first, because prompts are projected by these layers

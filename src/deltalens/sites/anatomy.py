@@ -45,6 +45,8 @@ class Family:
     merged: called with a block when weight changes have become weights and biases, so that the library's own forward
         uses all of them.
     widths: block -> {slot: channels} for slots on a stream of another width than the block's, in blocks that change it.
+    before_merge: called with each swapped module before adapters are folded into layers. A family whose module splices
+        a bias into a layer of its own turns the module into an equal one whose layer has that bias.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Family:
     spliced: Callable[[nn.Module], tuple[str, ...]] = lambda block: ()
     merged: Callable[[nn.Module], None] = lambda block: None
     widths: Callable[[nn.Module], dict[str, int]] = lambda block: {}
+    before_merge: Callable[[nn.Module], None] = lambda module: None
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)
@@ -126,6 +129,8 @@ class Tower:
     stem: the convolution that reads the pixels and offers the slot `stem.parallel`: f(image) -> what is added to its
         output. None where there is none.
     image_size: (height, width) of the images the model was made for.
+    always: sites that are swapped with every adapter, whatever it places: attention modules that read the weight of a
+        layer instead of calling it, or that count tokens (rotary embeddings, position biases).
     resizable: the setting without which this model refuses images of another size, such as
         "dynamic_img_size=True"; empty for a model that takes other sizes as it is.
     """
@@ -137,6 +142,7 @@ class Tower:
     owner: Site | None = None
     callers: list[Site] = field(default_factory=list)
     carriers: list[Site] = field(default_factory=list)
+    always: list[Site] = field(default_factory=list)
     classifier: Site | None = None
     patch_size: tuple[int, int] | None = None
     class_token: bool = False
@@ -158,6 +164,7 @@ class Tower:
         yield from (site for site in sites if site is not None)
         yield from self.callers
         yield from self.carriers
+        yield from self.always
 
 
 @dataclass(eq=False)

@@ -143,27 +143,17 @@ def _changed(slots: WeightSlots, x: Tensor, y: Tensor, low: int, high: int) -> T
 LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forward})
 
 
-def linear_with(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """layer(x) + bias, for libraries that keep the bias of a layer elsewhere (Swin v2, BEiT) and add it within one
-    product. Bit for bit that product while the layer holds nothing but modules that add zero.
-
-    Modules that read the layer's output read it without that bias, so that merging leaves the bias alone.
-    """
-    if bias is None:
-        return layer(x)
-    held = hasattr(layer, "delta") and any(transforms_output(module) for *_, module in layer.delta.changes())
-    if held or original_class(layer) is not nn.Linear or layer.bias is not None:
-        return layer(x) + bias
-    y = F.linear(x, layer.weight, bias)
-    return _changed(layer.delta, x, y, 0, layer.delta.channels) if hasattr(layer, "delta") else y
-
-
-def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int, spliced: Tensor | None = None) -> Tensor:
     """Rows start:stop of layer(x), computing no others where the layer is an nn.Linear or a fused projection and no
-    module mixes rows."""
+    module mixes rows.
+
+    spliced: a bias for all rows of a layer that has none, which its parent keeps apart (BEiT, EVA, Swin v2).
+    """
     if not is_fused(layer) and original_class(layer) is not nn.Linear:
-        return layer(x)[..., start:stop]
+        y = layer(x)[..., start:stop]
+        return y if spliced is None else y + spliced[start:stop]
     weight, bias = (getattr(layer, name) for name in _names(layer))
+    bias = bias if spliced is None else spliced
     low, high = _rows_needed(layer, start, stop)
     y = F.linear(x, weight[low:high], None if bias is None else bias[low:high])
     if hasattr(layer, "delta"):

@@ -13,4 +13,8 @@ FAMILIES = {
     "timm.models.metaformer": ("deltalens.backbones.timm.metaformer",),
     "timm.models.maxxvit": ("deltalens.backbones.timm.maxvit",),
     "timm.models.fastvit": ("deltalens.backbones.timm.fastvit",),
+    "timm.models.eva": ("deltalens.backbones.timm.eva",),
+    "timm.models.beit": ("deltalens.backbones.timm.beit",),
+    "timm.models.vision_transformer_relpos": ("deltalens.backbones.timm.relpos",),
+    "timm.models.vision_transformer_sam": ("deltalens.backbones.timm.sam",),
 }
