@@ -25,6 +25,7 @@ from torch import nn
 import deltalens as dl
 from deltalens.backbones.timm import swin_v2
 from deltalens.backbones.unknown import UNKNOWN_BLOCK
+from deltalens.sites.swap import Swapped
 
 X = images("swin")
 REFUSED = {"VPT, frame of pixels": "create it with strict_img_size=False"}
@@ -246,14 +247,14 @@ def test_weight_changes_of_qkv_act(part, options):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_scaled_qkv(options):
-    """SSF reads the product without the biases that timm splices in; merged, the layer has a bias and is called."""
+    """SSF reads the layer's output with the biases that timm splices in; merged, the layer has them for its own."""
     model = adapted(variant(**options).double(), dl.SSFConfig(exclude=r"(?!.*qkv).*"))
     plain, x = variant(**options).double(), X.double()
     for block, own in zip(blocks_of(model), blocks_of(plain), strict=True):
         ((_, _, ssf),) = block.attn.qkv.delta.changes()
         bias = 0 if block.attn.q_bias is None else torch.cat([own.attn.q_bias, own.attn.k_bias, own.attn.v_bias])
         own.attn.qkv.weight.data *= ssf.scale[:, None]
-        own.attn.qkv.bias = nn.Parameter(ssf.shift + bias)
+        own.attn.qkv.bias = nn.Parameter(ssf.shift + ssf.scale * bias)
         own.attn.q_bias = None
     plain.head.fc = model.head.fc
     with torch.no_grad():
@@ -279,13 +280,17 @@ def test_nothing_added_is_nothing_changed(options, config):
     assert_untouched_by_zero(lambda: variant(**options), X, config)
 
 
-def test_blocks_are_swapped_only_where_qkv_is_changed():
-    model = dl.attach(tiny_swin_v2(), dl.LoRAConfig(r=2, parts=("proj",)))
-    assert not any(hasattr(block, "delta") for block in blocks_of(model))
+def test_attention_is_swapped_only_where_qkv_is_changed():
+    def swapped(model):
+        return [isinstance(block.attn, Swapped) for block in blocks_of(model)]
+
+    model = dl.attach(tiny_swin_v2(), dl.LoRAConfig(r=2, target_modules=r"layers\.\d\.blocks\.\d\.mlp\.fc1"))
+    assert not any(swapped(model))
     model = dl.attach(tiny_swin_v2(), dl.LoRAConfig(r=2, target_modules=r"layers\.0\.blocks\.1\.attn\.qkv"))
-    assert [hasattr(block, "delta") for block in blocks_of(model)] == [False, True, False, False]
-    dl.detach(model)
+    assert swapped(model) == [False, True, False, False]
     assert not any(hasattr(block, "delta") for block in blocks_of(model))
+    dl.detach(model)
+    assert not any(swapped(model))
 
 
 # ------------------------------------------------------------------ what is known

@@ -86,7 +86,6 @@ def attach(
             weights.swap_caller(anatomy, path)
     for tower in anatomy.towers:
         _swap_owner(tower)
-        _swap_callers(tower, {path for wrapping in wrappings for path in wrapping.originals})
     _overlay_tensors(model, state, adapter, unfrozen)
     _overlay_heads(model, state, adapter, anatomy, num_classes)
     set_adapter(model, name)
@@ -224,14 +223,6 @@ def _swap_owner(tower: Tower) -> None:
                 _slots_of(site)
     if tower.owner is not None:
         _slots_of(tower.blocks[-1])
-
-
-def _swap_callers(tower: Tower, wrapped: set[str]) -> None:
-    """Swap the blocks whose library goes around a layer that an adapter changes."""
-    for block in tower.blocks:
-        for path in block.family.spliced(block.module):
-            if "delta" in block.module.get_submodule(path)._modules or f"{block.path}.{path}" in wrapped:
-                _slots_of(block)
 
 
 def _overlay_tensors(model: nn.Module, state: State, adapter: Adapter, unfrozen: Iterable[str]) -> None:

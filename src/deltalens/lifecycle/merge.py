@@ -59,8 +59,6 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         _fold_slots(block, slots, active)
     for block, slots in blocks:
         _fold_into_readers(block, slots)
-        for family in type(block)._families:
-            family.merged(block)
     _unswap_idle(model)
     del model.__dict__[KEY]
     return model.requires_grad_(False)

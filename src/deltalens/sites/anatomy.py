@@ -40,10 +40,6 @@ class Family:
         take further keys and values and still be called as a module, because hooks listen to it.
     layout: how the stream looks inside these blocks, where that differs from the rest of their tower (blocks on
         channels-last maps among convolutions); None for the tower's layout.
-    spliced: block -> paths of linear layers whose weight the library's own forward reads itself, together with biases
-        that lie elsewhere, and which this family's reading calls; a block is swapped where one of them is changed.
-    merged: called with a block when weight changes have become weights and biases, so that the library's own forward
-        uses all of them.
     widths: block -> {slot: channels} for slots on a stream of another width than the block's, in blocks that change it.
     before_merge: called with each swapped module before adapters are folded into layers. A family whose module splices
         a bias into a layer of its own turns the module into an equal one whose layer has that bias.
@@ -58,8 +54,6 @@ class Family:
     readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
     companions: Mapping[str, Family] = field(default_factory=dict)
     layout: Layout | None = None
-    spliced: Callable[[nn.Module], tuple[str, ...]] = lambda block: ()
-    merged: Callable[[nn.Module], None] = lambda block: None
     widths: Callable[[nn.Module], dict[str, int]] = lambda block: {}
     before_merge: Callable[[nn.Module], None] = lambda module: None
 

@@ -19,6 +19,12 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2, SwinTransformerV2Block, WindowAttention
 from torch import Tensor, nn
 
+from deltalens.backbones.timm.token_attention import (
+    goes_around,
+    own_bias_before_fold,
+    own_bias_before_merge,
+    spliced_bias,
+)
 from deltalens.backbones.timm.windows import (
     OWNER,
     MapAndPrompts,
@@ -33,28 +39,21 @@ from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch
 from deltalens.sites.layout import ChannelsLast
 from deltalens.sites.swap import original_class, original_method
-from deltalens.sites.weights import linear_rows, linear_with
+from deltalens.sites.weights import linear_rows
 
 LARGEST_LOGIT_SCALE = math.log(100.0)
 
 
-def _qkv_bias(attn: WindowAttention) -> Tensor | None:
-    return None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-
-
-def _qkv(attn: WindowAttention, tokens: Tensor) -> Tensor:
-    if attn.qkv_bias_separate and attn.q_bias is not None:
-        return attn.qkv(tokens) + _qkv_bias(attn)
-    return linear_with(attn.qkv, tokens, _qkv_bias(attn))
+def _rows(attn: WindowAttention, tokens: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+    """Thirds first:last (q, k, v) of qkv's output, each (windows, heads, N, head_dim)."""
+    width = attn.dim
+    y = linear_rows(attn.qkv, tokens, first * width, last * width, spliced_bias(attn))
+    return y.unflatten(-1, (last - first, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def prompt_keys_values(block: SwinTransformerV2Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts (1 or B, p, C) -> keys of unit length and values, each (1 or B, heads, p, head_dim)."""
-    attn, bias = block.attn, _qkv_bias(block.attn)
-    width = attn.qkv.out_features // 3
-    kv = linear_rows(attn.qkv, prompts, width, 3 * width)
-    kv = kv if bias is None else kv + bias[width:]
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    k, v = _rows(block.attn, prompts, 1, 3)
     return F.normalize(k, dim=-1), v
 
 
@@ -71,7 +70,7 @@ def _attend(
 ) -> Tensor:
     """timm's WindowAttention.forward on (windows, p + area, C) with further keys and values."""
     windows, length = tokens.shape[:2]
-    q, k, v = _qkv(attn, tokens).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = _rows(attn, tokens, 0, 3)
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     for extra_k, extra_v in keys_values:
         k = torch.cat([per_window(extra_k.to(k.dtype), windows), k], 2)
@@ -86,25 +85,22 @@ def _attend(
     return attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
 
 
-def _goes_around(block: SwinTransformerV2Block) -> tuple[str, ...]:
-    """qkv, unless timm calls it: without biases, or with biases that are added afterwards."""
-    return () if block.attn.q_bias is None or block.attn.qkv_bias_separate else ("attn.qkv",)
+def _attention_forward(self: WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """timm's own, unless a module changes the qkv layer that it goes around."""
+    return _attend(self, x, mask, 0, []) if goes_around(self) else original_method(self, "forward")(x, mask)
 
 
-def _changed_qkv(attn: WindowAttention) -> bool:
-    return original_class(attn.qkv) is not nn.Linear or hasattr(attn.qkv, "delta")
-
-
-def _call_qkv(block: SwinTransformerV2Block) -> None:
-    """Where merging gave qkv a bias of its own, timm's forward must call the layer."""
-    if block.attn.qkv.bias is not None and block.attn.q_bias is not None:
-        block.attn.qkv_bias_separate = True
+ATTENTION = Family(
+    name="deltalens.backbones.timm.swin_v2:ATTENTION",
+    methods={"forward": _attention_forward},
+    before_merge=own_bias_before_merge,
+)
 
 
 def _block_forward(self: SwinTransformerV2Block, x: Tensor | MapAndPrompts) -> Tensor | MapAndPrompts:
     def attend(read: Tensor, carried: Tensor | None) -> tuple[Tensor, Tensor | None]:
         extra = prompt_pairs(self, read, prompt_keys_values)
-        if not extra and carried is None and not _changed_qkv(self.attn):
+        if not extra and carried is None:
             return self._attn(read), None
         return in_windows(self, read, carried, lambda *window: _attend(self.attn, *window, extra))
 
@@ -138,8 +134,7 @@ BLOCK = Family(
     width=lambda block: block.dim,
     keys_values=prompt_keys_values,
     readers=lambda block: {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block) else {"attention.pre": ("attn.qkv",)}),
-    spliced=_goes_around,
-    merged=_call_qkv,
+    before_merge=own_bias_before_fold,
 )
 
 
@@ -165,6 +160,7 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
             if not known or original_class(module.attn).forward is not WindowAttention.forward:
                 return
             tower.add(path, module, BLOCK, module.dim, tuple(module.input_resolution))
+            tower.callers.append(Site(f"{path}.attn", module.attn, ATTENTION, module.dim, tower=tower))
         elif isinstance(module, PatchMerging):
             tower.carriers.append(Site(path, module, MERGING, module.dim, tower=tower))
         elif isinstance(module, SwinTransformerV2):
