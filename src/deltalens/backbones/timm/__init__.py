@@ -5,6 +5,7 @@ FAMILIES = {
     "timm.models.swin_transformer": ("deltalens.backbones.timm.swin",),
     "timm.models.swin_transformer_v2": ("deltalens.backbones.timm.swin_v2",),
     "timm.models.hiera": ("deltalens.backbones.timm.hiera",),
+    "timm.models.hieradet_sam2": ("deltalens.backbones.timm.hieradet_sam2",),
     "timm.models.cait": ("deltalens.backbones.timm.cait",),
     "timm.models.xcit": ("deltalens.backbones.timm.xcit",),
     "timm.models.convnext": ("deltalens.backbones.timm.convnext",),
