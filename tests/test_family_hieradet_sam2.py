@@ -30,7 +30,7 @@ REFUSED = {
     "FacT": "FacT cuts layers into blocks of 16 x 16",
     "VPT-shallow": NOT_AS_TOKENS,
     "VPT, 2 of the blocks": NOT_AS_TOKENS,
-    "VPT, added": "the map of blocks.0 has no known size",
+    "VPT, added": NOT_AS_TOKENS,
     "VPT, added to all": NOT_AS_TOKENS,
     "VPT, patches of pixels": NOT_AS_TOKENS,
     "VPT, frame of pixels": "create it with position embeddings that fit any size, which HieraDet does not have",

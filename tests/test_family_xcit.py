@@ -30,7 +30,7 @@ REFUSED = {
     "VPT, shared": NO_KEYS,
     "VPT, class prototypes": NO_KEYS,
     "VPT and BitFit": NO_KEYS,
-    "VPT, prefix": "",
+    "VPT, prefix": NO_KEYS,
     "VPT, patches of pixels": "needs a patch embedding",
 }
 PARTS = ("q", "k", "v", "proj", "fc1", "fc2")

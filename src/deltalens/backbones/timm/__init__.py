@@ -4,6 +4,7 @@ FAMILIES = {
     "timm.models.vision_transformer": ("deltalens.backbones.timm.vit",),
     "timm.models.swin_transformer": ("deltalens.backbones.timm.swin",),
     "timm.models.swin_transformer_v2": ("deltalens.backbones.timm.swin_v2",),
+    "timm.models.swin_transformer_v2_cr": ("deltalens.backbones.timm.swin_v2_cr",),
     "timm.models.hiera": ("deltalens.backbones.timm.hiera",),
     "timm.models.hieradet_sam2": ("deltalens.backbones.timm.hieradet_sam2",),
     "timm.models.cait": ("deltalens.backbones.timm.cait",),
