@@ -33,7 +33,7 @@ REFUSED = {
     "VPT, 2 of the blocks": NOT_AS_TOKENS,
     "VPT, added": NOT_AS_TOKENS,
     "VPT, added to all": NOT_AS_TOKENS,
-    "VPT, patches of pixels": "needs a patch embedding",
+    "VPT, patches of pixels": NOT_AS_TOKENS,
     "VPT, frame of pixels": "create it with position embeddings for other sizes, which Hiera does not have",
 }
 

@@ -17,7 +17,7 @@ unit, so no block offers `tokens.in`: VPT-shallow does not fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.models.hiera import Hiera, HieraBlock, MaskUnitAttention
@@ -29,6 +29,7 @@ from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.attention import attention
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
 from deltalens.sites.layout import Layout, Sequence
+from deltalens.sites.slots import Slots
 from deltalens.sites.swap import original_class
 from deltalens.sites.weights import linear_rows
 
@@ -115,7 +116,7 @@ def _shortcut(block: HieraBlock, x: Tensor, normed: Tensor) -> Tensor:
 
 
 def _block_forward(self: HieraBlock, x: Tensor) -> Tensor:
-    slots, layout = self.delta, self.delta.layout
+    slots = self.delta
 
     def attend(normed: Tensor) -> Tensor:
         prompts = [module(normed) for module in slots.live("attention.prompts")]
@@ -125,13 +126,24 @@ def _block_forward(self: HieraBlock, x: Tensor) -> Tensor:
     def mlp(normed: Tensor) -> Tensor:
         return self.ls2(self.mlp(normed))
 
-    mlp_branch = Branch("mlp", self.norm2, mlp, self.drop_path2)
-    if not self.do_expand:
-        return residual_block(slots, layout, x, (Branch("attention", self.norm1, attend, self.drop_path1), mlp_branch))
-    normed = self.norm1(x)
-    update = slots.chain("attention.inner", attend(slots.chain("attention.pre", normed, layout)), layout)
-    x = slots.chain("attention.stream", _shortcut(self, x, normed) + self.drop_path1(update), layout)
-    return residual_block(slots, layout, x, (mlp_branch,))
+    branches = (
+        Branch("attention", self.norm1, attend, self.drop_path1),
+        Branch("mlp", self.norm2, mlp, self.drop_path2),
+    )
+    if self.do_expand:
+        return expanding_block(slots, x, *branches, lambda x, normed: _shortcut(self, x, normed))
+    return residual_block(slots, slots.layout, x, branches)
+
+
+def expanding_block(
+    slots: Slots, x: Tensor, attention: Branch, mlp: Branch, shortcut: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """A block whose width changes. shortcut: (x, norm1(x)) -> what attention's output is added to."""
+    layout, normed = slots.layout, attention.norm(x)
+    update = attention.body(slots.chain("attention.pre", normed, layout))
+    update = attention.drop_path(slots.chain("attention.inner", update, layout))
+    x = slots.chain("attention.stream", shortcut(x, normed) + update, layout)
+    return residual_block(slots, layout, x, (mlp,))
 
 
 def _parts(block: HieraBlock) -> dict[str, Part]:
@@ -141,7 +153,15 @@ def _parts(block: HieraBlock) -> dict[str, Part]:
     return parts if block.proj is None else parts | {"expand": Part("proj")}
 
 
-_SLOTS = (RESIDUAL_BLOCK_SLOTS - {"tokens.in", "tokens.out"}) | {"attention.prompts"}
+SLOTS = (RESIDUAL_BLOCK_SLOTS - {"tokens.in", "tokens.out"}) | {"attention.prompts"}
+EXPANDING_SLOTS = SLOTS - {"attention.parallel", "block.parallel"}
+
+
+def input_widths(block: nn.Module) -> dict[str, int]:
+    """The slots before the width changes."""
+    return {"attention.pre": block.dim, "attention.prompts": block.dim}
+
+
 _COMMON = {
     "methods": {"forward": _block_forward},
     "parts": _parts,
@@ -149,11 +169,11 @@ _COMMON = {
     "keys_values": prompt_keys_values,
     "readers": lambda block: {"attention.pre": ("attn.qkv",), "mlp.pre": ("mlp.fc1",)},
 }
-BLOCK = Family(name="deltalens.backbones.timm.hiera:BLOCK", slots=_SLOTS, **_COMMON)
+BLOCK = Family(name="deltalens.backbones.timm.hiera:BLOCK", slots=SLOTS, **_COMMON)
 POOLING_BLOCK = Family(
     name="deltalens.backbones.timm.hiera:POOLING_BLOCK",
-    slots=_SLOTS - {"attention.parallel", "block.parallel"},
-    widths=lambda block: {"attention.pre": block.dim, "attention.prompts": block.dim},
+    slots=EXPANDING_SLOTS,
+    widths=input_widths,
     **_COMMON,
 )
 

@@ -94,7 +94,9 @@ BLOCK = Family(
     parts=_parts,
     width=_width,
     keys_values=prompt_keys_values,
-    readers=lambda block: {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block) else {"attention.pre": ("attn.qkv",)}),
+    readers=lambda block: (
+        {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block, block.input_resolution) else {"attention.pre": ("attn.qkv",)})
+    ),
 )
 
 

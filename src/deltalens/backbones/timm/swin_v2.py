@@ -44,40 +44,42 @@ from deltalens.sites.weights import linear_rows
 LARGEST_LOGIT_SCALE = math.log(100.0)
 
 
-def _rows(attn: WindowAttention, tokens: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-    """Thirds first:last (q, k, v) of qkv's output, each (windows, heads, N, head_dim)."""
-    width = attn.dim
-    y = linear_rows(attn.qkv, tokens, first * width, last * width, spliced_bias(attn))
-    return y.unflatten(-1, (last - first, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def _thirds(attn: WindowAttention, tokens: Tensor, first: int, last: int) -> Tensor:
+    """Thirds first:last (q, k, v) of qkv's output, (windows, N, (last - first) C)."""
+    return linear_rows(attn.qkv, tokens, first * attn.dim, last * attn.dim, spliced_bias(attn))
 
 
 def prompt_keys_values(block: SwinTransformerV2Block, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts (1 or B, p, C) -> keys of unit length and values, each (1 or B, heads, p, head_dim)."""
-    k, v = _rows(block.attn, prompts, 1, 3)
+    heads = _thirds(block.attn, prompts, 1, 3).unflatten(-1, (2, block.attn.num_heads, -1))
+    k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
     return F.normalize(k, dim=-1), v
 
 
 def _position_bias(attn: WindowAttention) -> Tensor:
-    """16 sigmoid(cpb_mlp(relative coordinates)), (heads, area, area)."""
+    """16 sigmoid(cpb_mlp(relative coordinates)), (1, heads, area, area)."""
     table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
     area = attn.window_size[0] * attn.window_size[1]
     bias = table[attn.relative_position_index.view(-1)].view(area, area, -1)
-    return 16 * torch.sigmoid(bias.permute(2, 0, 1).contiguous())
+    return 16 * torch.sigmoid(bias.permute(2, 0, 1).contiguous()).unsqueeze(0)
 
 
-def _attend(
-    attn: WindowAttention, tokens: Tensor, mask: Tensor | None, prompt_queries: int, keys_values: list
+def cosine_attention(
+    attn: nn.Module, qkv: Tensor, bias: Tensor, mask: Tensor | None, prompt_queries: int, keys_values: list
 ) -> Tensor:
-    """timm's WindowAttention.forward on (windows, p + area, C) with further keys and values."""
-    windows, length = tokens.shape[:2]
-    q, k, v = _rows(attn, tokens, 0, 3)
+    """What follows the projection qkv (windows, p + area, 3 C) of tokens, with further keys and values.
+
+    bias: of relative positions, (1, heads, area, area). Prompts have none, and no shift mask.
+    """
+    windows, length = qkv.shape[:2]
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     for extra_k, extra_v in keys_values:
         k = torch.cat([per_window(extra_k.to(k.dtype), windows), k], 2)
         v = torch.cat([per_window(extra_v.to(v.dtype), windows), v], 2)
     padding = (k.shape[2] - length + prompt_queries, 0, prompt_queries, 0)
-    scores = (q @ k.transpose(-2, -1)) * attn.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()
-    scores = scores + F.pad(_position_bias(attn), padding).unsqueeze(0)
+    scale = attn.logit_scale.reshape(-1, 1, 1).clamp(max=LARGEST_LOGIT_SCALE).exp()
+    scores = (q @ k.transpose(-2, -1)) * scale + F.pad(bias, padding)
     if mask is not None:
         mask = F.pad(mask, padding).unsqueeze(1).unsqueeze(0)
         scores = (scores.unflatten(0, (-1, mask.shape[1])) + mask).flatten(0, 1)
@@ -87,7 +89,9 @@ def _attend(
 
 def _attention_forward(self: WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """timm's own, unless a module changes the qkv layer that it goes around."""
-    return _attend(self, x, mask, 0, []) if goes_around(self) else original_method(self, "forward")(x, mask)
+    if not goes_around(self):
+        return original_method(self, "forward")(x, mask)
+    return cosine_attention(self, _thirds(self, x, 0, 3), _position_bias(self), mask, 0, [])
 
 
 ATTENTION = Family(
@@ -102,21 +106,26 @@ def _block_forward(self: SwinTransformerV2Block, x: Tensor | MapAndPrompts) -> T
         extra = prompt_pairs(self, read, prompt_keys_values)
         if not extra and carried is None:
             return self._attn(read), None
-        return in_windows(self, read, carried, lambda *window: _attend(self.attn, *window, extra))
+
+        def in_window(tokens: Tensor, mask: Tensor | None, prompt_queries: int) -> Tensor:
+            qkv = _thirds(self.attn, tokens, 0, 3)
+            return cosine_attention(self.attn, qkv, _position_bias(self.attn), mask, prompt_queries, extra)
+
+        return in_windows(self, read, carried, in_window)
 
     def mlp(read: Tensor) -> Tensor:
         return self.norm2(self.mlp(read.flatten(1, -2))).view(read.shape)  # as timm flattens it, bit for bit
 
     def branches(attention_branch) -> tuple[Branch, Branch]:
         return (
-            Branch("attention", _itself, lambda read: self.norm1(attention_branch(read)), self.drop_path1),
-            Branch("mlp", _itself, mlp, self.drop_path2),
+            Branch("attention", itself, lambda read: self.norm1(attention_branch(read)), self.drop_path1),
+            Branch("mlp", itself, mlp, self.drop_path2),
         )
 
     return block_forward(self, x, branches, attend)
 
 
-def _itself(x: Tensor) -> Tensor:
+def itself(x: Tensor) -> Tensor:
     return x
 
 
@@ -133,7 +142,9 @@ BLOCK = Family(
     parts=_parts,
     width=lambda block: block.dim,
     keys_values=prompt_keys_values,
-    readers=lambda block: {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block) else {"attention.pre": ("attn.qkv",)}),
+    readers=lambda block: (
+        {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block, block.input_resolution) else {"attention.pre": ("attn.qkv",)})
+    ),
     before_merge=own_bias_before_fold,
 )
 

@@ -111,9 +111,9 @@ def block_forward(
     return (feature_map, tokens[:, :start]) if start else feature_map  # `tokens.in` modules may add none
 
 
-def may_pad(block: nn.Module) -> bool:
-    """Whether `_attn` may pad what it reads: the zeros are read by qkv beside what comes out of `attention.pre`."""
-    sizes = zip(block.input_resolution, block.window_size, strict=True)
+def may_pad(block: nn.Module, resolution: tuple[int, int]) -> bool:
+    """Whether window attention may pad what it reads: qkv then reads zeros beside what comes out of `attention.pre`."""
+    sizes = zip(resolution, block.window_size, strict=True)
     return getattr(block, "dynamic_mask", False) or any(size % window for size, window in sizes)
 
 
