@@ -12,7 +12,7 @@ import deltalens as dl
 from deltalens.methods import Method
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
-FEW = ("Mona", "VPT-deep", "LoRA on q, v", "SSF")
+FEW = ("Mona", "VPT-deep")
 NO_TOKENS = {"VPT-shallow", "VPT, 2 of the blocks", "VPT, added", "VPT, added to all", "VPT, patches of pixels"}
 
 
