@@ -13,7 +13,13 @@ import deltalens as dl
 from deltalens.methods import Method
 
 NETWORKS = VITS | EVAS | BEITS | RELPOS
+QUICK = ("res-post", "parallel", "two of each", "eva-02 small", "dinov3", "beit, class token", "relpos, shared")
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
+
+
+def each(names, quick=QUICK):
+    """Names as parameters; those that are not quick are slow tests."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def pair(name, **settings):
@@ -28,7 +34,7 @@ def scalar(output):
 
 # ------------------------------------------------------------------ prompts
 @pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", each(NETWORKS, (*QUICK, "differential", "grouped queries, gate, qk-norm", "eva-02")))
 def test_prompts_are_tokens(name, deep):
     model, plain, x = pair(name)
     dl.attach(model, dl.VPTConfig(num_tokens=2, deep=deep))
@@ -61,7 +67,7 @@ def test_either_kernel(name):
     torch.testing.assert_close(*outputs, **EXACT)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", each(NETWORKS))
 def test_prefixes_are_keys_and_values_of_the_right_shape(name):
     model, _, x = pair(name)
     before = model(x)
@@ -155,7 +161,7 @@ def _side_by_side(block, live, x, **settings):
 WRITTEN = [name for name in NETWORKS if "fused" not in name and name != "parallel, differential"]
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", each(WRITTEN))
 def test_every_slot_at_once(name):
     model, plain, x = pair(name)
     dl.attach(model, EverySlot())
@@ -170,7 +176,7 @@ def test_every_slot_at_once(name):
 
 
 # ------------------------------------------------------------------ the end
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", each(NETWORKS))
 def test_class_row_and_intermediates(name):
     """One row in the last block where the head reads one; added tokens never leave the model."""
     model, plain, x = pair(name)
@@ -192,12 +198,16 @@ def first_parts(model):
     return [part for part in dl.describe(model).blocks()[0].parts if part.startswith(("v", "proj"))][:2]
 
 
-TOKEN_HEADS = [name for name in NETWORKS if NETWORKS[name]().global_pool == "token"]
+POOLED = {"res-post, qk-norm, average", "registers without class token", "SwiGLU, map pool", "eva, average", "eva-02"}
+POOLED |= {"perception encoder", "mixed, no class token", "beit", "beit, shared", "relpos", "relpos, shared"}
+POOLED |= {"relpos, res-post"}
+TOKEN_HEADS = [name for name in NETWORKS if name not in POOLED]
 
 
-@pytest.mark.parametrize("name", TOKEN_HEADS)
+@pytest.mark.parametrize("name", each(TOKEN_HEADS))
 def test_one_row_is_computed_for_a_class_token(name):
     model, _, x = pair(name)
+    assert model.global_pool == "token"
     rows, last = [], model.blocks[-1]
     activation = next(m for path, m in last.named_modules() if path.endswith("act"))
     activation.register_forward_hook(lambda m, args, y: rows.append(y.shape[1]))
@@ -208,7 +218,7 @@ def test_one_row_is_computed_for_a_class_token(name):
     assert set(rows[half:]) == {16 + model.num_prefix_tokens}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", each(NETWORKS))
 @torch.no_grad()  # a bias that wants a gradient takes another attention kernel
 def test_nothing_changes_bit_for_bit(name):
     """Adapters that add zero, and detaching; in the precision people use."""
@@ -228,7 +238,7 @@ def test_nothing_changes_bit_for_bit(name):
     assert type(model.blocks[0]).__dict__.get("_families") is None
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", each(NETWORKS))
 def test_merged_equals_unmerged(name):
     x, parts = images("vit").double(), first_parts(NETWORKS[name]())
     for config in (
@@ -245,7 +255,7 @@ def test_merged_equals_unmerged(name):
 
 
 # ------------------------------------------------------------------ the forward as it is
-@pytest.mark.parametrize("name", ["res-post", "parallel", "two of each", "eva-02 small", "dinov3", "beit, class token"])
+@pytest.mark.parametrize("name", ["two of each", "dinov3", "beit, class token"])
 def test_checkpointing_changes_nothing(name):
     model, _, x = pair(name)
     dl.attach(model, dl.VPTConfig(num_tokens=2))

@@ -28,7 +28,8 @@ from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.attention import attention
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
 from deltalens.sites.layout import ChannelsLast
-from deltalens.sites.swap import original_class
+from deltalens.sites.output import live
+from deltalens.sites.swap import original_class, original_method
 
 
 # ------------------------------------------------------------------ attention with prompts as further keys and values
@@ -111,6 +112,21 @@ BLOCK = Family(
 )
 
 
+def _owner_forward(self: VisionTransformerSAM, x: Tensor) -> Tensor:
+    if not live(self, "output"):
+        return original_method(self, "forward")(x)
+    features = self.forward_head(self.forward_features(x), pre_logits=True)
+    for module in live(self, "output"):
+        features = module(features, x)
+    return self.head.fc(features)
+
+
+_METHODS = ("forward", "forward_features", "forward_head")
+OWNER = Family(
+    name="deltalens.backbones.timm.sam:OWNER", methods={"forward": _owner_forward}, slots=frozenset({"output"})
+)
+
+
 def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
     """(path of the owner, tower) for every VisionTransformerSAM in the tree."""
     for path, owner in model.named_modules():
@@ -129,4 +145,7 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
             tower.resizable = "another img_size"
         tower.image = Site("patch_embed", embed, IMAGE, owner.embed_dim, tower=tower)
         tower.stem = Site("patch_embed.proj", embed.proj, STEM, owner.embed_dim, tower=tower)
+        own = all(getattr(original_class(owner), f) is getattr(VisionTransformerSAM, f) for f in _METHODS)
+        if own and isinstance(getattr(owner.head, "fc", None), nn.Linear):
+            tower.classifier = Site("", owner, OWNER, owner.head.fc.in_features, tower=tower)
         yield path, tower
