@@ -1,9 +1,10 @@
-"""Tiny convolutional and hybrid networks with random weights, one for each family of backbones/timm that works on maps."""
+"""Tiny convolutional and hybrid networks with random weights, one for each family of timm that works on maps."""
 
 from __future__ import annotations
 
 from functools import partial
 
+from models import CLASSES, randomize
 from timm.layers import GroupNorm1, GroupNormAct
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
@@ -15,8 +16,6 @@ from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
-
-from models import CLASSES, randomize
 
 
 def _sized(model: nn.Module, size: int) -> nn.Module:
