@@ -333,7 +333,7 @@ def test_two_adapters_of_one_kind_are_chained():
 @pytest.mark.parametrize(
     ("build", "config", "message"),
     [
-        (tiny_resnet, AdapterConfig(), r"set placement to pfeiffer.*BasicBlock.*layer1\.0.*offers: block\.stream"),
+        (tiny_resnet, AdapterConfig(), r"set placement to pfeiffer.*UnknownBlock.*layer1\.0.*offers: block\.stream"),
         (tiny_resnet, AdapterConfig(placement="pfeiffer", parallel=True), r"set parallel to False.*mlp\.parallel"),
         (tiny_convnext, AdapterConfig(parallel=True), r"set parallel to False.*ConvNeXtBlock.*stages\.0"),
         (tiny_convnext, AdaptFormerConfig(), r"set form to serial.*mlp\.parallel.*ConvNeXtBlock"),

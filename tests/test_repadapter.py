@@ -233,5 +233,5 @@ def test_errors():
         dl.attach(tiny_vit(), dl.RepAdapterConfig(bottleneck=5, groups=5))
     with pytest.raises(TypeError, match=r"RepAdapter needs the slot 'attention\.pre'"):
         dl.attach(tiny_convnext(), dl.RepAdapterConfig(branches=("attention",)))
-    with pytest.raises(TypeError, match=r"RepAdapter needs the slot 'attention\.pre', which BasicBlock"):
+    with pytest.raises(TypeError, match=r"RepAdapter needs the slot 'attention\.pre', which UnknownBlock"):
         dl.attach(MODELS["resnet"](), dl.RepAdapterConfig())

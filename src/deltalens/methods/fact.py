@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.methods.base import Method, check_choices, register, setting
-from deltalens.sites.anatomy import Anatomy, Site, require
+from deltalens.sites.anatomy import Anatomy, Site, having, require
 from deltalens.sites.weights import part_shape
 
 PARTS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -107,7 +107,7 @@ class FacTConfig(Method):
 
     def place(self, anatomy: Anatomy):
         alike: dict[tuple[int, int], list[tuple[Site, str, int, int]]] = defaultdict(list)  # by tower and width
-        for block in anatomy.blocks():
+        for block in having(anatomy.blocks(), [f"weights:{name}" for name in self.parts]):
             for name in self.parts:
                 require(block, f"weights:{name}", "FacT (or name parts that the block has)", anatomy.model)
                 alike[id(block.tower), block.width].append((block, name, *_multiples(block, name)))

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from deltalens.methods.base import Method, register, setting
-from deltalens.sites.anatomy import Anatomy, Family, Part, Site, require
+from deltalens.sites.anatomy import Anatomy, Family, Part, Site, having, require
 from deltalens.sites.weights import part_shape, refuse_unfit_target
 
 
@@ -38,6 +38,8 @@ class LoRALayer(nn.Module):
 @register("lora")
 class LoRAConfig(Method):
     """W x  ->  W x + (alpha / r) B A x  on chosen linear parts of every block; head trained.
+
+    In hybrid networks blocks of convolutions, which have none of the parts, are passed over.
 
     Parts are q, k, v, proj, fc1, fc2, each with its own A and B, also inside a fused qkv layer (what peft cannot do).
     target_modules instead names whole nn.Linear layers as peft does: a regular expression that matches the full path,
@@ -71,7 +73,7 @@ class LoRAConfig(Method):
         if self.target_modules is not None:
             yield from self._place_by_name(anatomy)
             return
-        for block in anatomy.blocks():
+        for block in having(anatomy.blocks(), [f"weights:{name}" for name in self.parts]):
             for name in self.parts:
                 require(block, f"weights:{name}", "LoRA (or set target_modules to layer names)", anatomy.model)
                 yield block, f"weights:{name}", self._layer(block, block.parts[name])

@@ -20,7 +20,7 @@ from deltalens.methods.vpt_prompts import (
     init_bound,
 )
 from deltalens.methods.vpt_prototypes import fill_prompts
-from deltalens.sites.anatomy import Anatomy, Site, Tower, require
+from deltalens.sites.anatomy import Anatomy, Site, Tower, having, require
 
 __all__ = ["Prompts", "VPTConfig", "init_bound"]
 
@@ -182,10 +182,15 @@ class VPTConfig(Method):
 
     # ------------------------------------------------------------------ in the blocks
     def _prompted(self, tower: Tower) -> list[Site]:
-        count = 1 if not self.deep else len(tower.blocks) if self.depth is None else self.depth
-        if count > len(tower.blocks):
-            raise ValueError(f"depth={count} is more than the {len(tower.blocks)} blocks there are")
-        return tower.blocks[-count:] if self.reverse else tower.blocks[:count]
+        blocks = self._fitting(tower)
+        count = 1 if not self.deep else len(blocks) if self.depth is None else self.depth
+        if count > len(blocks):
+            raise ValueError(f"depth={count} is more than the {len(blocks)} blocks there are")
+        return blocks[-count:] if self.reverse else blocks[:count]
+
+    def _fitting(self, tower: Tower) -> list[Site]:
+        """The blocks that prompts are for; in hybrid networks those with attention."""
+        return having(tower.blocks, ["attention.prompts" if self.location in ("prepend", "prefix") else "tokens.in"])
 
     def _place_in_blocks(self, number: int, tower: Tower, anatomy: Anatomy) -> Iterator[Placement]:
         blocks = self._prompted(tower)
@@ -217,7 +222,7 @@ class VPTConfig(Method):
             pooled = bool(block.tower.carriers)  # the head pools what becomes of the last prompts
         else:
             pooled = self.pool in READS_PROMPTS
-        lives_on = block is last and self.keep_prompts and (pooled or not block.is_last)
+        lives_on = block is last and self.keep_prompts and (pooled or block is not self._fitting(block.tower)[-1])
         return "tokens.in" if lives_on else "attention.prompts"
 
     def _shape(self, block: Site) -> tuple[int, ...]:

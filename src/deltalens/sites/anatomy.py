@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -196,6 +196,19 @@ class Anatomy:
 
     def head_paths(self) -> list[str]:
         return [*self.outside, *self.heads]
+
+
+def having(blocks: Sequence[Site], slots: Iterable[str]) -> list[Site]:
+    """The blocks that a method is for which needs some of these slots: in a hybrid network those with attention, or
+    with linear layers, while blocks of convolutions are passed over.
+
+    A block that shows nothing of its inside is not passed over, and where no block offers any of the slots all are
+    returned: `require` then names the first one.
+    """
+    wanted = set(slots)
+    if not any(block.slots & wanted for block in blocks):
+        return list(blocks)
+    return [block for block in blocks if block.slots & wanted or block.slots <= {"block.stream"}]
 
 
 def require(site: Site, slot: str, method: str, model: nn.Module) -> None:

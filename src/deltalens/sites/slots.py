@@ -99,16 +99,18 @@ class Slots(nn.Module):
         """f(x, n) -> delta or (delta, new tokens): the sum of the deltas, and the new tokens in order."""
         total, tokens = None, []
         for module in self.live(slot):
+            plain = False
             if getattr(module, "takes_layout", False):
                 delta = module(x, normed, layout)
             elif getattr(module, "spatial", False):
                 (x_map, prefix), (n_map, _) = layout.split(x), layout.split(normed)
                 delta = layout.join(module(x_map, n_map), None if prefix is None else prefix.new_zeros(prefix.shape))
             else:
-                delta = module(x, normed)
+                delta, plain = module(layout.features(x), layout.features(normed)), True
             if isinstance(delta, tuple):
                 delta, new = delta
                 tokens.append(new)
+            delta = layout.stream(delta) if plain else delta
             total = delta if total is None else total + delta
         return total, tokens
 
