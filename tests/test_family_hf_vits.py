@@ -262,7 +262,9 @@ def test_block_follows_the_equation(name):
         delta, _ = slots.parallel(f"{branch}.parallel", y, n, layout)
         y = slots.chain(f"{branch}.stream", y + u + (0 if delta is None else delta), layout)
     torch.testing.assert_close(found, y, atol=1e-10, rtol=0)
-    assert slots.live("attention.inner") and slots.live("mlp.parallel") and slots.live("mlp.stream")
+    assert slots.live("attention.inner")
+    assert slots.live("mlp.parallel")
+    assert slots.live("mlp.stream")
 
 
 @pytest.mark.parametrize("name", [*CLASSIFIERS, "DINOv3ViTModel"])
@@ -341,7 +343,8 @@ def test_recorded_states_hold_the_backbones_own_tokens(name, deep):
     expected = shapes(model(images(), **options))
     dl.attach(model, dl.VPTConfig(num_tokens=3, deep=deep))
     output = model(images(), **options)
-    assert len(output.hidden_states) == 4 and len(output.attentions) == 3
+    assert len(output.hidden_states) == 4
+    assert len(output.attentions) == 3
     assert shapes(output) == expected
     flat = model(images(), return_dict=False, **options)
     assert isinstance(flat, tuple)
@@ -378,7 +381,8 @@ def test_masked_patches_pass(name):
         assert model.vit(images(), bool_masked_pos=mask).last_hidden_state.shape == (2, 17, 24)
     else:
         found = model(images(), bool_masked_pos=mask).last_hidden_state
-        assert found.shape == (2, 17, 24) and not torch.allclose(found, model(images()).last_hidden_state)
+        assert found.shape == (2, 17, 24)
+        assert not torch.allclose(found, model(images()).last_hidden_state)
 
 
 @pytest.mark.parametrize("config", [dl.VPTConfig(num_tokens=3), dl.MonaConfig(bottleneck=4), dl.LoRAConfig(r=2)])
@@ -506,9 +510,12 @@ def test_published_architectures(cls, config, blocks, width, prefix):
     with torch.device("meta"):
         model = getattr(transformers, cls)(getattr(transformers, config)())
     (tower,) = dl.describe(model).towers
-    assert len(tower.blocks) == blocks and {block.width for block in tower.blocks} == {width}
-    assert tower.layout.prefix == prefix and {"q", "fc2"} <= tower.blocks[0].parts.keys()
-    assert "attention.prompts" in tower.blocks[0].slots and tower.image_size == (224, 224)
+    assert len(tower.blocks) == blocks
+    assert {block.width for block in tower.blocks} == {width}
+    assert tower.layout.prefix == prefix
+    assert {"q", "fc2"} <= tower.blocks[0].parts.keys()
+    assert "attention.prompts" in tower.blocks[0].slots
+    assert tower.image_size == (224, 224)
 
 
 def test_overridden_forwards_are_unknown():
@@ -519,7 +526,8 @@ def test_overridden_forwards_are_unknown():
     model = tiny("ViTForImageClassification")
     model.vit.layers[1].__class__ = Own
     slots = [block.slots for block in dl.describe(model).blocks()]
-    assert "attention.prompts" in slots[0] and slots[1] == {"block.stream"}
+    assert "attention.prompts" in slots[0]
+    assert slots[1] == {"block.stream"}
 
 
 def test_save_pretrained_after_detach(tmp_path):
@@ -528,4 +536,5 @@ def test_save_pretrained_after_detach(tmp_path):
     dl.detach(dl.attach(model, dl.VPTConfig(num_tokens=3), num_classes=3))
     model.save_pretrained(tmp_path)
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(images()).logits, expected) and again.config.num_labels == 5
+    assert torch.equal(again(images()).logits, expected)
+    assert again.config.num_labels == 5
