@@ -94,6 +94,8 @@ def decode(
     for key, plain in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
         if config.get(key, plain) != plain:
             raise ValueError(f"this peft adapter has {key}={config[key]!r}; only plain LoRA can be loaded")
+    anatomy = anatomy_of(model) if KEY in model.__dict__ else describe(model)
+    present = {path for path, _ in model.named_modules()}
     groups: dict[tuple[int, float], list[str]] = defaultdict(list)
     ours, rest = {}, {}
     for key, tensor in tensors.items():
@@ -101,7 +103,7 @@ def decode(
         if match is None:
             rest[key] = tensor
             continue
-        path = match[1]
+        path = anatomy.canonical(match[1]) if match[1] in present else match[1]  # peft has the model's own paths
         ours[f"{path}.all.lora.{match[2]}.weight"] = tensor
         if match[2] == "lora_A":
             rank = tensor.shape[0]

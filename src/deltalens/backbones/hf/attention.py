@@ -106,18 +106,19 @@ def beside_prompts(mask: Any, prompts: int) -> Tensor | None:
 
 
 def for_added_tokens(mask: Any, x: Tensor, layout: Layout) -> Any:
-    """A mask of the backbone's own tokens, with rows and columns for those that adapters added behind the prefix."""
+    """A mask of the backbone's own tokens, with columns and rows for those that adapters added behind the prefix. All
+    see them, without position bias; they see what the first token sees."""
     if mask is None or not torch.is_tensor(mask) or mask.dim() != 4 or x.shape[1] == mask.shape[-1]:
         return mask
     added, prefix = x.shape[1] - mask.shape[-1], layout.prefix
-    for axis in (-1, -2):
-        if axis == -2 and mask.shape[axis] == 1:  # one row for all queries
-            continue
-        shape = list(mask.shape)
-        shape[axis] = added
-        own = (mask.narrow(axis, 0, prefix), mask.narrow(axis, prefix, mask.shape[axis] - prefix))
-        mask = torch.cat([own[0], mask.new_full(shape, _visible(mask)), own[1]], axis)
-    return mask
+    columns = mask.new_full((*mask.shape[:-1], added), _visible(mask))
+    mask = torch.cat([mask[..., :prefix], columns, mask[..., prefix:]], -1)
+    if mask.shape[-2] == 1:  # one row for all queries
+        return mask
+    row = mask[..., :1, :]
+    if mask.dtype != torch.bool:
+        row = row.masked_fill(row > torch.finfo(mask.dtype).min / 2, 0.0)
+    return torch.cat([mask[..., :prefix, :], row.expand(-1, -1, added, -1), mask[..., prefix:, :]], -2)
 
 
 def _visible(mask: Tensor) -> bool | float:
