@@ -91,7 +91,14 @@ def _head(model: nn.Module) -> str | None:
             if module is layer:
                 return path if _classifies(module) else None
     modules = dict(model.named_modules())
-    return next((path for path in COMMON_HEADS if _classifies(modules.get(path))), None)
+    ends = (_end(path, modules.get(path)) for path in COMMON_HEADS)
+    return next((path for path in ends if _classifies(modules.get(path))), None)
+
+
+def _end(path: str, module: nn.Module | None) -> str:
+    """Path of the last layer of a sequence, such as `classifier.2` of torchvision's ConvNeXt; of others their own."""
+    names = list(module._modules) if isinstance(module, nn.Sequential) else []
+    return f"{path}.{names[-1]}" if names else path
 
 
 def _classifies(module: nn.Module | None) -> bool:

@@ -180,7 +180,7 @@ def _slots_of(site: Site) -> Slots:
     block = site.module
     if "delta" not in block._modules:
         block.delta = Slots(site.tower.layout, last=site.is_last)
-        swap(block, site.family)
+    swap(block, site.family)
     return block.delta
 
 
