@@ -89,8 +89,8 @@ def tiny_oc_resnet() -> ModifiedResNet:
     return randomize(ModifiedResNet([1, 1, 2, 1], 10, 4, image_size=32, width=8)).eval()
 
 
-def tiny_timm_trunk() -> TimmModel:
-    return randomize(TimmModel("vit_tiny_patch16_224", 10, 224, pool="token")).eval()
+def tiny_timm_trunk(name: str = "test_vit", pool: str = "token") -> TimmModel:
+    return randomize(TimmModel(name, 10, 160, pool=pool)).eval()
 
 
 def tiny_clip(custom_text: bool = False, **vision) -> nn.Module:
