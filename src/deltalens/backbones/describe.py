@@ -60,14 +60,19 @@ def _submodule(model: nn.Module, path: str | None) -> nn.Module:
 
 
 def _towers(body: nn.Module, blocks: str | None) -> list[Tower]:
-    found: list[Tower] = []
-    if blocks is None:
-        for name in _family_files(body):
-            for path, tower in importlib.import_module(name).find_towers(body):
-                found += prefixed(path, [tower])
+    found = known_towers(body) if blocks is None else []
     if not found:
         found = [tower for _, tower in unknown.find_towers(body, blocks)]
     return [tower for tower in found if not any(_contains(other, tower) for other in found)]
+
+
+def known_towers(body: nn.Module) -> list[Tower]:
+    """The towers that family files find, without the fallback."""
+    found: list[Tower] = []
+    for name in _family_files(body):
+        for path, tower in importlib.import_module(name).find_towers(body):
+            found += prefixed(path, [tower])
+    return found
 
 
 def _family_files(body: nn.Module) -> list[str]:

@@ -197,9 +197,9 @@ def _slots_of(site: Site) -> Slots:
     block = site.module
     if "delta" not in block._modules:
         block.delta = Slots(site.layout, last=site.is_last)
-        swap(block, site.family)
         for path, family in site.family.companions.items():
             swap(block.get_submodule(path), family)
+    swap(block, site.family)
     return block.delta
 
 

@@ -9,8 +9,8 @@ from deltalens.lifecycle.state import KEY, ROOT, all_slots, state_of
 from deltalens.lifecycle.wrapped import merge_wrapped
 from deltalens.sites.anatomy import Family
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
-from deltalens.sites.swap import Swapped, original_class, swapped_class, unswap
-from deltalens.sites.weights import WeightSlots, fold_affine, is_plainly_linear, merge_changes
+from deltalens.sites.swap import unswap
+from deltalens.sites.weights import LAYER, WeightSlots, fold_affine, is_plainly_linear, merge_changes
 
 
 class ConstantKeysValues(nn.Module):
@@ -51,10 +51,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             family.before_merge(module)
     layers = [(module, slots) for module, slots in owners if isinstance(slots, WeightSlots)]
     blocks = [(module, slots) for module, slots in owners if not isinstance(slots, WeightSlots)]
-    for layer, _ in layers:  # first, because prompts are projected by these layers
+    for layer, slots in layers:  # first, because prompts are projected by these layers
         merge_changes(layer)
-        del layer._modules["delta"]
-        unswap(layer)
+        slots.forget_parts()
+        if not slots._modules:
+            del layer._modules["delta"]
+        unswap(layer, LAYER)
     for block, slots in blocks:
         _fold_slots(block, slots, active)
     for block, slots in blocks:
@@ -121,6 +123,4 @@ def _unswap_idle(model: nn.Module) -> None:
             unswap(module)
             module.__dict__.pop("delta_layout", None)
         return
-    if isinstance(model, Swapped):
-        families = tuple(family for family in type(model)._families if family is not ROOT)
-        model.__class__ = swapped_class(original_class(model), families) if families else original_class(model)
+    unswap(model, ROOT)

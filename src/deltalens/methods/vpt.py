@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deltalens.methods.base import Method, Placement, check_choices, register, setting
-from deltalens.methods.vpt_pixels import Frame, ImageChannels, PatchPrompts
+from deltalens.methods.vpt_pixels import Frame, ImageChannels, PatchPrompts, is_patch_embedding
 from deltalens.methods.vpt_prompts import (
     AddedToken,
     AddedTokens,
@@ -249,7 +249,7 @@ class VPTConfig(Method):
         copies = self.num_tokens if self.shared in ("intra", "all") else 1
         if self.location == "prepend-pixel":
             embed = block.tower.image.module if block.tower.image else None
-            if not hasattr(embed, "proj") or not hasattr(embed, "norm"):
+            if not is_patch_embedding(embed, block.tower.layout):
                 raise TypeError(f"location='prepend-pixel' needs a patch embedding; {block.path} has none before it")
             return PatchPrompts(embed, self.num_tokens, self.init, bound, trained)
         if self.location == "prefix":

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.methods.vpt_prompts import hold
-from deltalens.sites.layout import Layout
+from deltalens.sites.layout import Layout, Tokens
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -36,6 +36,14 @@ class _Pixels(nn.Module):
         return (pixels - self.mean) / self.std if self.normalised else pixels
 
 
+def is_patch_embedding(embed: nn.Module | None, layout: Layout) -> bool:
+    """Whether a module makes tokens of patches: a convolution `proj` and a `norm`, or, before tokens, one bare
+    convolution whose patches do not overlap."""
+    if isinstance(embed, nn.Conv2d):
+        return embed.stride == embed.kernel_size and isinstance(layout, Tokens)
+    return hasattr(embed, "proj") and hasattr(embed, "norm")
+
+
 class PatchPrompts(_Pixels):
     """p patch-sized pictures that go through the frozen patch embedding and join the stream after its prefix tokens.
 
@@ -50,14 +58,14 @@ class PatchPrompts(_Pixels):
     pointwise = True
 
     def __init__(self, embed: nn.Module, num_tokens: int, init: str, bound: float, trained: bool = True):
-        conv = embed.proj
+        conv, norm = (embed, None) if isinstance(embed, nn.Conv2d) else (embed.proj, embed.norm)
         super().__init__(conv.in_channels, init)
         height, width = conv.kernel_size
         shape = (1, conv.in_channels, height, width * num_tokens)
         hold(self, "pixels", _initial(shape, init, bound), trained)
-        norm = embed.norm if isinstance(embed.norm, nn.LayerNorm) else None
-        if norm is None and not isinstance(embed.norm, nn.Identity):
-            raise TypeError(f"location='prepend-pixel' does not know the patch embedding's {type(embed.norm).__name__}")
+        if norm is not None and not isinstance(norm, (nn.LayerNorm, nn.Identity)):
+            raise TypeError(f"location='prepend-pixel' does not know the patch embedding's {type(norm).__name__}")
+        norm = norm if isinstance(norm, nn.LayerNorm) else None
         self.eps = norm.eps if norm else None
         for name, tensor in (
             ("weight", conv.weight),

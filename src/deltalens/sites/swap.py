@@ -60,10 +60,11 @@ def swap(module: nn.Module, family: Family) -> None:
         module.__class__ = swapped_class(original_class(module), (*families, family))
 
 
-def unswap(module: nn.Module) -> None:
-    """Give a module its own class back."""
+def unswap(module: nn.Module, family: Family | None = None) -> None:
+    """Give a module its own class back, or take one family's reading off it."""
     if isinstance(module, Swapped):
-        module.__class__ = original_class(module)
+        families = tuple(each for each in type(module)._families if family is not None and each is not family)
+        module.__class__ = swapped_class(original_class(module), families) if families else original_class(module)
 
 
 def refuse_unswappable(module: nn.Module) -> None:

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from deltalens.sites.anatomy import Anatomy, Family, Part, Site
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
-from deltalens.sites.swap import original_class, original_method, swap
+from deltalens.sites.swap import Swapped, original_class, original_method, swap
 
 
 class WeightSlots(Slots):
     """The slots of one layer, whose output has `channels` on the axis `axis` (1 or -1).
 
-    rows: part -> its output rows, None for all. placed: (adapter, part, key) of every module, in attach order.
+    rows: part -> its output rows, None for all. placed: (adapter, part, key) of every module, in attach order. A first
+    convolution may hold modules of other slots (`stem.parallel`) beside them.
     """
 
     def __init__(self, layout, channels: int, axis: int):
@@ -52,12 +53,18 @@ class WeightSlots(Slots):
         super().remove(adapter)
         self.placed = [place for place in self.placed if place[0] != adapter]
 
+    def forget_parts(self) -> None:
+        """Drop the modules of all parts, and keep those of other slots."""
+        for part in self.rows:
+            self._modules.pop(part, None)
+        self.placed = [place for place in self.placed if place[1] not in self.rows]
+
     def changes(self) -> list[tuple[int, int, nn.Module]]:
         """(first row, last row + 1, module) of the active modules, in the order in which they act."""
         found = []
         for name in self.active:
             for adapter, part, key in self.placed:
-                if adapter == name:
+                if adapter == name and part in self.rows:
                     start, stop = self.rows[part] or (0, self.channels)
                     found.append((start, stop, self._modules[part][ADAPTER_PREFIX + name][key]))
         return found
@@ -115,8 +122,11 @@ def output_channels(layer: nn.Module) -> tuple[int, int] | None:
 
 
 # ------------------------------------------------------------------ how a layer with weight modules reads
-def _forward(self: nn.Module, x: Tensor) -> Tensor:
-    y, slots = original_method(self, "forward")(x), self.delta
+def layer_output(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+    """A layer's own forward, then the weight modules in it."""
+    y, slots = original_method(self, "forward")(x, *args, **kwargs), self._modules.get("delta")
+    if not isinstance(slots, WeightSlots):
+        return y
     if slots.axis == -1:
         return _changed(slots, x, y, 0, slots.channels)
     return _changed(slots, x, y.movedim(1, -1), 0, slots.channels).movedim(-1, 1)
@@ -140,7 +150,7 @@ def _changed(slots: WeightSlots, x: Tensor, y: Tensor, low: int, high: int) -> T
     return y
 
 
-LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forward})
+LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": layer_output})
 
 
 def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int, spliced: Tensor | None = None) -> Tensor:
@@ -205,11 +215,15 @@ def check_fit(block: nn.Module, part: Part, module: nn.Module) -> None:
 def equip(block: nn.Module, part: Part, layout) -> nn.Module:
     """Make the layer of a part ready to hold weight modules; returns the layer."""
     layer = layer_of(block, part)
-    if not hasattr(layer, "delta"):
+    present = layer._modules.get("delta")
+    if not isinstance(present, WeightSlots):
         shape = (layer.out_features, -1) if isinstance(layer, nn.Linear) else output_channels(layer)
         layer.delta = WeightSlots(layout, *shape)
-        if not is_fused(layer):
-            swap(layer, LAYER)
+        if present is not None:  # the slots of a first convolution
+            layer.delta.active = present.active
+            layer.delta._modules.update(present._modules)
+    if not is_fused(layer) and not isinstance(layer, Swapped):  # all readings of a leaf include its weight modules
+        swap(layer, LAYER)
     return layer
 
 
@@ -277,7 +291,7 @@ def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module) -> None:
             "the layer would train nothing; leave it out of the targets"
         )
     if not isinstance(layer, nn.Linear):
-        rows = "; name its rows with parts=, such as ('q', 'v')" if is_fused(layer) else ""
+        rows = "; LoRAConfig(parts=...) and FacTConfig change its q, k and v" if is_fused(layer) else ""
         raise ValueError(f"{path} is a {type(layer).__name__}; LoRA changes nn.Linear layers only{rows}")
 
 

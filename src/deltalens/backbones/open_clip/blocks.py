@@ -161,15 +161,20 @@ CUSTOM_ATTENTION = Family(
 # ------------------------------------------------------------------ adding them to a tower
 def add_block(tower: Tower, path: str, block: nn.Module, text: bool = False, grid: tuple[int, int] | None = None):
     """Add a block of either kind, and its attention as a caller. Blocks with a forward of their own are unknown."""
-    forward, attn = original_class(block).forward, block.attn
-    family, caller = UNKNOWN_BLOCK, None
-    if forward is ResidualAttentionBlock.forward and is_known(attn) and not hasattr(block, "ln_1_kv"):
-        if original_class(block).attention is ResidualAttentionBlock.attention:
-            family, caller = (TEXT_BLOCK if text else BLOCK), MULTIHEAD
-    elif forward is CustomResidualAttentionBlock.forward and not attn.scaled_cosine:
-        if original_class(attn).forward is Attention.forward:
-            family, caller = (CUSTOM_TEXT_BLOCK if text else CUSTOM_BLOCK), CUSTOM_ATTENTION
+    family, caller = _reading(block, text)
     width = block.attn.out_proj.out_features
     tower.add(path, block, family, width, grid)
     if caller is not None:
-        tower.callers.append(Site(f"{path}.attn", attn, caller, width, tower=tower))
+        tower.callers.append(Site(f"{path}.attn", block.attn, caller, width, tower=tower))
+
+
+def _reading(block: nn.Module, text: bool) -> tuple[Family, Family | None]:
+    """How a block is read, and its attention where a weight in it changes."""
+    cls, attn = original_class(block), block.attn
+    plain = (ResidualAttentionBlock.forward, ResidualAttentionBlock.attention)
+    if (cls.forward, getattr(cls, "attention", None)) == plain and is_known(attn) and not hasattr(block, "ln_1_kv"):
+        return (TEXT_BLOCK if text else BLOCK), MULTIHEAD
+    custom = cls.forward is CustomResidualAttentionBlock.forward and original_class(attn).forward is Attention.forward
+    if custom and not attn.scaled_cosine:
+        return (CUSTOM_TEXT_BLOCK if text else CUSTOM_BLOCK), CUSTOM_ATTENTION
+    return UNKNOWN_BLOCK, None

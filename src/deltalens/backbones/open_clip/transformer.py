@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from open_clip.transformer import Transformer, VisionTransformer
+from open_clip.transformer import CustomTransformer, Transformer, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +146,6 @@ def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
             of_images.add(id(owner.transformer))
             yield path, _image_tower(owner)
     for path, stack in model.named_modules():
-        if isinstance(stack, Transformer) and id(stack) not in of_images and len(stack.resblocks):
+        if isinstance(stack, (Transformer, CustomTransformer)) and id(stack) not in of_images and len(stack.resblocks):
             yield path, _text_tower(stack, texts)
             texts += 1

@@ -1,0 +1,470 @@
+"""torchvision's ViT, Swin 1 and 2, ConvNeXt and ResNet: every method, prompts, formulas, merging, published sizes."""
+
+import copy
+import functools
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.models as tv
+from library_models import (
+    tiny_tv_convnext,
+    tiny_tv_resnet,
+    tiny_tv_swin,
+    tiny_tv_swin_v2,
+    tiny_tv_vit,
+)
+from matrix import LABELS, ROWS, export, refusal, walk
+from models import assert_same, backward, images, randomize_adapter
+from torch import nn
+
+import deltalens as dl
+from deltalens.sites.swap import Swapped
+
+MODELS = {
+    "vit": tiny_tv_vit,
+    "swin": tiny_tv_swin,
+    "swin_v2": tiny_tv_swin_v2,
+    "convnext": tiny_tv_convnext,
+    "resnet": tiny_tv_resnet,
+}
+VPT = {row for row in ROWS if row.startswith("VPT")} - {"VPT, image channels", "VPT, frame of pixels"}
+WITH_PREFIX_OR_MAP = {"Adapter, parallel", "AdaptFormer", "LoRA on q, v", "FacT", "Convpass", "SCT"}
+PEFT = {"DoRA of peft", "LoHa of peft"}
+REFUSED = {
+    "vit": {"VPT, frame of pixels"} | PEFT,
+    "swin": {"VPT, patches of pixels"},
+    "swin_v2": {"VPT, patches of pixels"},
+    "convnext": VPT | WITH_PREFIX_OR_MAP,
+    "resnet": VPT | WITH_PREFIX_OR_MAP | PEFT | {"LoRA on fc1, fc2", "RepAdapter"},
+}
+TRANSFORMER_ROWS = ("Mona", "VPT-deep", "VPT-shallow", "LoRA on q, v", "Adapter, Houlsby", "SSF")
+BY_DEFAULT = {
+    "vit": TRANSFORMER_ROWS,
+    "swin": ("Mona", "VPT-shallow", "LoRA on q, v"),
+    "swin_v2": ("VPT-deep", "VPT-shallow", "SSF"),
+    "convnext": ("Mona", "LoRA on fc1, fc2"),
+    "resnet": ("Mona", "SSF"),
+}
+
+
+def double_images(height=32, width=32):
+    return images("vit", size=(height, width)).double()
+
+
+# ------------------------------------------------------------------ every method
+@pytest.mark.parametrize(("family", "row"), [(family, row) for family, rows in BY_DEFAULT.items() for row in rows])
+def test_walk(family, row, tmp_path):
+    walk(MODELS[family], images("vit", batch=len(LABELS)), row, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "row"), [(family, row) for family in MODELS for row in ROWS])
+def test_every_row(family, row, tmp_path):
+    message = refusal(MODELS[family], row)
+    assert (message is not None) == (row in REFUSED[family]), message
+    if message is None:
+        walk(MODELS[family], images("vit", batch=len(LABELS)), row, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MODELS)
+def test_export(family):
+    export(adapted(family), images("vit"))
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "swin_v2", pytest.param("convnext", marks=pytest.mark.slow)])
+def test_refusals(family):
+    for row in REFUSED[family] - PEFT:
+        message = refusal(MODELS[family], row)
+        assert message is not None, row
+        assert re.search(r"slot|patch embedding|takes 32x32 only", message), message
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_zero_adapters_leave_every_bit(family):
+    """Modules in the block's slots that add zero; the whole stream is compared, not the class row only."""
+    model, x = MODELS[family](), images("vit")
+    with torch.no_grad():
+        expected = model(x)
+        dl.attach(model, dl.AdapterConfig.houlsby(bottleneck=3))
+        if family == "vit":
+            model.encoder.register_forward_hook(lambda *_: None)  # hooks see all tokens: no class row only
+        assert torch.equal(model.eval()(x), expected)
+        dl.detach(model)
+        assert torch.equal(model(x), expected)
+
+
+def adapted(family):
+    methods = [dl.MonaConfig(bottleneck=3), dl.SSFConfig()]
+    methods += [dl.LoRAConfig(r=2)] * (family in ("vit", "swin", "swin_v2"))
+    return randomize_adapter(dl.attach(MODELS[family](), methods)).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MODELS)
+def test_compile(family):
+    model, x = adapted(family), images("vit")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin_v2", "resnet"])
+def test_autocast_copies_pickle(family):
+    model, x = adapted(family), images("vit")
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (model(x).float() - expected).abs().max() < 0.15 * expected.abs().max()
+
+
+# ------------------------------------------------------------------ formulas
+def vit_block(adapters, block, x):
+    n = block.ln_1(x)
+    x = x + adapters[0](block.dropout(block.self_attention(n, n, n, need_weights=False)[0]))
+    return x + adapters[1](block.mlp(block.ln_2(x)))
+
+
+def swin_block(adapters, block, x):
+    x = x + adapters[0](block.attn(block.norm1(x)))
+    return x + adapters[1](block.mlp(block.norm2(x)))
+
+
+def swin_v2_block(adapters, block, x):
+    x = x + adapters[0](block.norm1(block.attn(x)))
+    return x + adapters[1](block.norm2(block.mlp(x)))
+
+
+def convnext_block(adapters, block, x):
+    u = block.layer_scale * block.block(x)
+    return x + adapters[0](u.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def bottleneck_block(adapters, block, x):
+    u = block.bn3(block.conv3(F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))))
+    shortcut = x if block.downsample is None else block.downsample(x)
+    return F.relu(shortcut + adapters[0](u.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def basic_block(adapters, block, x):
+    u = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+    shortcut = x if block.downsample is None else block.downsample(x)
+    return F.relu(shortcut + adapters[0](u.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+FORMULAS = {
+    "vit": (tiny_tv_vit, vit_block),
+    "swin": (tiny_tv_swin, swin_block),
+    "swin_v2": (tiny_tv_swin_v2, swin_v2_block),
+    "convnext": (tiny_tv_convnext, convnext_block),
+    "bottleneck": (tiny_tv_resnet, bottleneck_block),
+    "basic": (functools.partial(tiny_tv_resnet, tv.resnet.BasicBlock), basic_block),
+}
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_adapters_on_branches(kind):
+    """Against the block written by hand with the modules inserted."""
+    make, formula = FORMULAS[kind]
+    plain, model, x = make().double(), make().double(), double_images()
+    randomize_adapter(dl.attach(model, dl.AdapterConfig.houlsby(bottleneck=3)))
+    for site in dl.describe(plain).blocks():
+        slots = model.get_submodule(site.path).delta
+        branches = ("attention.inner", "mlp.inner") if hasattr(slots, "attention_inner") else ("mlp.inner",)
+        adapters = [slots.live(slot)[0] for slot in branches]
+        site.module.forward = functools.partial(formula, adapters, site.module)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".delta." not in k})
+    torch.testing.assert_close(model(x), plain(x), atol=1e-10, rtol=1e-10)
+
+
+# ------------------------------------------------------------------ prompts in the ViT
+def vit_beside_prompts(model, prompts, x):
+    """VPT-deep as published: prompts are tokens of the library's own blocks, thrown away behind each of them."""
+    tokens = torch.cat([model.class_token.expand(len(x), -1, -1), model._process_input(x)], 1)
+    tokens = tokens + model.encoder.pos_embedding
+    for block, prompt in zip(model.encoder.layers, prompts, strict=True):
+        count = prompt.shape[1]
+        tokens = block(torch.cat([tokens[:, :1], prompt.expand(len(x), -1, -1), tokens[:, 1:]], 1))
+        tokens = torch.cat([tokens[:, :1], tokens[:, 1 + count :]], 1)
+    return model.heads(model.encoder.ln(tokens)[:, 0])
+
+
+def prompts_of(model):
+    return [name for name, parameter in model.named_parameters() if name.endswith(".embedding")]
+
+
+def test_vit_prompts_are_the_published_tokens():
+    model, plain, x = tiny_tv_vit().double(), tiny_tv_vit().double(), double_images()
+    randomize_adapter(dl.attach(model, dl.VPTConfig(num_tokens=3)))
+    plain.heads.load_state_dict(model.heads.state_dict())
+    found, grads = backward(model, x)
+    names = prompts_of(model)
+    prompts = [model.get_parameter(name)[None].detach().requires_grad_() for name in names]
+    expected = vit_beside_prompts(plain, prompts, x)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=1e-10)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).double()
+    (expected * weights).sum().backward()
+    assert len(prompts) == 3
+    assert_same(
+        {name: grads[name] for name in names},
+        {name: prompt.grad[0] for name, prompt in zip(names, prompts, strict=True)},
+        atol=1e-10,
+        rtol=1e-10,
+    )
+    merged = dl.merge_and_unload(model)
+    torch.testing.assert_close(merged(x), expected.detach(), atol=1e-10, rtol=1e-10)
+
+
+def test_vit_shallow_prompts_leave_before_the_norm():
+    model, plain, x = tiny_tv_vit().double(), tiny_tv_vit().double(), double_images()
+    randomize_adapter(dl.attach(model, dl.VPTConfig(num_tokens=3, deep=False)))
+    plain.heads.load_state_dict(model.heads.state_dict())
+    prompt = model.get_parameter(prompts_of(model)[0]).detach()
+    tokens = torch.cat([plain.class_token.expand(2, -1, -1), plain._process_input(x)], 1) + plain.encoder.pos_embedding
+    tokens = torch.cat([tokens[:, :1], prompt.expand(2, -1, -1), tokens[:, 1:]], 1)
+    for block in plain.encoder.layers:
+        tokens = block(tokens)
+    expected = plain.encoder.ln(torch.cat([tokens[:, :1], tokens[:, 4:]], 1))
+    seen = []
+    model.encoder.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(model(x), plain.heads(expected[:, 0]), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(seen[0], expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"representation_size": 7}], ids=["plain", "pre_logits"])
+def test_vit_class_row_only(kwargs):
+    """The short last block is taken, and gives what the whole one gives."""
+    model, x = tiny_tv_vit(**kwargs).double(), double_images()
+    randomize_adapter(dl.attach(model, [dl.LoRAConfig(r=2, parts=("q", "k", "v", "proj")), dl.VPTConfig(num_tokens=2)]))
+    rows = []
+    last = model.encoder.layers[-1]
+    last.mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    short, grads = backward(model, x)
+    handle = model.encoder.register_forward_hook(lambda *_: None)
+    long, all_grads = backward(model, x)
+    handle.remove()
+    assert rows == [1, 17]
+    torch.testing.assert_close(short, long, atol=1e-10, rtol=1e-10)
+    assert_same(grads, all_grads, atol=1e-10, rtol=1e-10)
+
+
+def test_vit_with_a_convolutional_stem():
+    stem = [tv.vision_transformer.ConvStemConfig(8, 3, 2), tv.vision_transformer.ConvStemConfig(8, 3, 4)]
+    model, x = tiny_tv_vit(conv_stem_configs=stem), images("vit")
+    dl.attach(model, dl.MonaConfig(bottleneck=3))
+    model(x).sum().backward()
+    assert dl.describe(model).towers[0].layout.prefix == 1
+    assert model.encoder.layers[0].delta.layout.grid == (4, 4)
+
+
+def test_vit_pooling_of_prompts():
+    model, x = tiny_tv_vit().double(), double_images()
+    randomize_adapter(dl.attach(model, dl.VPTConfig(num_tokens=3, deep=False, pool="prompts")))
+    seen = []
+    model.encoder.register_forward_hook(lambda module, args, output: seen.append(output))
+    logits = model(x)
+    assert seen[0].shape[1] == 17 + 3
+    torch.testing.assert_close(logits, model.heads(seen[0][:, 1:4].mean(1)), atol=1e-12, rtol=1e-12)
+
+
+# ------------------------------------------------------------------ prompts in Swin
+def window_attention(attn, x, prompts):
+    """Window by window, with loops: x (B, H, W, C), prompts (B, p, C), both as the attention reads them."""
+    (_, height, width, channels), (rows, columns), heads = x.shape, attn.window_size, attn.num_heads
+    x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
+    size, p = x.shape[1:3], prompts.shape[1]
+    shift = [s if w < side else 0 for s, w, side in zip(attn.shift_size, attn.window_size, size, strict=True)]
+    bias, cosine = attn.get_relative_position_bias()[0], hasattr(attn, "logit_scale")
+    in_bias = attn.qkv.bias.clone()
+    if cosine:
+        in_bias[channels : 2 * channels] = 0
+    out, from_prompts = torch.zeros_like(x), []
+    for top in range(0, size[0], rows):
+        for left in range(0, size[1], columns):
+            ys = [(top + i + shift[0]) for i in range(rows) for _ in range(columns)]
+            xs = [(left + j + shift[1]) for _ in range(rows) for j in range(columns)]
+            wrapped = torch.tensor([(y >= size[0]) * 2 + (z >= size[1]) for y, z in zip(ys, xs, strict=True)])
+            ys, xs = [y % size[0] for y in ys], [z % size[1] for z in xs]
+            tokens = torch.cat([prompts, x[:, ys, xs]], 1)
+            q, k, v = F.linear(tokens, attn.qkv.weight, in_bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            if cosine:
+                scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+                scores = scores * attn.logit_scale.clamp(max=torch.log(torch.tensor(100.0)).item()).exp()
+            else:
+                scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+            far = (wrapped[:, None] != wrapped).double() * -100
+            scores[:, :, p:, p:] += bias + far
+            y = attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            out[:, ys, xs] = y[:, p:]
+            from_prompts.append(y[:, :p])
+    return out[:, :height, :width], torch.stack(from_prompts).mean(0)
+
+
+def swin_with_tokens(block, feature_map, prompts):
+    """A block on map and prompts."""
+    second = isinstance(block, tv.swin_transformer.SwinTransformerBlockV2)
+    before = nn.Identity() if second else block.norm1
+    update, from_prompts = window_attention(block.attn, before(feature_map), before(prompts))
+    tokens = torch.cat([prompts, feature_map.flatten(1, 2)], 1)
+    updates = torch.cat([from_prompts, update.flatten(1, 2)], 1)
+    tokens = tokens + (block.norm1(updates) if second else updates)
+    tokens = tokens + (block.norm2(block.mlp(tokens)) if second else block.mlp(block.norm2(tokens)))
+    return tokens[:, prompts.shape[1] :].unflatten(1, feature_map.shape[1:3]), tokens[:, : prompts.shape[1]]
+
+
+def swin_beside_prompts(model, prompts, x, deep):
+    feature_map, carried, left = model.features[0](x), None, list(prompts)
+    for stage in model.features[1:]:
+        if isinstance(stage, nn.Sequential):
+            for block in stage:
+                carried = left.pop(0).expand(len(x), -1, -1) if deep or carried is None else carried
+                feature_map, carried = swin_with_tokens(block, feature_map, carried)
+        else:
+            first = isinstance(stage, tv.swin_transformer.PatchMerging)
+            tiled = carried.repeat(1, 1, 4)
+            carried = stage.reduction(stage.norm(tiled)) if first else stage.norm(stage.reduction(tiled))
+            feature_map = stage(feature_map)
+    return model.head(model.norm(torch.cat([carried, feature_map.flatten(1, 2)], 1)).mean(1))
+
+
+@pytest.mark.parametrize("deep", [True, False], ids=["deep", "shallow"])
+@pytest.mark.parametrize("make", [tiny_tv_swin, tiny_tv_swin_v2])
+def test_swin_prompts_are_the_published_tokens(make, deep):
+    """On a map that windows do not divide, shifted and not."""
+    model, plain, x = make().double(), make().double(), double_images(28, 20)
+    randomize_adapter(dl.attach(model, dl.VPTConfig(num_tokens=2, deep=deep)))
+    plain.head.load_state_dict(model.head.state_dict())
+    found, grads = backward(model, x)
+    names = prompts_of(model)
+    assert len(names) == (4 if deep else 1)
+    prompts = [model.get_parameter(name)[None].detach().requires_grad_() for name in names]
+    expected = swin_beside_prompts(plain, prompts, x, deep)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=1e-10)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).double()
+    (expected * weights).sum().backward()
+    assert_same(
+        {name: grads[name] for name in names},
+        {name: prompt.grad[0] for name, prompt in zip(names, prompts, strict=True)},
+        atol=1e-10,
+        rtol=1e-10,
+    )
+
+
+@pytest.mark.parametrize("size", [(32, 32), (28, 20), (12, 48)])
+@pytest.mark.parametrize("make", [tiny_tv_swin, tiny_tv_swin_v2])
+def test_swin_attention_as_read_is_the_library_s(make, size):
+    """LoRA of zero on qkv sends the forward through our reading of the window attention."""
+    model, x = make().double(), double_images(*size)
+    expected = model(x)
+    dl.attach(model, dl.LoRAConfig(r=2, parts=("q", "v")))
+    torch.testing.assert_close(model(x), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_swin_without_its_head_takes_no_tokens_into_the_stream():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = tiny_tv_swin().features, nn.Linear(24, 5)
+
+        def forward(self, x):
+            return self.head(self.body(x).mean((1, 2)))
+
+    with pytest.raises(TypeError, match=r"VPT-shallow needs the slot 'tokens\.in'"):
+        dl.attach(Detector(), dl.VPTConfig(num_tokens=2, deep=False))
+    model = dl.attach(Detector(), dl.VPTConfig(num_tokens=2), backbone="body")
+    assert model(images("vit")).shape == (2, 5)
+
+
+# ------------------------------------------------------------------ merging
+MERGED = {
+    "LoRA": dl.LoRAConfig(r=2, parts=("q", "k", "v", "proj", "fc1", "fc2")),
+    "LoRA by name": dl.LoRAConfig(r=2, target_modules=("out_proj", "proj", "qkv", "fc")),
+    "SSF": dl.SSFConfig(),
+    "FacT": dl.FacTConfig(r=2, dropout=0.0),
+    "RepAdapter": dl.RepAdapterConfig(bottleneck=4, dropout=0.0),
+}
+MERGES = [(family, method) for family in ("vit", "swin", "swin_v2") for method in MERGED if method != "LoRA by name"]
+MERGES += [("convnext", "SSF"), ("convnext", "RepAdapter"), ("resnet", "SSF"), ("vit", "LoRA by name")]
+MERGES += [("swin", "LoRA by name"), ("swin_v2", "LoRA by name")]
+
+
+@pytest.mark.parametrize(("family", "method"), MERGES)
+def test_merging(family, method):
+    model, x = MODELS[family]().double(), double_images()
+    plain = model(x)
+    randomize_adapter(dl.attach(model, MERGED[method])).eval()
+    expected = model(x)
+    assert (expected - plain).abs().max() > 1e-3
+    merged = dl.merge_and_unload(model)
+    torch.testing.assert_close(merged(x), expected, atol=1e-9, rtol=1e-9)
+    stays = method == "RepAdapter" and family.startswith("swin")  # windows are padded behind `attention.pre`
+    assert stays or not any(isinstance(module, Swapped) for module in merged.modules())
+
+
+# ------------------------------------------------------------------ published networks and what is built of them
+@pytest.mark.parametrize(
+    ("name", "blocks", "widths", "offered"),
+    [
+        ("vit_b_16", 12, {768}, {"weights:q", "weights:proj", "attention.prompts", "attention.mask"}),
+        ("swin_t", 12, {96, 192, 384, 768}, {"weights:q", "weights:proj", "attention.prompts"}),
+        ("swin_v2_t", 12, {96, 192, 384, 768}, {"weights:q", "weights:proj", "attention.prompts"}),
+        ("convnext_tiny", 18, {96, 192, 384, 768}, {"weights:fc1", "mlp.pre"}),
+        ("resnext50_32x4d", 16, {256, 512, 1024, 2048}, {"mlp.inner"}),
+        ("resnet18", 8, {64, 128, 256, 512}, {"mlp.inner"}),
+    ],
+)
+def test_published_networks(name, blocks, widths, offered):
+    with torch.device("meta"):
+        model = getattr(tv, name)()
+    anatomy = dl.describe(model)
+    (tower,) = anatomy.towers
+    assert len(tower.blocks) == blocks
+    assert {block.width for block in tower.blocks} == widths
+    assert all(offered <= block.slots for block in tower.blocks)
+    assert tower.classifier.width == model.get_submodule(anatomy.head).in_features
+    assert tower.image_size == (224, 224)
+    if name.startswith("swin"):
+        assert [tower.blocks[i].grid for i in (0, 2, 4, 11)] == [(56, 56), (28, 28), (14, 14), (7, 7)]
+
+
+def test_subclasses_with_a_forward_of_their_own_are_unknown():
+    class MyBlock(tv.vision_transformer.EncoderBlock):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    model = tiny_tv_vit()
+    model.encoder.layers[1].__class__ = MyBlock
+    slots = [block.slots for block in dl.describe(model).blocks()]
+    assert slots[1] == {"block.stream"}
+    assert slots[0] == slots[2] != slots[1]
+    message = "self_attention.out_proj is never called: its parent MultiheadAttention"
+    with pytest.raises(ValueError, match=message):
+        dl.attach(model, dl.LoRAConfig(r=2, target_modules=(r"encoder_layer_1.self_attention.out_proj",)))
+
+
+def test_a_detector_s_backbone():
+    """backbone="backbone.body": pyramid and detection heads are trained; the adapter sits in the ResNet."""
+    with torch.device("meta"):
+        model = tv.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
+    anatomy = dl.describe(model, backbone="backbone")
+    assert len(anatomy.blocks()) == 16
+    assert anatomy.blocks()[0].path == "backbone.body.layer1.0"
+    assert anatomy.towers[0].stem.path == "backbone.body.conv1"
+    assert {"backbone.fpn", "rpn", "roi_heads"} <= set(dl.describe(model, backbone="backbone.body").outside)
+
+
+def test_a_segmenter_s_backbone():
+    body = tv._utils.IntermediateLayerGetter(tiny_tv_resnet(), {"layer4": "out"})
+    model = tv.segmentation.FCN(body, tv.segmentation.fcn.FCNHead(40, 3)).train()
+    dl.attach(model, dl.MonaConfig(bottleneck=3), backbone="backbone")
+    output = model(images("vit"))["out"]
+    output.sum().backward()
+    assert output.shape == (2, 3, 32, 32)
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any(".mona." in name for name in trained)
+    assert all(".mona." in name or name.startswith("classifier.") for name in trained)
