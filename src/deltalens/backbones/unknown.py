@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from deltalens.backbones.pixels import IMAGE, STEM, read_pixels
+from deltalens.backbones.preprocessing import PREPROCESSING_KEY
 from deltalens.sites.anatomy import Family, Site, Tower
 from deltalens.sites.layout import ChannelsFirst, ChannelsLast, Layout, Sequence, Tokens
 from deltalens.sites.swap import original_class, original_method
@@ -89,6 +90,8 @@ class _Trace:
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) the model says it wants, 3x224x224 where it says nothing."""
+    if PREPROCESSING_KEY in model.__dict__:  # what create_backbone knows from the model's library
+        return tuple(model.__dict__[PREPROCESSING_KEY]["input_size"])
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, tuple) and len(size) == 2:
         return (getattr(model, "in_chans", 3), *size)
