@@ -58,14 +58,12 @@ def embedding_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+@torch.no_grad()
 def feature_width(backbone: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """d of the embedding, from one forward of fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    training = backbone.training
+    """d of the embedding, from one forward. Not of fake tensors: transformers keeps some of what a forward computes."""
+    training, like = backbone.training, next(backbone.parameters())
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            features = embedding_of(backbone.eval()(torch.empty(2, *input_size)))
+        features = embedding_of(backbone.eval()(torch.zeros(1, *input_size, device=like.device, dtype=like.dtype)))
     finally:
         backbone.train(training)
     if features.dim() != 2:

@@ -1,8 +1,8 @@
 """Image transforms that follow a model's preprocessing, with torchvision's transforms v2.
 
 `preprocessing` is the dictionary of `deltalens.preprocessing(model)`: input_size (C, H, W), mean, std, interpolation,
-crop_pct, crop_mode. Transforms take a PIL image, a uint8 array (H, W, C) or a uint8 tensor (C, H, W) and give a float32 tensor
-(C, H, W).
+crop_pct, crop_mode. Transforms take a PIL image, a uint8 array (H, W, C) or a uint8 tensor (C, H, W) and give a float32
+tensor (C, H, W).
 """
 
 from __future__ import annotations
@@ -130,16 +130,18 @@ class FillTo(torch.nn.Module):
 
 
 class CropFromWholeCorner(torch.nn.Module):
-    """The centre crop whose corner is cut off to whole pixels, where torchvision rounds it."""
+    """The centre crop whose corner is cut off to whole pixels, where torchvision rounds it; zeros around a smaller
+    image."""
 
     def __init__(self, size: tuple[int, int]):
         super().__init__()
         self.size = size
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
+        lacking = [max(self.size[1] - image.shape[-1], 0), max(self.size[0] - image.shape[-2], 0)]
+        if any(lacking):
+            image = v2.functional.pad(image, [*(n // 2 for n in lacking), *(n - n // 2 for n in lacking)])
         down, right = image.shape[-2] - self.size[0], image.shape[-1] - self.size[1]
-        if min(down, right) < 0:
-            return v2.functional.center_crop(image, list(self.size))
         return v2.functional.crop(image, down // 2, right // 2, *self.size)
 
 

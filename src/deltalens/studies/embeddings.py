@@ -56,6 +56,8 @@ def head_inputs(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> tuple[
 
 
 def _classifier(model: nn.Module) -> nn.Module:
+    if hasattr(model, "get_classifier"):
+        return model.get_classifier()
     path = (anatomy_of(model) if KEY in model.__dict__ else describe(model)).head
     if path is None:
         raise ValueError(f"{type(model).__name__} has no classifier layer whose input could be taken")

@@ -32,18 +32,24 @@ def create(
     subfolder, attn_implementation, dtype (float32 where nothing is said)."""
     _require()
     place = name.removeprefix("local-dir:")
+    said = place if place != name else f"hf/{place}"
     hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
     size = options.pop("img_size", None)
     given = {"dtype": "float32", **{key: options.pop(key) for key in MODEL_OPTIONS if key in options}}
-    config = _config(place, options, hub)
+    config = _config(place, said, options, hub)
     if config.model_type == "timm_wrapper":
         from deltalens.backbones.timm import named as timm_names
 
         folder = name.startswith("local-dir:")
         options = {**options, **({} if size is None else {"img_size": size})}
         return timm_names.create(name if folder else f"hf-hub:{place}", num_classes, pretrained, checkpoint, options)
+    if getattr(config, "mask_ratio", 0):
+        raise ValueError(
+            f"{said} is a masked autoencoder, which drops patches at random: take the weights from timm, such as "
+            "timm/vit_base_patch16_224.mae"
+        )
     processor = load_processor(place, config, **hub)
-    build = _Build(place, hub, given, _classes(config, num_classes), pretrained and checkpoint is None)
+    build = _Build(place, said, hub, given, _classes(config, num_classes), pretrained and checkpoint is None)
     model = build.model(config, None if size is None else _pair(size))
     if checkpoint is not None:
         body = model.backbone if isinstance(model, FeatureClassifier) else model
@@ -86,7 +92,7 @@ def _require() -> None:
         raise missing_library("transformers", "hf") from error
 
 
-def _config(place: str, options: dict[str, Any], hub: dict[str, Any]) -> Any:
+def _config(place: str, said: str, options: dict[str, Any], hub: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -96,10 +102,10 @@ def _config(place: str, options: dict[str, Any], hub: dict[str, Any]) -> Any:
     except (ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"hf/{place} has code of its own, which is not run here: build the model with transformers and give "
+                f"{said} has code of its own, which is not run here: build the model with transformers and give "
                 "it to attach"
             ) from error
-        raise ValueError(f"hf/{place} cannot be read by transformers: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"{said} cannot be read by transformers: {str(error).partition(chr(10))[0]}") from error
     unknown = [key for key in options if key in unknown]
     if unknown:
         raise TypeError(f"{type(config).__name__} has no setting {unknown[0]!r}")
@@ -133,8 +139,8 @@ def _pair(size: Any) -> tuple[int, int]:
 class _Build:
     """One way of building a model: with weights or without, for so many classes."""
 
-    def __init__(self, place: str, hub: dict, given: dict, num_classes: int, pretrained: bool):
-        self.place, self.hub, self.given = place, hub, given
+    def __init__(self, place: str, said: str, hub: dict, given: dict, num_classes: int, pretrained: bool):
+        self.place, self.said, self.hub, self.given = place, said, hub, given
         self.num_classes, self.pretrained = num_classes, pretrained
 
     def model(self, config: Any, size: tuple[int, int] | None) -> nn.Module:
@@ -158,14 +164,14 @@ class _Build:
         inner.image_size = size[0] if isinstance(inner.image_size, int) and size[0] == size[1] else list(size)
         before, after = (_shapes(self._empty(cls, each)) for each in (config, changed))
         differing = [name for name in after if before.get(name) != after[name]]
-        _check_positions(self.place, differing, size)
+        _check_positions(self.said, differing, size)
         if not self.pretrained or not differing:
             return self._load(cls, changed)
         original = self._load(cls, config)
         tensors = original.state_dict()
         patch = inner.patch_size if isinstance(inner.patch_size, int) else inner.patch_size[0]
         for name in differing:
-            tensors[name] = _resample(tensors[name], after[name], present, size, patch, self.place)
+            tensors[name] = _resample(tensors[name], after[name], present, size, patch, self.said)
         model = self._random(cls, changed)
         model.load_state_dict(tensors)
         return model.eval()
@@ -189,7 +195,7 @@ class _Build:
         absent = sorted(key for key in absent if cls is None or not _HEAD.search(key))
         if absent:
             raise ValueError(
-                f"the weights of hf/{self.place} lack {len(absent)} tensors of {type(model).__name__}, such as "
+                f"the weights of {self.said} lack {len(absent)} tensors of {type(model).__name__}, such as "
                 f"{absent[0]}, which would be left random: they were made for another class"
             )
         return model
@@ -237,17 +243,17 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _check_positions(place: str, differing: list[str], size: tuple[int, int]) -> None:
+def _check_positions(said: str, differing: list[str], size: tuple[int, int]) -> None:
     other = [name for name in differing if not _POSITIONS.search(name)]
     if other:
         raise ValueError(
-            f"hf/{place} cannot be built for images of {size[0]}x{size[1]} pixels: {other[0]} depends on the size, and "
+            f"{said} cannot be built for images of {size[0]}x{size[1]} pixels: {other[0]} depends on the size, and "
             "only position embeddings are resampled"
         )
 
 
 def _resample(
-    table: torch.Tensor, shape: tuple[int, ...], old: tuple[int, int], new: tuple[int, int], patch: int, place: str
+    table: torch.Tensor, shape: tuple[int, ...], old: tuple[int, int], new: tuple[int, int], patch: int, said: str
 ) -> torch.Tensor:
     """Position embeddings (N, C) or (1, N, C) for another grid: bicubic with antialiasing, prefix tokens kept."""
     from timm.layers import resample_abs_pos_embed
@@ -256,7 +262,7 @@ def _resample(
     prefix = table.shape[-2] - math.prod(grids[0])
     if prefix < 0 or prefix != shape[-2] - math.prod(grids[1]):
         raise ValueError(
-            f"hf/{place} cannot be built for images of {new[0]}x{new[1]} pixels: its position embeddings are no grid"
+            f"{said} cannot be built for images of {new[0]}x{new[1]} pixels: its position embeddings are no grid"
         )
     given = table if table.dim() == 3 else table[None]
     return resample_abs_pos_embed(given, grids[1], grids[0], num_prefix_tokens=prefix).reshape(shape)

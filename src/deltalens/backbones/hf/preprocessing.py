@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -12,17 +13,20 @@ WARPED_FROM = 384  # ConvNeXt's processor resizes to squares from this size on
 
 
 def load_processor(place: str, config: Any, **hub: Any) -> Any | None:
-    """The image processor of a repository or folder; where it has none, the one that the model type has by default;
-    None where there is no such."""
+    """The image processor of a repository or folder; where it has none, or it is not in the cache and cannot be
+    fetched, the one that the model type has by default; None where there is no such."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from transformers import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(place, trust_remote_code=False, **hub)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
         if isinstance(error.__cause__, (HfHubHTTPError, LocalEntryNotFoundError)) and not hub.get("local_files_only"):
-            raise
+            warnings.warn(
+                f"the image processor of {place} is not in the local cache and could not be fetched: mean, std and "
+                f"sizes are the usual ones of its model type ({config.model_type})",
+                stacklevel=2,
+            )
     return default_processor(config)
 
 
@@ -40,9 +44,24 @@ def default_processor(config: Any) -> Any | None:
     except (ImportError, ValueError, TypeError):
         return None
     size = image_size(config)
-    if size is not None and _side(processor.size, "height"):
-        processor.size = type(processor.size)(height=size[0], width=size[1])
+    if size is not None:
+        _set_size(processor, size)
     return processor
+
+
+def _set_size(processor: Any, size: tuple[int, int]) -> None:
+    """Another input size, with the processor's own share between crop and resized image."""
+    height, width = size
+    if getattr(processor, "do_center_crop", False) and _side(processor.crop_size, "height"):
+        share = _side(processor.crop_size, "height") / (
+            _side(processor.size, "height") or _side(processor.size, "shortest_edge")
+        )
+        processor.crop_size = type(processor.crop_size)(height=height, width=width)
+        height, width = round(height / share), round(width / share)
+    if _side(processor.size, "height"):
+        processor.size = type(processor.size)(height=height, width=width)
+    else:
+        processor.size = type(processor.size)(shortest_edge=min(height, width))
 
 
 def image_size(config: Any) -> tuple[int, int] | None:
