@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
+from typing import Optional
 
 import torch
 from models import randomize
@@ -110,3 +112,27 @@ def write_torchvision(home: Path, name: str) -> nn.Module:
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file)
     return model
+
+
+def register_tiny_torchvision() -> None:
+    """`vit_tiny`: a vision transformer of torchvision for 32 px, with an entry for weights as its own have."""
+    from torchvision.models import _api, vision_transformer
+    from torchvision.transforms._presets import ImageClassification
+
+    class Vit_Tiny_Weights(_api.WeightsEnum):
+        IMAGENET1K_V1 = _api.Weights(
+            url="https://download.invalid/models/vit_tiny-01234567.pth",
+            transforms=partial(ImageClassification, crop_size=32, resize_size=36),
+            meta={"min_size": (32, 32)},
+        )
+        DEFAULT = IMAGENET1K_V1
+
+    def vit_tiny(*, weights: Vit_Tiny_Weights | None = None, progress: bool = True, image_size: int = 32, **options):
+        model = vision_transformer.VisionTransformer(image_size, 8, 3, 2, 24, 48, num_classes=7, **options)
+        if weights:
+            model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+        return model
+
+    vit_tiny.__annotations__["weights"] = Optional[Vit_Tiny_Weights]  # noqa: UP045  (as torchvision writes it)
+    vit_tiny.__module__ = "torchvision.models.vision_transformer"
+    _api.BUILTIN_MODELS["vit_tiny"] = vit_tiny

@@ -79,7 +79,7 @@ def _build(architecture: str, weights: Any, size: int | None, pretrained: bool, 
     if architecture.startswith("vit_"):
         size = size or native
         if not pretrained:
-            return builder(weights=None, image_size=size, **options)
+            return _vit(builder, size, options)
         if size != native:
             return _resized_vit(builder, weights, size, options)
     elif not pretrained:
@@ -97,15 +97,18 @@ def _build(architecture: str, weights: Any, size: int | None, pretrained: bool, 
 def _resized_vit(builder: Any, weights: Any, size: int, options: dict[str, Any]) -> nn.Module:
     from torchvision.models.vision_transformer import interpolate_embeddings
 
-    model = builder(weights=None, image_size=size, **options)
-    if size % model.patch_size:
-        raise ValueError(
-            f"a vision transformer with patches of {model.patch_size} pixels cannot be built for {size} px"
-        )
+    model = _vit(builder, size, options)
     with _tensors_only(weights):
         tensors = weights.get_state_dict(progress=True, check_hash=True)
     model.load_state_dict(interpolate_embeddings(size, model.patch_size, tensors))
     return model
+
+
+def _vit(builder: Any, size: int, options: dict[str, Any]) -> nn.Module:
+    try:
+        return builder(weights=None, image_size=size, **options)
+    except AssertionError as error:
+        raise ValueError(f"torchvision's vision transformer cannot be built for {size} pixels: {error}") from error
 
 
 @contextlib.contextmanager
