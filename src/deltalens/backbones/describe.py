@@ -19,8 +19,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     **open_clip.FAMILIES,
 }
 
-COMMON_HEADS = ("head.fc", "head", "fc", "classifier", "heads.head", "head.head")
-
 
 def describe(model: nn.Module, backbone: str | None = None, blocks: str | None = None) -> Anatomy:
     """Find towers, head and everything outside the backbone.
@@ -42,8 +40,12 @@ def describe(model: nn.Module, backbone: str | None = None, blocks: str | None =
         towers[0].classifier = Site("", model, classifier.CLASSIFIER, width, tower=towers[0])
     if backbone:
         modules, tensors = _outside(model, backbone)
-        return Anatomy(model, prefixed(backbone, towers), None, modules, canonical, tensors)
-    return Anatomy(model, towers, _head(model), [], canonical)
+        return Anatomy(model, prefixed(backbone, towers), [], modules, canonical, tensors)
+    heads = classifier.find_heads(model)
+    if len(heads) > 1:  # one features tensor before one layer: several layers have no such place
+        for tower in towers:
+            tower.classifier = None
+    return Anatomy(model, towers, heads, [], canonical)
 
 
 def _submodule(model: nn.Module, path: str | None) -> nn.Module:
@@ -81,21 +83,6 @@ def _contains(outer: Tower, inner: Tower) -> bool:
     sites = [*outer.blocks, *([outer.embed] if outer.embed else []), *([outer.image] if outer.image else [])]
     around = tuple(f"{site.path}." for site in sites if site.path)
     return outer is not inner and all(block.path.startswith(around) for block in inner.blocks)
-
-
-def _head(model: nn.Module) -> str | None:
-    """Path of the classifier layer: a linear layer, or what an adapter has put in its place."""
-    layer = model.get_classifier() if hasattr(model, "get_classifier") else None
-    if isinstance(layer, nn.Module):
-        for path, module in model.named_modules():
-            if module is layer:
-                return path if _classifies(module) else None
-    modules = dict(model.named_modules())
-    return next((path for path in COMMON_HEADS if _classifies(modules.get(path))), None)
-
-
-def _classifies(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _outside(model: nn.Module, backbone: str) -> tuple[list[str], list[str]]:

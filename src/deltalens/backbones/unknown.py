@@ -95,6 +95,12 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, tuple) and len(size) == 2:
         return (getattr(model, "in_chans", 3), *size)
+    config = getattr(model, "config", None)  # of transformers; CLIP keeps its image tower's apart
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    if isinstance(size, (int, tuple, list)) and size:
+        height, width = (size, size) if isinstance(size, int) else size
+        return (getattr(config, "num_channels", 3), height, width)
     return tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224)))
 
 

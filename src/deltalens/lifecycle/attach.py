@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from deltalens.backbones import describe
+from deltalens.backbones.classifier import classes_of
 from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, state_of
 from deltalens.lifecycle.switch import set_adapter
 from deltalens.lifecycle.wrapped import make_wrappings, on_plain_layers
@@ -32,9 +33,10 @@ def attach(
     """Freeze a model, insert an adapter into it in place, and make that adapter active. Returns the same model.
 
     config: a method's configuration, or several that together make one adapter. name: letters, digits, "-", "_".
-    num_classes: give the adapter a fresh head with this many classes; None copies the model's own head, which is then
-    trained. backbone: path of the submodule to adapt; everything outside it is trained and saved like a head. blocks:
-    regular expression of block paths, for networks whose blocks are not found by themselves.
+    num_classes: give the adapter a fresh head with this many classes, or fresh heads where the model has several
+    (distilled networks); None copies the model's own head, which is then trained. backbone: path of the submodule to
+    adapt; everything outside it is trained and saved like a head. blocks: regular expression of block paths, for
+    networks whose blocks are not found by themselves.
 
     Nothing of the model is replaced: parameters keep their names, modules their classes (`isinstance` holds) and
     attributes. The
@@ -60,6 +62,7 @@ def attach(
             f"num_classes={num_classes} was given, but {type(model).__name__} has no classifier layer to replace; "
             "create the model with a head, or build the head outside and pass backbone="
         )
+    _check_heads(configs, anatomy)
 
     if state is None:
         state = State(
@@ -149,6 +152,18 @@ def _check_matches(configs, placements, wrappings, unfrozen: list[str], anatomy:
         raise ValueError(f"nothing would be trained: {type(anatomy.model).__name__} has no head")
 
 
+def _check_heads(configs: list[Method], anatomy: Anatomy) -> None:
+    """A head of a method's own reads features (..., d), which a convolution as classifier does not get."""
+    for path in anatomy.heads:
+        for method in configs:
+            layer = anatomy.model.get_submodule(path)
+            if type(method).head is not Method.head and isinstance(layer, nn.Conv2d):
+                raise TypeError(
+                    f"{type(method).__name__} replaces a linear classifier layer, and that of "
+                    f"{type(anatomy.model).__name__} ({path}) is a convolution"
+                )
+
+
 # ------------------------------------------------------------------ changes
 def _install(anatomy: Anatomy, site: Site, slot: str, name: str, method: str, module: nn.Module) -> None:
     reference = next(iter(site.module.parameters()), None)
@@ -216,16 +231,25 @@ def _overlay_tensors(model: nn.Module, state: State, adapter: Adapter, unfrozen:
 def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: Anatomy, num_classes: int | None) -> None:
     for path in anatomy.head_paths():
         original = state.heads.setdefault(path, model.get_submodule(path))
-        if path == anatomy.head and num_classes not in (None, original.out_features):
-            like = {"device": original.weight.device, "dtype": original.weight.dtype}
-            head = nn.Linear(original.in_features, num_classes, bias=original.bias is not None, **like)
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            if head.bias is not None:
-                nn.init.zeros_(head.bias)
+        if path in anatomy.heads and num_classes not in (None, classes_of(original)):
+            head = _fresh_head(original, num_classes)
         else:
             head = copy.deepcopy(original)
-        if path == anatomy.head:
-            adapter.num_classes = head.out_features
+        if path in anatomy.heads:
+            adapter.num_classes = classes_of(head)
             for method in adapter.configs:
                 head = method.head(head)
         adapter.heads[path] = head.requires_grad_(True)
+
+
+def _fresh_head(original: nn.Module, num_classes: int) -> nn.Module:
+    """A linear layer like the original, or a 1x1 convolution, with new weights for so many classes."""
+    options = {"bias": original.bias is not None, "device": original.weight.device, "dtype": original.weight.dtype}
+    if isinstance(original, nn.Conv2d):
+        head: nn.Module = nn.Conv2d(original.in_channels, num_classes, 1, **options)
+    else:
+        head = nn.Linear(original.in_features, num_classes, **options)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    return head

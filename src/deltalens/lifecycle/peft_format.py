@@ -108,7 +108,8 @@ def decode(
         for (rank, alpha), paths in groups.items()
     ]
     heads = [key for key in rest if key.endswith(".weight") and rest[key].dim() == 2]
-    num_classes = rest[heads[0]].shape[0] if len(heads) == 1 else None
+    classes = {rest[key].shape[0] for key in heads}
+    num_classes = classes.pop() if len(classes) == 1 else None
     head_paths = [key.removesuffix(".weight") for key in heads]
     return {**config, "methods": methods, "num_classes": num_classes, "heads": head_paths}, {**ours, **rest}
 

@@ -134,16 +134,16 @@ class Tower:
 class Anatomy:
     """What `deltalens.backbones.describe` finds in a model.
 
-    head: path of the classifier layer, None where there is none. outside: paths of the modules outside the backbone,
-        where attach was given a submodule; they are trained and saved like a head. outside_tensors: paths of
-        parameters outside the backbone that belong to a module around it.
+    heads: paths of the classifier layers, more than one in distilled networks, none without a classifier. outside:
+        paths of the modules outside the backbone, where attach was given a submodule; they are trained and saved like
+        a head. outside_tensors: paths of parameters outside the backbone that belong to a module around it.
     canonical: parameter path in this model -> path in the plain classifier of the same architecture, so that
         adapters travel between a classifier and its `features_only` form.
     """
 
     model: nn.Module
     towers: list[Tower]
-    head: str | None = None
+    heads: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     canonical: Callable[[str], str] = str
     outside_tensors: list[str] = field(default_factory=list)
@@ -158,8 +158,13 @@ class Anatomy:
             if "delta" not in path.split(".") and not path.startswith(heads) and path not in self.outside_tensors:
                 yield path, parameter
 
+    @property
+    def head(self) -> str | None:
+        """Path of the first classifier layer, None where there is none."""
+        return self.heads[0] if self.heads else None
+
     def head_paths(self) -> list[str]:
-        return [*self.outside, *([self.head] if self.head else [])]
+        return [*self.outside, *self.heads]
 
 
 def require(site: Site, slot: str, method: str, model: nn.Module) -> None:
