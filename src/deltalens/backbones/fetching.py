@@ -6,7 +6,7 @@ import contextlib
 import pickle
 from collections.abc import Iterator
 
-_NETWORK_PACKAGES = {"httpx", "httpcore", "requests", "urllib", "urllib3"}
+_NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib", "urllib3"}
 
 
 @contextlib.contextmanager
