@@ -28,7 +28,7 @@ TOKENS = {"VPT-shallow", "VPT, 2 of the blocks", "VPT, added", "VPT, added to al
 PROMPTS = {"VPT-deep", "VPT, shared", "VPT, class prototypes", "VPT, prefix", "VPT and BitFit"}
 BESIDE = {"Adapter, parallel", "AdaptFormer", "RepAdapter", "Convpass"}
 LINEAR = {"LoRA on q, v", "LoRA on fc1, fc2", "FacT", "DoRA of peft", "LoHa of peft"}
-# class prototypes need one prompt per class in every block, and the blocks of one tower to be of one width with "shared"
+# class prototypes need one prompt per class in every block; "shared" needs the blocks of a tower to be of one width
 REFUSED = {
     "resnet": TOKENS | PROMPTS | BESIDE | LINEAR | {"SCT"},
     "regnet": TOKENS | PROMPTS | BESIDE | LINEAR | {"SCT"},

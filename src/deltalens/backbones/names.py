@@ -1,27 +1,37 @@
-"""Backbones by name: `timm/...`, `deltalens/...`, a local model folder, with an optional checkpoint file."""
+"""Backbones by name, whatever library they come from; folders; checkpoint files. Adapter files carry the name."""
 
 from __future__ import annotations
 
-import difflib
+import fnmatch
+import importlib
+import json
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import timm
 from torch import nn
 
+from deltalens.backbones.fetching import fetching
+from deltalens.backbones.timm import named as timm_names
+from deltalens.backbones.timm.named import SHIPPED
+
 SOURCE_KEY = "_deltalens_source"
-SHIPPED = {"deltalens/swin-mini": "deltalens_swin_mini", "deltalens/vit-mini": "deltalens_vit_mini"}
+LIBRARIES = ("timm", "hf", "torchvision", "open_clip")
+# an adapter's file names the constructor's options, too: none of them may make a library run what it downloads
+REFUSED_OPTIONS = ("trust_remote_code", "weights_only", "use_safetensors")
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a backbone came from: enough to build it again.
 
-    name: "timm/swin_tiny_patch4_window7_224.ms_in22k", "deltalens/vit-mini" or "local-dir:path". kwargs: what its
-    constructor was given beside the number of classes. checkpoint: a weights file loaded into it, or None. pretrained:
-    False where its weights were random, and cannot be had again.
+    name: "timm/swin_tiny_patch4_window7_224.ms_in22k", "hf/facebook/dinov2-small", "torchvision/swin_t.IMAGENET1K_V1",
+    "open_clip/ViT-B-32/openai", "deltalens/vit-mini" or "local-dir:path". kwargs: what its constructor was given beside
+    the number of classes. checkpoint: a weights file loaded into it, or None. pretrained: False where its weights were
+    random, and cannot be had again.
     """
 
     name: str
@@ -41,116 +51,116 @@ def create_backbone(
     checkpoint: str | os.PathLike | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a backbone by name and remember its source.
+    """Build a classifier by the name of its backbone, and remember its source and its preprocessing.
 
-    name: "timm/<model>[.<tag>]", "deltalens/swin-mini", "deltalens/vit-mini", or a folder in timm's local format
-    (config.json
-    and weights). The prefix may be left out. checkpoint: a .safetensors or .pth file (read with weights_only=True)
-    whose weights are loaded
-    instead of the hub's; its head is dropped where class counts differ. kwargs go to the model's constructor (img_size,
-    drop_path_rate, features_only...).
+    name: "timm/<model>[.<tag>]" (the prefix may be left out), "hf/<owner>/<repository>" (transformers),
+    "torchvision/<model>[.<weights>]", "open_clip/<model>/<tag>" or "open_clip/hf-hub:<owner>/<repository>",
+    "deltalens/swin-mini", "deltalens/vit-mini", or a folder in the format of timm, transformers or open_clip.
+    num_classes: classes of a fresh head; None for the head that the weights have, if any; 0 for features. checkpoint:
+    a .safetensors or .pth file (read with weights_only=True) whose weights are loaded instead of the published ones;
+    its head is dropped where class counts differ. kwargs go to the model's constructor (drop_path_rate,
+    features_only...); img_size is understood for every library.
 
     Raises ValueError for an unknown name (with the nearest ones), FileNotFoundError for a missing checkpoint,
-    ConnectionError where weights cannot be fetched.
+    ConnectionError where weights cannot be fetched, PermissionError for a gated repository, ImportError where the
+    library is not installed.
     """
-    resolved = _timm_name(name)
+    library, inner = _library_and_name(name)
+    refused = [option for option in REFUSED_OPTIONS if option in kwargs]
+    if refused:
+        raise ValueError(
+            f"{refused[0]} is not taken from here, because a name can come from an adapter's file: build the model "
+            "with its library and give it to attach"
+        )
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint file at {checkpoint}")
-    if checkpoint is not None and resolved.startswith("local-dir:"):
+    if checkpoint is not None and "local-dir:" in inner:
         raise ValueError(f"{name} is a folder with weights of its own: leave checkpoint= out, or name the architecture")
-    options = dict(kwargs) | ({} if num_classes is None else {"num_classes": num_classes})
-    if checkpoint is not None:
-        options["pretrained_cfg_overlay"] = {"file": str(checkpoint), "hf_hub_id": None, "url": ""}
-    try:
-        model = timm.create_model(resolved, pretrained=pretrained or checkpoint is not None, **options)
-    except Exception as error:
-        if _is_network_error(error):
-            raise ConnectionError(
-                f"the weights of {name!r} are not in the local cache and could not be fetched: {error}. Go online, set "
-                "HF_ENDPOINT to a mirror, pass checkpoint= with a weights file, or use deltalens/swin-mini"
-            ) from error
-        raise
     weights = None if checkpoint is None else str(checkpoint)
-    source = Source(_canonical(name, resolved), kwargs, weights, pretrained or checkpoint is not None)
+    with fetching(name):
+        model, full_name = _resolver(library).create(inner, num_classes, pretrained, weights, dict(kwargs))
+    source = Source(full_name, kwargs, weights, pretrained or checkpoint is not None)
     model.__dict__[SOURCE_KEY] = source.to_dict()
     return model
 
 
 def source_of(model: nn.Module) -> Source | None:
-    """The source of a model: as recorded by `create_backbone`, else read from timm's own configuration."""
+    """The source of a model: as recorded by `create_backbone`, else as timm or transformers remember it."""
     recorded = model.__dict__.get(SOURCE_KEY)
     if recorded is not None:
-        return Source(**{**recorded, "kwargs": {**recorded["kwargs"], **_constructor_options(model)}})
-    config = getattr(model, "pretrained_cfg", None) or {}
-    architecture = config.get("architecture")
-    if not architecture:
-        return None
-    shipped = {value: key for key, value in SHIPPED.items()}
-    if architecture in shipped:
-        return Source(shipped[architecture], _constructor_options(model))
-    tag = config.get("tag")
-    return Source(f"timm/{architecture}.{tag}" if tag else f"timm/{architecture}", _constructor_options(model))
-
-
-def _constructor_options(model: nn.Module) -> dict[str, Any]:
-    """What the model's constructor was given beside the number of classes, as timm remembers it: its present image size
-    above all. Options that JSON cannot hold (layer classes) are left out."""
-    options = getattr(model, "_model_args", None) or {}
-    plain = (str, int, float, bool, list, tuple, type(None))
-    return {k: v for k, v in options.items() if k not in ("num_classes", "pretrained") and isinstance(v, plain)}
+        return Source(**{**recorded, "kwargs": {**recorded["kwargs"], **timm_names.constructor_options(model)}})
+    known = timm_names.source_of(model)
+    if known is None and "transformers" in sys.modules:
+        known = _resolver("hf").source_of(model)
+    return None if known is None else Source(*known)
 
 
 def list_models(pattern: str = "*", pretrained: bool = True) -> list[str]:
-    """Names that `create_backbone` knows and that match a shell pattern; the shipped ones first."""
-    import fnmatch
+    """Names that `create_backbone` knows and that match a shell pattern; the shipped ones first.
 
+    A pattern with a library's prefix ("torchvision/*") looks there only. ValueError for "hf/...": the hub is not
+    listed. Models of libraries that are not installed are left out.
+    """
     shipped = [name for name in SHIPPED if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*/{pattern}")]
-    inner = pattern.removeprefix("timm/")
-    names = [n for n in timm.list_models(inner, pretrained=pretrained) if not n.startswith("deltalens_")]
-    return shipped + [f"timm/{n}" for n in names]
+    library, _, inner = pattern.partition("/")
+    if library in LIBRARIES and inner:
+        return shipped + _resolver(library).list_models(inner, pretrained)
+    names = list(shipped)
+    for library in ("timm", "torchvision", "open_clip"):
+        try:
+            names += _resolver(library).list_models(pattern, pretrained)
+        except ImportError:
+            continue
+    return names
 
 
-def _timm_name(name: str) -> str:
-    if name in SHIPPED or f"deltalens/{name}" in SHIPPED:
-        import deltalens.backbones.shipped  # noqa: F401  (registers the shipped models with timm)
+def library_of(name: str) -> str | None:
+    """The library in a source's name; None where it has none."""
+    first, slash, _ = name.partition("/")
+    if name.startswith(("local-dir:", "hf-hub:")):
+        return "timm"
+    return first if slash and first in (*LIBRARIES, "deltalens") else None
 
-        return SHIPPED.get(name) or SHIPPED[f"deltalens/{name}"]
-    if name.startswith("local-dir:") or Path(name).is_dir():
-        folder = Path(name.removeprefix("local-dir:"))
-        if not (folder / "config.json").is_file():
+
+# ------------------------------------------------------------------ which library
+def _resolver(library: str) -> ModuleType:
+    return importlib.import_module(f"deltalens.backbones.{library}.named")
+
+
+def _library_and_name(name: str) -> tuple[str, str]:
+    """(library, the name inside it) of a name or a folder."""
+    if name in SHIPPED:
+        return "timm", name
+    first, slash, inner = name.partition("/")
+    prefixed = bool(slash and inner) and first in LIBRARIES
+    folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") or (folder.is_dir() and not (prefixed and _library_of_folder(folder) is None)):
+        library = _library_of_folder(folder)
+        if library is None:
             raise ValueError(
-                f"{folder} is no model folder: it has no config.json (timm's format: config.json and weights)"
+                f"{folder} is no model folder: it has no config.json of timm or transformers and no "
+                "open_clip_config.json"
             )
-        return f"local-dir:{folder}"
-    if Path(name).is_file():
+        return library, f"local-dir:{folder}"
+    if folder.is_file():
         raise ValueError(
             f"{name} is a weights file, which does not say of which architecture: pass the architecture as the model "
             f"and the file as checkpoint (--model timm/<architecture> --checkpoint {name})"
         )
-    plain = name.removeprefix("timm/")
-    architecture = plain.partition(".")[0]
-    if plain.startswith("hf-hub:") or timm.is_model(architecture):
-        return plain
-    known = list(SHIPPED) + [f"timm/{n}" for n in timm.list_models()]
-    near = difflib.get_close_matches(f"timm/{architecture}", known, n=4) or difflib.get_close_matches(name, known, n=4)
-    raise ValueError(f"unknown model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    return (first, inner) if prefixed else ("timm", name)
 
 
-def _canonical(name: str, resolved: str) -> str:
-    shipped = {value: key for key, value in SHIPPED.items()}
-    if resolved in shipped:
-        return shipped[resolved]
-    return resolved if resolved.startswith(("local-dir:", "hf-hub:")) else f"timm/{resolved}"
-
-
-def _is_network_error(error: Exception) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
-            return True
-        if type(seen).__module__.partition(".")[0] in {"httpx", "httpcore", "requests", "urllib3"}:
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+def _library_of_folder(folder: Path) -> str | None:
+    """By what lies in it: open_clip_config.json, or config.json with timm's or transformers' keys."""
+    if (folder / "open_clip_config.json").is_file():
+        return "open_clip"
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if "architecture" in config:
+        return "timm"
+    return "hf" if "model_type" in config else None

@@ -18,6 +18,7 @@ from torch import nn
 from deltalens.backbones.classifier import find_heads
 from deltalens.backbones.pixels import IMAGE, STEM, read_pixels
 from deltalens.backbones.positions import BATCH
+from deltalens.backbones.preprocessing import PREPROCESSING_KEY
 from deltalens.backbones.repeats import Block, find_blocks, stream_index, uncalled_layers
 from deltalens.backbones.trace import Trace, trace
 from deltalens.sites.anatomy import Family, Site, Tower
@@ -114,6 +115,8 @@ CHANNELS_LAST_PIXELS = Family(
 # ------------------------------------------------------------------ the trace, remembered
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) the model says it wants, 3x224x224 where it says nothing."""
+    if PREPROCESSING_KEY in model.__dict__:  # what create_backbone knows from the model's library
+        return tuple(model.__dict__[PREPROCESSING_KEY]["input_size"])
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, tuple) and len(size) == 2:
         return (getattr(model, "in_chans", 3), *size)

@@ -1,5 +1,7 @@
 """Show what a method would do to a model, before training and without downloading weights.
 
+Of a repository on the Hugging Face Hub the configuration is fetched, which is small.
+
 For every block: the slots that are used and the tensors that go there, with shapes; then the counts with and without
 head.
 """

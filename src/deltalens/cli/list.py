@@ -1,4 +1,8 @@
-"""List methods with their settings, models, or recipes; a pattern such as "vit_base*" narrows it."""
+"""List methods with their settings, models, or recipes; a pattern such as "vit_base*" narrows it.
+
+Models are those of timm, torchvision and open_clip; "torchvision/*" lists one library. The Hugging Face Hub is not
+listed.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from deltalens.methods.base import Method
 
-MODEL_HELP = "timm/<name>, deltalens/vit-mini, deltalens/swin-mini, or a model folder"
+MODEL_HELP = (
+    "timm/<name>, hf/<owner>/<repository>, torchvision/<name>, open_clip/<name>/<tag>, deltalens/vit-mini, "
+    "deltalens/swin-mini, or a model folder"
+)
 HELP = (
     "method that adapts the backbone; its settings follow as --method.SETTING VALUE; give --method again to combine "
     "several (deltalens list methods shows all)"

@@ -42,13 +42,21 @@ def create_sized_backbone(
 def _check_patches(model: nn.Module, name: str, img_size: int) -> None:
     """A patch embedding would leave out the pixels that fill no patch, without a word."""
     embed = getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
+    patch = getattr(embed, "patch_size", None) or _patches_of(getattr(model, "backbone", model))
     if patch and not getattr(embed, "dynamic_img_pad", False) and any(img_size % side for side in patch):
         lower, side = img_size - img_size % patch[0], patch[0]
         raise ValueError(
             f"{name} cuts images into patches of {side} pixels, which do not divide --img-size {img_size}: use "
             f"{lower or side} or {lower + side}"
         )
+
+
+def _patches_of(model: nn.Module) -> tuple[int, ...] | None:
+    """Patch size of a tower of transformers, torchvision or open_clip."""
+    config = getattr(model, "config", None)
+    size = getattr(getattr(config, "vision_config", config), "patch_size", getattr(model, "patch_size", None))
+    size = (size,) if isinstance(size, int) else size
+    return tuple(size) if isinstance(size, (tuple, list)) and all(isinstance(side, int) for side in size) else None
 
 
 def _try(model: nn.Module, name: str, input_size: list[int]) -> None:

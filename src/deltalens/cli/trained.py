@@ -17,9 +17,10 @@ def load_trained(directory: str, device: str | None) -> tuple[nn.Module, list[st
     import torch
 
     import deltalens as dl
+    from deltalens.lifecycle.state import adapter_of
 
     model = dl.from_pretrained(directory)
-    class_names = dl.class_names(model) or [str(i) for i in range(model.num_classes)]
+    class_names = dl.class_names(model) or [str(i) for i in range(adapter_of(model)[1].num_classes or 0)]
     chosen = _device(device)
     return model.to(chosen), class_names, torch.device(chosen)
 

@@ -1,8 +1,8 @@
 """Image transforms that follow a model's preprocessing, with torchvision's transforms v2.
 
 `preprocessing` is the dictionary of `deltalens.preprocessing(model)`: input_size (C, H, W), mean, std, interpolation,
-crop_pct. Transforms take a PIL image, a uint8 array (H, W, C) or a uint8 tensor (C, H, W) and give a float32 tensor
-(C, H, W).
+crop_pct, crop_mode. Transforms take a PIL image, a uint8 array (H, W, C) or a uint8 tensor (C, H, W) and give a float32
+tensor (C, H, W).
 """
 
 from __future__ import annotations
@@ -41,13 +41,19 @@ def train_transform(
 
 
 def eval_transform(preprocessing: dict[str, Any]) -> v2.Compose:
-    """Resize so that the centre crop is `crop_pct` of the shorter side, crop, normalise; as timm does.
+    """Resize so that the centre crop is `crop_pct` of the shorter side, crop, normalise; as the model's library does.
 
-    crop_mode "squash" in the preprocessing resizes to the input size without keeping proportions.
+    crop_mode in the preprocessing says which library's rounding is followed ("center" for timm, "torchvision",
+    "transformers"); "squash" resizes to the input size without keeping proportions, "border" fits the whole image into
+    it and fills the rest with `fill`.
     """
     _, height, width = preprocessing["input_size"]
-    resize = eval_resize(preprocessing)
-    return v2.Compose([v2.ToImage(), resize, v2.CenterCrop((height, width)), *_normalise(preprocessing)])
+    crop: torch.nn.Module = v2.CenterCrop((height, width))
+    if preprocessing.get("crop_mode") == "transformers":
+        crop = CropFromWholeCorner((height, width))
+    if preprocessing.get("crop_mode") == "border":
+        crop = FillTo((height, width), preprocessing.get("fill", [round(255 * m) for m in preprocessing["mean"]]))
+    return v2.Compose([v2.ToImage(), eval_resize(preprocessing), crop, *_normalise(preprocessing)])
 
 
 def eval_resize(preprocessing: dict[str, Any]) -> torch.nn.Module:
@@ -56,8 +62,17 @@ def eval_resize(preprocessing: dict[str, Any]) -> torch.nn.Module:
     mode = InterpolationMode(preprocessing["interpolation"])
     crop_pct = preprocessing.get("crop_pct") or 1.0
     size = (math.floor(height / crop_pct), math.floor(width / crop_pct))
-    if preprocessing.get("crop_mode") == "squash":
+    crop_mode = preprocessing.get("crop_mode") or "center"
+    if crop_mode == "squash":
         return v2.Resize(size, mode, antialias=True)
+    if crop_mode in ("torchvision", "transformers"):
+        return v2.Resize(min(size), mode, antialias=True)
+    if crop_mode == "border":
+        return ResizeToFit((height, width), mode)
+    if crop_mode != "center":
+        raise ValueError(
+            f"crop_mode is center, torchvision, transformers, squash or border, got {preprocessing['crop_mode']!r}"
+        )
     return ResizeToCover(size, mode)
 
 
@@ -88,6 +103,55 @@ class ResizeToCover(torch.nn.Module):
         return v2.functional.resize(image, size, self.interpolation, antialias=True)
 
 
+class ResizeToFit(torch.nn.Module):
+    """Resize with kept proportions to the largest size that fits into (height, width)."""
+
+    def __init__(self, size: tuple[int, int], interpolation: InterpolationMode):
+        super().__init__()
+        self.size, self.interpolation = size, interpolation
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = image.shape[-2:]
+        scale = min(self.size[0] / height, self.size[1] / width)
+        size = [min(self.size[0], round(height * scale)), min(self.size[1], round(width * scale))]
+        return v2.functional.resize(image, size, self.interpolation, antialias=True)
+
+
+class FillTo(torch.nn.Module):
+    """Put the image in the middle of (height, width), and fill what is around it."""
+
+    def __init__(self, size: tuple[int, int], fill: float | list[float]):
+        super().__init__()
+        self.size, self.fill = size, fill
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        down, right = self.size[0] - image.shape[-2], self.size[1] - image.shape[-1]
+        return v2.functional.pad(image, [right // 2, down // 2, right - right // 2, down - down // 2], fill=self.fill)
+
+
+class CropFromWholeCorner(torch.nn.Module):
+    """The centre crop whose corner is cut off to whole pixels, where torchvision rounds it; zeros around a smaller
+    image."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        lacking = [max(self.size[1] - image.shape[-1], 0), max(self.size[0] - image.shape[-2], 0)]
+        if any(lacking):
+            image = v2.functional.pad(image, [*(n // 2 for n in lacking), *(n - n // 2 for n in lacking)])
+        down, right = image.shape[-2] - self.size[0], image.shape[-1] - self.size[1]
+        return v2.functional.crop(image, down // 2, right // 2, *self.size)
+
+
+class SwapColours(torch.nn.Module):
+    """RGB to BGR."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.flip(-3)
+
+
 def image_mode(preprocessing: dict[str, Any]) -> str:
     """PIL's mode for the model's number of input channels. ValueError for other than 1 or 3."""
     channels = preprocessing["input_size"][0]
@@ -98,4 +162,5 @@ def image_mode(preprocessing: dict[str, Any]) -> str:
 
 def _normalise(preprocessing: dict[str, Any]) -> list[Any]:
     mean, std = list(preprocessing["mean"]), list(preprocessing["std"])
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
+    swap = [SwapColours()] if preprocessing.get("channel_order") == "bgr" else []
+    return [*swap, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]

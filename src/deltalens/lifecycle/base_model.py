@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltalens.backbones.names import Source, create_backbone, source_of
-from deltalens.lifecycle.info import backbone_preprocessing
+from deltalens.backbones.names import Source, create_backbone, library_of, source_of
+from deltalens.backbones.preprocessing import preprocessing_of
 from deltalens.lifecycle.state import state_of
 from deltalens.lifecycle.tensors import anatomy_of
 
@@ -66,7 +66,7 @@ def base_model_block(model: nn.Module) -> dict[str, Any]:
     """Everything a file says about the backbone."""
     source = source_of(model)
     return {
-        "library": source.name.partition("/")[0] if source and "/" in source.name else None,
+        "library": library_of(source.name) if source else None,
         "id": source.name if source else None,
         "kwargs": source.kwargs if source else {},
         "checkpoint": source.checkpoint if source else None,
@@ -74,7 +74,7 @@ def base_model_block(model: nn.Module) -> dict[str, Any]:
         "class": type(model).__name__,
         "backbone": state_of(model).backbone,
         "blocks": state_of(model).blocks,
-        **backbone_preprocessing(model),
+        **preprocessing_of(model),
         "fingerprint": fingerprint(model),
     }
 

@@ -64,7 +64,7 @@ def model_card(config: dict[str, Any]) -> str:
     for key, value in (info.get("metrics") or {}).items():
         rows.append((key, f"{value:.4f}" if isinstance(value, float) else value))
     return _TEMPLATE.format(
-        base=f"base_model: {name.removeprefix('timm/')}\n" if base.get("library") == "timm" else "",
+        base=_on_the_hub(name, base.get("library")),
         tag=_TAGS.get(info.get("task", "classification"), "image-feature-extraction"),
         method_tags="\n".join(f"- {method}" for method in methods),
         title=f"{' + '.join(methods)} adapter for {name}",
@@ -73,6 +73,13 @@ def model_card(config: dict[str, Any]) -> str:
         peft=_PEFT if config.get("peft_type") == "LORA" else "",
         settings=json.dumps(config["methods"], indent=2),
     )
+
+
+def _on_the_hub(name: str, library: str | None) -> str:
+    """The line that links the card with the backbone's repository, for names that are one."""
+    if library not in ("timm", "hf") or "local-dir:" in name:
+        return ""
+    return f"base_model: {name.removeprefix('timm/').removeprefix('hf/').removeprefix('hf-hub:')}\n"
 
 
 _PEFT = "The files are in peft's format too: `PeftModel.from_pretrained(backbone, folder)` loads them.\n\n"

@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from deltalens.backbones.unknown import input_size
+from deltalens.backbones.preprocessing import preprocessing_of
 from deltalens.lifecycle.state import adapter_of
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def adapter_info(model: nn.Module, name: str | None = None) -> dict[str, Any]:
@@ -24,21 +22,9 @@ def class_names(model: nn.Module, name: str | None = None) -> list[str] | None:
 
 
 def preprocessing(model: nn.Module, name: str | None = None) -> dict[str, Any]:
-    """How images become inputs: input_size (C, H, W), mean, std, interpolation, crop_pct.
+    """How images become inputs: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
 
-    What the adapter was trained with; where it does not say, what the backbone's own configuration says.
+    What the adapter was trained with; where it does not say, what the backbone's library says.
     """
     info = adapter_info(model, name).get("preprocessing") if "_deltalens" in model.__dict__ else None
-    return {**backbone_preprocessing(model), **(info or {})}
-
-
-def backbone_preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Preprocessing from a timm model's configuration; the input size is the model's present one."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return {
-        "input_size": list(input_size(model)),
-        "mean": list(config.get("mean", IMAGENET_MEAN)),
-        "std": list(config.get("std", IMAGENET_STD)),
-        "interpolation": config.get("interpolation", "bicubic"),
-        "crop_pct": config.get("crop_pct", 1.0),
-    }
+    return {**preprocessing_of(model), **(info or {})}

@@ -9,7 +9,7 @@ from deltalens.lifecycle.state import KEY, ROOT, all_slots, state_of
 from deltalens.lifecycle.wrapped import merge_wrapped
 from deltalens.sites.anatomy import Family
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
-from deltalens.sites.swap import unswap
+from deltalens.sites.swap import Swapped, unswap
 from deltalens.sites.weights import LAYER, WeightSlots, fold_affine, is_plainly_linear, merge_changes
 
 

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deltalens.backbones import describe
+from deltalens.lifecycle.state import KEY
+from deltalens.lifecycle.tensors import anatomy_of
 from deltalens.studies.figure import new_figure, page_colours, save_figure
 
 DISTINCT = 8  # classes that the page has colours for
@@ -37,7 +40,7 @@ def head_inputs(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> tuple[
     """(features (N, D), labels (N,)) of (images, labels) batches: what enters the classifier layer, which for a ViT is
     the class token after the final norm, or what pools in its place. The model is put in eval mode.
     """
-    head, device = model.get_classifier(), next(model.parameters()).device
+    head, device = _classifier(model), next(model.parameters()).device
     features: list[Tensor] = []
     labels: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].float().cpu()))
@@ -50,6 +53,15 @@ def head_inputs(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> tuple[
     if not features:
         raise ValueError("there are no images to embed")
     return torch.cat(features).flatten(1).numpy(), torch.cat(labels).numpy()
+
+
+def _classifier(model: nn.Module) -> nn.Module:
+    if hasattr(model, "get_classifier"):
+        return model.get_classifier()
+    path = (anatomy_of(model) if KEY in model.__dict__ else describe(model)).head
+    if path is None:
+        raise ValueError(f"{type(model).__name__} has no classifier layer whose input could be taken")
+    return model.get_submodule(path)
 
 
 def embed(name: str, model: nn.Module, batches: Iterable[Sequence[Tensor]], seed: int = 0) -> Embedding:

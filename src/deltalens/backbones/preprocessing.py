@@ -1,0 +1,70 @@
+"""How images become inputs of a model, in one dictionary for every library.
+
+input_size (C, H, W), mean, std (of values in 0..1), interpolation ("bicubic"...), crop_pct (the crop's share of the
+resized image), and crop_mode: which library's rounding the resizing and cropping follow, so that the pixels are its
+own.
+
+* "center": timm's; the shorter side becomes floor(H / crop_pct), the longer one is rounded.
+* "torchvision": the longer side is cut off to a whole number, the crop's corner is rounded.
+* "transformers": the same, and the crop's corner is cut off, too.
+* "squash": both sides become floor(H / crop_pct), floor(W / crop_pct), without keeping proportions.
+* "border": the whole image is fitted into the input, and the rest filled with `fill` (by default the mean).
+
+channel_order "bgr" stands in it where a model reads colours in that order.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from torch import nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSING_KEY = "_deltalens_preprocessing"
+
+
+def record(model: nn.Module, preprocessing: dict[str, Any]) -> None:
+    """Keep with a model what its library says about its images."""
+    model.__dict__[PREPROCESSING_KEY] = preprocessing
+
+
+def preprocessing_of(model: nn.Module) -> dict[str, Any]:
+    """What was recorded, else what the model's own configuration says: that of timm, transformers or open_clip."""
+    recorded = model.__dict__.get(PREPROCESSING_KEY)
+    if recorded is not None:
+        return dict(recorded)
+    if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel):
+        from deltalens.backbones.hf.preprocessing import known_of
+
+        return known_of(model)
+    config = getattr(model, "preprocess_cfg", None) or getattr(getattr(model, "visual", None), "preprocess_cfg", None)
+    if isinstance(config, dict):
+        from deltalens.backbones.open_clip.named import as_preprocessing
+
+        return as_preprocessing(config)
+    return _of_timm(model)
+
+
+def _of_timm(model: nn.Module) -> dict[str, Any]:
+    """From a timm model's configuration, ImageNet's numbers where there is none; the present input size."""
+    from deltalens.backbones.unknown import input_size
+
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return {
+        "input_size": list(input_size(model)),
+        "mean": list(config.get("mean", IMAGENET_MEAN)),
+        "std": list(config.get("std", IMAGENET_STD)),
+        "interpolation": config.get("interpolation", "bicubic"),
+        "crop_pct": config.get("crop_pct", 1.0),
+        "crop_mode": config.get("crop_mode", "center"),
+    }
+
+
+def crop_share(crop: int, resized: int) -> float:
+    """crop / resized, such that floor(crop / crop_share) is `resized` in floating point, too."""
+    share = crop / resized
+    while math.floor(crop / share) < resized:
+        share = math.nextafter(share, 0)
+    return share
