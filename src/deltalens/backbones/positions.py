@@ -118,7 +118,7 @@ def _moved(function, args, kwargs, result) -> Positions | list[Positions | None]
             return arg
         positions = positions_of(arg)
         if positions is None:
-            return torch.full(arg.shape, -1, dtype=torch.int32)
+            return torch.full((1,) * arg.dim(), -1, dtype=torch.int32).expand(arg.shape)
         known.append(positions)
         return positions.ids
 
@@ -127,18 +127,43 @@ def _moved(function, args, kwargs, result) -> Positions | list[Positions | None]
         return None
     if function.overloadpacket is aten.constant_pad_nd:
         found[2:] = [-1]
-    kwargs = {key: value for key, value in kwargs.items() if key not in ("memory_format",)}
-    moved = function(*found, **kwargs)
+    if function.overloadpacket in (aten.view, aten._unsafe_view, aten._reshape_alias):
+        moved = _reshaped(found[0], result.shape)
+    elif function.overloadpacket in (aten.clone, aten.alias, aten.detach):
+        moved = found[0]
+    else:
+        moved = function(*found, **kwargs)
     origins = frozenset.union(*[positions.origins for positions in known])
     if isinstance(result, (tuple, list)):
         return [Positions(each, known[0].grid, origins) for each in moved]
-    return Positions(moved, known[0].grid, origins)
+    return Positions(_slim(moved), known[0].grid, origins)
+
+
+def _reshaped(ids: Tensor, shape: torch.Size) -> Tensor:
+    if ids.dim() and ids.stride(-1) == 0 and len(shape) and ids.shape[-1] == shape[-1]:
+        return ids[..., :1].reshape(*shape[:-1], 1).expand(shape)
+    return ids.reshape(shape)
+
+
+def _slim(ids: Tensor) -> Tensor:
+    """The same without memory for channels that are all of one position."""
+    if ids.dim() == 3 and ids.stride(-1) and bool((ids == ids[..., :1]).all()):
+        return ids[..., :1].clone().expand(ids.shape)
+    return ids
+
+
+def _once(ids: Tensor) -> Tensor:
+    """The same with one entry on every axis along which nothing changes and no memory is held."""
+    for axis in range(ids.dim()):
+        if ids.stride(axis) == 0:
+            ids = ids.narrow(axis, 0, 1)
+    return ids
 
 
 def _projected(x: Tensor, result: Tensor) -> Positions | None:
     """A linear layer keeps the position of a vector of channels if that is all of one position."""
     known = positions_of(x)
-    if known is None or not bool((known.ids == known.ids[..., :1]).all()):
+    if known is None or not bool((_once(known.ids) == _once(known.ids[..., :1])).all()):
         return None
     return known._replace(ids=known.ids[..., :1].expand(result.shape))
 
@@ -157,9 +182,10 @@ def _together(operands: list[Positions | None], result: Tensor) -> Positions | N
             return None
         ids = found.ids
         if other.ids is not ids:
-            if bool(((ids >= 0) & (other.ids >= 0) & (ids != other.ids)).any()):
+            mine, theirs = _once(ids), _once(other.ids)
+            if bool(((mine >= 0) & (theirs >= 0) & (mine != theirs)).any()):
                 return None
-            ids = torch.where(ids < 0, other.ids, ids) if bool((ids < 0).any()) else ids
+            ids = torch.where(mine < 0, theirs, mine).expand(ids.shape) if bool((mine < 0).any()) else ids
         found = Positions(ids, found.grid, found.origins | other.origins)
     return found
 
@@ -173,18 +199,15 @@ def map_axes(tensor: Tensor) -> tuple[str, tuple[int, int], int, frozenset[int]]
     known = positions_of(tensor)
     if known is None or tensor.shape[0] != BATCH:
         return None
-    ids, (height, width) = known.ids, known.grid
+    ids, shape, (height, width) = _once(known.ids), tensor.shape, known.grid
     order = torch.arange(height * width, dtype=torch.int32)
-    if ids.dim() == 4:
-        for name, shape, view in (
-            ("first", ids.shape[2:], (1, 1, height, width)),
-            ("last", ids.shape[1:3], (1, height, width, 1)),
-        ):
-            if tuple(shape) == known.grid and bool((ids == order.view(view)).all()):
-                return name, known.grid, 0, known.origins
-    if ids.dim() == 3:
-        prefix = ids.shape[1] - height * width
-        expected = torch.cat([torch.full((max(prefix, 0),), -1, dtype=torch.int32), order])
-        if prefix >= 0 and bool((ids == expected.view(1, -1, 1)).all()):
+    if len(shape) == 4 and shape[2:] == known.grid and bool((ids == order.view(1, 1, height, width)).all()):
+        return "first", known.grid, 0, known.origins
+    if len(shape) == 4 and shape[1:3] == known.grid and bool((ids == order.view(1, height, width, 1)).all()):
+        return "last", known.grid, 0, known.origins
+    prefix = shape[1] - height * width if len(shape) == 3 else -1
+    if prefix >= 0:
+        expected = torch.cat([torch.full((prefix,), -1, dtype=torch.int32), order])
+        if bool((ids == expected.view(1, -1, 1)).all()):
             return "tokens", known.grid, prefix, known.origins
     return None

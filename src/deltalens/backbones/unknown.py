@@ -231,6 +231,8 @@ def _add_pixels(tower: Tower, model: nn.Module, found: Trace) -> None:
     tower.image_size = found.size[1:]
     if getattr(getattr(model, "patch_embed", None), "strict_img_size", False):
         tower.resizable = "strict_img_size=False or dynamic_img_size=True"
+    elif (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"):
+        tower.resizable = "images of the size that they shall have with the frame, if it takes an img_size"
     if found.receiver is None:
         return
     module, width = model.get_submodule(found.receiver), tower.blocks[0].width
