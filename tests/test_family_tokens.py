@@ -290,3 +290,36 @@ def test_patch_dropout_keeps_the_rotation_of_what_is_left():
         network.patch_drop.train()
         outputs.append(network(x))
     torch.testing.assert_close(*outputs, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["eva-02 small", "differential", "beit"])
+def test_bf16_autocast(name):
+    model, x = NETWORKS[name](), images("vit")
+    dl.attach(model, [dl.VPTConfig(num_tokens=2), dl.LoRAConfig(r=2), dl.MonaConfig(bottleneck=4)])
+    randomize_adapter(model)
+    expected = model.eval()(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+        scalar(found).backward()
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [dl.VPTConfig(num_tokens=2), dl.VPTConfig(num_tokens=2, deep=False), dl.SSFConfig()])
+@pytest.mark.parametrize("name", [*QUICK, "grouped queries, gate, qk-norm", "mixed, no class token"])
+def test_compile_and_export(name, config):
+    model, x = NETWORKS[name](), images("vit")
+    dl.attach(model, config)
+    randomize_adapter(model)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = compiled(x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    scalar(found).backward()
