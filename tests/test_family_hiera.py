@@ -194,6 +194,11 @@ def test_prompts_equal_the_plain_form(options):
     assert_merges(model, x, plain_class=False)
 
 
+def test_prompts_from_outputs_have_another_width():
+    with pytest.raises(ValueError, match=r"blocks\.1, 8 wide, from the block's output, 16 wide"):
+        dl.attach(tiny_hiera(), dl.VPTConfig(num_tokens=5, init="cls-nofirstl"))
+
+
 # ------------------------------------------------------------------ the equation where the width changes
 class Scaled(nn.Module):
     def __init__(self, width, factor):

@@ -55,7 +55,7 @@ def tiny_hieradet(**options):
     return randomize(model).eval()
 
 
-@pytest.mark.parametrize("row", HANDFUL)
+@pytest.mark.parametrize("row", HANDFUL[:3])
 def test_rows(row, tmp_path):
     check_row(tiny_hieradet, row, REFUSED, tmp_path)
 

@@ -24,7 +24,6 @@ from torch import nn
 
 import deltalens as dl
 from deltalens.backbones.timm import swin_v2_cr
-from deltalens.backbones.unknown import UNKNOWN_BLOCK
 
 X = images("swin")
 REFUSED = {"VPT, frame of pixels": "create it with strict_img_size=False"}
@@ -50,7 +49,7 @@ def blocks_of(model):
     return [block for stage in model.stages for block in stage.blocks]
 
 
-@pytest.mark.parametrize("row", HANDFUL)
+@pytest.mark.parametrize("row", HANDFUL[:3])
 def test_rows(row, tmp_path):
     check_row(tiny_swin_v2_cr, row, REFUSED, tmp_path)
 
@@ -167,8 +166,7 @@ def test_blocks_with_a_forward_of_their_own_are_unknown():
 
     model = tiny_swin_v2_cr()
     blocks_of(model)[1].__class__ = Other
-    model.pretrained_cfg = {"input_size": (3, 32, 32)}
-    assert {block.family for block in dl.describe(model).blocks()} == {UNKNOWN_BLOCK}
+    assert not list(swin_v2_cr.find_towers(model))
 
 
 def test_the_published_network():
