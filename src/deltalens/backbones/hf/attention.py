@@ -9,6 +9,7 @@ it returns are those of the backbone's own tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def joined(attention: nn.Module, key: Tensor, value: Tensor, further: tuple[Keys
 
 def attention_family(
     name: str,
-    eager: Callable,
+    library: ModuleType,
     *,
     out: str = "o_proj",
     scaling: str = "scaling",
@@ -52,8 +53,9 @@ def attention_family(
 ) -> Family:
     """The reading of an attention module, called with `delta_keys_values=((keys, values), ...)` where there are some.
 
-    eager: the library's plain attention of this family. out, scaling, dropout: names of those attributes. rotate: what
-    turns (q, k, cos, sin) into rotated (q, k); further keys are not rotated.
+    library: the module of this family in transformers; its `eager_attention_forward` is the plain attention. out,
+    scaling, dropout: names of those attributes. rotate: what turns (q, k, cos, sin) into rotated (q, k); further keys
+    are not rotated.
     """
 
     def forward(
@@ -71,7 +73,9 @@ def attention_family(
             query, key = rotate(query, key, *kwargs.pop("position_embeddings"))
         key, value = joined(self, key, value, delta_keys_values)
         mask = beside_prompts(attention_mask, key.shape[2] - length)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, library.eager_attention_forward
+        )
         p = getattr(self, dropout) if self.training else 0.0
         y, weights = interface(self, query, key, value, mask, dropout=p, scaling=getattr(self, scaling), **kwargs)
         y = getattr(self, out)(y.reshape(*hidden_states.shape[:-1], -1).contiguous())

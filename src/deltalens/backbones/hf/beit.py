@@ -49,7 +49,7 @@ def _block_forward(
     return leave(self, residual_block(self.delta, layout, hidden_states, branches))
 
 
-ATTENTION = attention_family("deltalens.backbones.hf.beit:ATTENTION", beit.eager_attention_forward)
+ATTENTION = attention_family("deltalens.backbones.hf.beit:ATTENTION", beit)
 BLOCK = Family(
     name="deltalens.backbones.hf.beit:BLOCK",
     methods={"forward": _block_forward},

@@ -41,7 +41,7 @@ def _block_forward(self: nn.Module, hidden_states: Tensor, attention_mask=None, 
 def _attention(name: str, library) -> Family:
     return attention_family(
         f"deltalens.backbones.hf.clip:{name}",
-        library.eager_attention_forward,
+        library,
         out="out_proj",
         scaling="scale",
         dropout="dropout",

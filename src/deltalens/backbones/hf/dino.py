@@ -67,13 +67,11 @@ def _block(name: str, attention: Family) -> Family:
     )
 
 
-ATTENTION = attention_family("deltalens.backbones.hf.dino:ATTENTION", dinov2.eager_attention_forward)
-REGISTERS_ATTENTION = attention_family(
-    "deltalens.backbones.hf.dino:REGISTERS_ATTENTION", registers.eager_attention_forward
-)
+ATTENTION = attention_family("deltalens.backbones.hf.dino:ATTENTION", dinov2)
+REGISTERS_ATTENTION = attention_family("deltalens.backbones.hf.dino:REGISTERS_ATTENTION", registers)
 V3_ATTENTION = attention_family(
     "deltalens.backbones.hf.dino:V3_ATTENTION",
-    dinov3.eager_attention_forward,
+    dinov3,
     dropout="dropout",
     rotate=dinov3.apply_rotary_pos_emb,
 )

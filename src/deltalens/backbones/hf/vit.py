@@ -47,8 +47,8 @@ def _block(name: str, attention: Family) -> Family:
     )
 
 
-ATTENTION = attention_family("deltalens.backbones.hf.vit:ATTENTION", vit.eager_attention_forward)
-DEIT_ATTENTION = attention_family("deltalens.backbones.hf.vit:DEIT_ATTENTION", deit.eager_attention_forward)
+ATTENTION = attention_family("deltalens.backbones.hf.vit:ATTENTION", vit)
+DEIT_ATTENTION = attention_family("deltalens.backbones.hf.vit:DEIT_ATTENTION", deit)
 BLOCK = _block("BLOCK", ATTENTION)
 DEIT_BLOCK = _block("DEIT_BLOCK", DEIT_ATTENTION)
 
