@@ -42,8 +42,8 @@ class LoRAConfig(Method):
     Parts are q, k, v, proj, fc1, fc2, each with its own A and B, also inside a fused qkv layer (what peft cannot do).
     target_modules instead names whole nn.Linear layers as peft does: a regular expression that matches the full path,
     or a list of path endings; a fused qkv then gets one A and B. An nn.MultiheadAttention of a known family stands for
-    its fused q, k and v, and `out_proj` for itself; to peft the attention means both. Parameters per part: r (in + out).
-    Merging is exact up to rounding. Mona's official code uses r=64, q and v, alpha=1 on Swin; presets:
+    its fused q, k and v, and `out_proj` for itself; to peft the attention means both. Parameters per part:
+    r (in + out). Merging is exact up to rounding. Mona's official code uses r=64, q and v, alpha=1 on Swin; presets:
     `LoRAConfig.mona_baseline()`.
     """
 
