@@ -205,9 +205,39 @@ def test_attention_in_blocks_of_no_family_is_refused(target, message):
         dl.attach(Unknown(), dl.LoRAConfig(r=2, target_modules=(target,)))
 
 
-def test_the_module_itself_is_no_layer():
-    with pytest.raises(ValueError, match=r"only; LoRAConfig\(parts=\.\.\.\) and FacTConfig change its q, k"):
-        dl.attach(tiny_tv_vit(), dl.LoRAConfig(r=2, target_modules=("self_attention",)))
+def test_the_fused_projection_by_name_is_one_layer():
+    """One A and one B for q, k and v together; out_proj is another layer."""
+    model, x = tiny_tv_vit().double(), double_images()
+    dl.attach(model, dl.LoRAConfig(r=2, target_modules=("self_attention",)))
+    randomize_adapter(model).eval()
+    lora = model.encoder.layers[0].self_attention.delta.all.adapter_default.lora
+    assert (lora.lora_A.weight.shape, lora.lora_B.weight.shape) == ((2, 24), (72, 2))
+    assert "delta" not in model.encoder.layers[0].self_attention.out_proj._modules
+    expected = model(x)
+    torch.testing.assert_close(dl.merge_and_unload(model)(x), expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.slow
+def test_peft_s_lora_of_an_attention_is_refused(tmp_path):
+    """peft's LoRA on open_clip's towers, target_modules=["attn"]. peft 0.21 adds the change of out_proj twice, with the
+    adapter in place and when merging; when this test fails at the factor of 2, such folders can be read."""
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(tiny_oc_visual(), LoraConfig(r=2, lora_alpha=6, target_modules=["attn"]))
+    randomize_adapter(theirs).eval().save_pretrained(tmp_path)
+    tensors, merged = load_file(tmp_path / "adapter_model.safetensors"), tiny_oc_visual()
+    with torch.no_grad():
+        for i, block in enumerate(merged.transformer.resblocks):
+            place = f"base_model.model.transformer.resblocks.{i}.attn"
+            for weight, layer, factor in (
+                (block.attn.in_proj_weight, place, 1),
+                (block.attn.out_proj.weight, f"{place}.base_layer.out_proj", 2),
+            ):
+                pair = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
+                weight += factor * 3 * pair
+        torch.testing.assert_close(theirs(images("vit")), merged(images("vit")), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="adds the change of out_proj twice"):
+        dl.load_adapter(tiny_oc_visual(), tmp_path)
 
 
 def test_files_hold_the_parts_and_are_not_peft_s(tmp_path):

@@ -104,6 +104,12 @@ def decode(
             rest[key] = tensor
             continue
         path = anatomy.canonical(match[1]) if match[1] in present else match[1]  # peft has the model's own paths
+        if "base_layer" in path.split("."):
+            raise ValueError(
+                f"this peft adapter changes an nn.MultiheadAttention ({path.partition('.base_layer')[0]}), where peft "
+                "0.21 adds the change of out_proj twice: the file does not tell what was trained. Train it again with "
+                "LoRAConfig(parts=('q', 'k', 'v', 'proj'))"
+            )
         ours[f"{path}.all.lora.{match[2]}.weight"] = tensor
         if match[2] == "lora_A":
             rank = tensor.shape[0]

@@ -43,9 +43,10 @@ class LoRAConfig(Method):
 
     Parts are q, k, v, proj, fc1, fc2, each with its own A and B, also inside a fused qkv layer (what peft cannot do).
     target_modules instead names whole nn.Linear layers as peft does: a regular expression that matches the full path,
-    or a
-    list of path endings; a fused qkv then gets one A and B. Parameters per part: r (in + out). Merging is exact up to
-    rounding. Mona's official code uses r=64, q and v, alpha=1 on Swin; presets: `LoRAConfig.mona_baseline()`.
+    or a list of path endings; a fused qkv then gets one A and B. An nn.MultiheadAttention of a known family stands for
+    its fused q, k and v, and `out_proj` for itself; to peft the attention means both. Parameters per part:
+    r (in + out). Merging is exact up to rounding. Mona's official code uses r=64, q and v, alpha=1 on Swin; presets:
+    `LoRAConfig.mona_baseline()`.
     """
 
     learning_rate: ClassVar = 5e-3
@@ -89,12 +90,9 @@ class LoRAConfig(Method):
                 continue
             refuse_unfit_target(anatomy, path, module)
             found = True
-            site = Site(path, module, _WHOLE_LAYER, module.in_features)
-            yield (
-                site,
-                "weights:all",
-                LoRALayer(module.in_features, module.out_features, self.r, self.alpha, self.dropout),
-            )
+            outputs, inputs = part_shape(module, Part(""))
+            site = Site(path, module, _WHOLE_LAYER, inputs)
+            yield site, "weights:all", LoRALayer(inputs, outputs, self.r, self.alpha, self.dropout)
         if not found:
             raise ValueError(
                 f"target_modules={self.target_modules!r} matches no layer of {type(anatomy.model).__name__}"

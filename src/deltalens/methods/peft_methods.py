@@ -236,7 +236,7 @@ def _targets(config: PeftConfig, anatomy: Anatomy, method: str) -> dict[str, tup
 def _problem(anatomy: Anatomy, path: str, module: nn.Module, method: str) -> str | None:
     """Why a layer cannot be wrapped."""
     try:
-        refuse_unfit_target(anatomy, path, module)
+        refuse_unfit_target(anatomy, path, module, wrapped=True)
     except ValueError as error:
         return str(error).replace("LoRA changes", f"{method} changes")
     return None

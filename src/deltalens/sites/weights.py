@@ -274,8 +274,9 @@ def swap_caller(anatomy: Anatomy, path: str) -> None:
         swap(site.module, site.family)
 
 
-def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module) -> None:
-    """Raise for a layer, named by the user, where a weight change would be wrong, silent or pointless."""
+def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module, wrapped: bool = False) -> None:
+    """Raise for a layer, named by the user, where a weight change would be wrong, silent or pointless. wrapped: the
+    change is a wrapper around the layer, which fused projections cannot have."""
     if any(path == head or path.startswith(head + ".") for head in anatomy.head_paths()):
         raise ValueError(f"{path} belongs to the head, which is trained as a whole anyway; leave it out of the targets")
     embeds = [tower.embed.path for tower in anatomy.towers if tower.embed is not None]
@@ -290,8 +291,8 @@ def refuse_unfit_target(anatomy: Anatomy, path: str, layer: nn.Module) -> None:
             f"{path} is never called: its parent {type(parent).__name__} reads the weight itself, so that a change of "
             "the layer would train nothing; leave it out of the targets"
         )
-    if not isinstance(layer, nn.Linear):
-        rows = "; LoRAConfig(parts=...) and FacTConfig change its q, k and v" if is_fused(layer) else ""
+    if not isinstance(layer, nn.Linear) and (wrapped or not is_fused(layer)):
+        rows = "; LoRAConfig and FacTConfig change its q, k and v" if is_fused(layer) else ""
         raise ValueError(f"{path} is a {type(layer).__name__}; LoRA changes nn.Linear layers only{rows}")
 
 
