@@ -58,7 +58,7 @@ METHODS = {
     "torchvision/vit_tiny": ["--method", "bitfit"],
     "hf/tests/dinov3": ["--method", "linear"],
 }
-DEFAULT = ["hf/tests/vit", "torchvision/vit_tiny"]
+DEFAULT = ["hf/tests/vit"]
 
 
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])

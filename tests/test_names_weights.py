@@ -81,7 +81,7 @@ NAMES = [
     "torchvision/vit_tiny.IMAGENET1K_V1",
     f"torchvision/{TORCHVISION}.IMAGENET1K_V1",
 ]
-QUICK = {"hf/tests/vit", "hf/tests/dinov3", "open_clip/hf-hub:tests/tiny", "torchvision/vit_tiny.IMAGENET1K_V1"}
+QUICK = {"hf/tests/vit", "torchvision/vit_tiny.IMAGENET1K_V1"}
 SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
@@ -141,6 +141,32 @@ def test_models_built_by_hand_with_transformers_are_named(tmp_path):
     assert source_of(torch.nn.Linear(2, 2)) is None
 
 
+def test_image_towers_built_by_hand_with_open_clip_say_how_they_read_images():
+    import open_clip
+
+    tower = open_clip.create_model("hf-hub:tests/tiny").visual
+    found = dl.preprocessing(tower)
+    assert {key: found[key] for key in OPEN_CLIP_IMAGES} == OPEN_CLIP_IMAGES
+    assert source_of(tower) is None
+
+
+def test_timms_repositories_are_timms_under_any_name():
+    model = dl.create_backbone(f"hf/timm/{TIMM}", num_classes=3)
+    assert source_of(model).name == f"hf-hub:timm/{TIMM}"
+    assert type(model).__module__ == "timm.models.vision_transformer"
+    assert model.num_classes == 3
+
+
+def test_the_processor_may_be_missing_in_the_cache(world, tmp_path):
+    """Its model type's settings are taken, and said to be."""
+    write_transformers(tmp_path / "bare", processor=None)
+    add_repository(world[0] / "hf/hub", "tests/bare", tmp_path / "bare")
+    with pytest.warns(UserWarning, match="no image processor of tests/bare was found"):
+        model = dl.create_backbone("hf/tests/bare", num_classes=2, dtype=torch.bfloat16)
+    assert dl.preprocessing(model)["mean"] == [0.5] * 3
+    assert source_of(model).kwargs == {"dtype": "bfloat16"}
+
+
 def test_preprocessing_comes_from_the_library():
     expected = {"mean": PROCESSOR["image_mean"], "std": PROCESSOR["image_std"], "interpolation": "bicubic"}
     found = dl.preprocessing(dl.create_backbone("hf/tests/vit", num_classes=2))
@@ -172,7 +198,8 @@ def test_position_embeddings_are_resampled_for_another_size(world):
         assert model(pictures(model)).logits.shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_other_sizes_for_every_library(name, tmp_path):
     from deltalens.cli.sized_backbone import create_sized_backbone
 
@@ -197,6 +224,13 @@ def test_torchvisions_vision_transformer_is_resized(world):
     assert torch.equal(model.conv_proj.weight, original.conv_proj.weight)
     with pytest.raises(ValueError, match="cannot be built for 50 pixels"):
         dl.create_backbone("torchvision/vit_tiny", img_size=50)
+
+
+def test_downloads_of_torchvision_do_not_mix_with_results(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ConnectionError, match="torchvision/vit_tiny"):
+        dl.create_backbone("torchvision/vit_tiny", num_classes=2)
+    assert capsys.readouterr().out == ""
 
 
 def test_sizes_that_do_not_fit():

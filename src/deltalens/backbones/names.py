@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltalens.backbones.fetching import fetching
@@ -79,7 +80,8 @@ def create_backbone(
     weights = None if checkpoint is None else str(checkpoint)
     with fetching(name):
         model, full_name = _resolver(library).create(inner, num_classes, pretrained, weights, dict(kwargs))
-    source = Source(full_name, kwargs, weights, pretrained or checkpoint is not None)
+    written = {key: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for key, v in kwargs.items()}
+    source = Source(full_name, written, weights, pretrained or checkpoint is not None)
     model.__dict__[SOURCE_KEY] = source.to_dict()
     return model
 

@@ -39,11 +39,11 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
         from deltalens.backbones.hf.preprocessing import known_of
 
         return known_of(model)
-    config = getattr(model, "preprocess_cfg", None) or getattr(getattr(model, "visual", None), "preprocess_cfg", None)
-    if isinstance(config, dict):
-        from deltalens.backbones.open_clip.named import as_preprocessing
+    for tower in (model, getattr(model, "visual", None), getattr(model, "backbone", None)):
+        if isinstance(getattr(tower, "preprocess_cfg", None), dict):
+            from deltalens.backbones.open_clip.named import as_preprocessing
 
-        return as_preprocessing(config)
+            return as_preprocessing(tower.preprocess_cfg)
     return _of_timm(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,18 +14,17 @@ WARPED_FROM = 384  # ConvNeXt's processor resizes to squares from this size on
 
 
 def load_processor(place: str, config: Any, **hub: Any) -> Any | None:
-    """The image processor of a repository or folder; where it has none, or it is not in the cache and cannot be
-    fetched, the one that the model type has by default; None where there is no such."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """The image processor of a repository or folder; where none is found, the one that the model type has by default,
+    with a warning where something might have been fetched; None where there is no such."""
     from transformers import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(place, trust_remote_code=False, **hub)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error.__cause__, (HfHubHTTPError, LocalEntryNotFoundError)) and not hub.get("local_files_only"):
+    except (OSError, ValueError, KeyError, ImportError):
+        if not hub.get("local_files_only") and not Path(place).is_dir():
             warnings.warn(
-                f"the image processor of {place} is not in the local cache and could not be fetched: mean, std and "
-                f"sizes are the usual ones of its model type ({config.model_type})",
+                f"no image processor of {place} was found in its repository or in the local cache: mean, std and sizes "
+                f"are the usual ones of its model type ({config.model_type})",
                 stacklevel=2,
             )
     return default_processor(config)

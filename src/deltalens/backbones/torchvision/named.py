@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -113,10 +114,12 @@ def _vit(builder: Any, size: int, options: dict[str, Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def _tensors_only(weights: Any) -> Iterator[None]:
-    """torchvision reads its files with the whole of pickle; within the context, with weights_only=True."""
+    """torchvision reads its files with the whole of pickle; within the context, with weights_only=True. What it says
+    about a download goes to stderr, so that it is no part of a command's result."""
     weights.get_state_dict = partial(type(weights).get_state_dict, weights, weights_only=True)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         del weights.get_state_dict
 
