@@ -269,6 +269,10 @@ def stem():
     return nn.Sequential(Layer(3, WIDTH, 2), Layer(WIDTH, WIDTH), Layer(WIDTH, WIDTH))
 
 
+def plain_list():
+    return nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 1))
+
+
 # what the network is made of -> paths of its blocks
 SHAPES = {
     "stages with attributes": (
@@ -287,11 +291,14 @@ SHAPES = {
     "plain lists of layers": (
         lambda: (
             Layer(3, WIDTH),
-            nn.Sequential(*[nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 1)) for _ in range(2)]),
+            nn.Sequential(plain_list(), plain_list()),
         ),
         ["steps.1.0", "steps.1.1"],
     ),
-    "layers only": (lambda: (Layer(3, WIDTH), Layer(WIDTH, WIDTH), Layer(WIDTH, 8, 2)), ["steps.0", "steps.1", "steps.2"]),
+    "layers only": (
+        lambda: (Layer(3, WIDTH), Layer(WIDTH, WIDTH), Layer(WIDTH, 8, 2)),
+        ["steps.0", "steps.1", "steps.2"],
+    ),
     "convolutions only": (
         lambda: (nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 9, 3)),
         ["steps.0", "steps.2", "steps.4"],
