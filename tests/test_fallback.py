@@ -306,7 +306,7 @@ SHAPES = {
     "two streams": (lambda: (stem(), Split(), Two(), Two(), Joined()), ["steps.2", "steps.3"]),
     "two kinds in turn": (
         lambda: (stem(), ConvBlock(), Stage(1, WIDTH, WIDTH), ConvBlock(), Stage(1, WIDTH, WIDTH)),
-        ["steps.1", "steps.3"],
+        ["steps.1", "steps.2", "steps.3", "steps.4"],
     ),
 }  # fmt: skip
 
@@ -379,15 +379,15 @@ def test_a_block_that_is_called_on_streams_of_two_sizes_has_no_map():
 # published architecture -> (class of its blocks, their number, has a map) of every tower
 PUBLISHED = {
     "regnetx_002": {("Bottleneck", 13, True)},
+    "pvt_v2_b0": {("Block", 2, True)},
+    "vgg11": {("Conv2d", 9, True)},
+}
+SLOW = {
+    "hrnet_w18_small": {("Bottleneck", 23, True), ("BasicBlock", 23, True)},
+    "levit_128s": {("LevitBlock", 2, True), ("LevitBlock", 7, False)},
     "rexnet_100": {("LinearBottleneck", 16, True)},
     "dpn48b": {("DualPathBlock", 16, True)},
     "crossvit_tiny_240": {("Block", 3, True), ("Block", 12, True), ("CrossAttentionBlock", 6, False)},
-    "pvt_v2_b0": {("Block", 2, True)},
-    "vgg11": {("Conv2d", 9, True)},
-    "hrnet_w18_small": {("Bottleneck", 23, True), ("BasicBlock", 23, True)},
-    "levit_128s": {("LevitBlock", 2, True), ("LevitBlock", 7, False)},
-}
-SLOW = {
     "densenet121": {("DenseLayer", 58, True)},
     "tnt_s_legacy_patch16_224": {("Block", 12, False)},
     "hiera_tiny_224": {("HieraBlock", 12, False)},

@@ -9,7 +9,7 @@ from deltalens.lifecycle.state import KEY, ROOT, all_slots, state_of
 from deltalens.lifecycle.wrapped import merge_wrapped
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
 from deltalens.sites.swap import Swapped, original_class, swapped_class, unswap
-from deltalens.sites.weights import WeightSlots, merge_changes
+from deltalens.sites.weights import LAYER, WeightSlots, merge_changes
 
 
 class ConstantKeysValues(nn.Module):
@@ -50,7 +50,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     for layer, _ in layers:  # first, because prompts are projected by these layers
         merge_changes(layer)
         del layer._modules["delta"]
-        unswap(layer)
+        unswap(layer, LAYER)
     for block, slots in blocks:
         _fold_slots(block, slots, active)
     for block, slots in blocks:

@@ -36,6 +36,8 @@ class Family:
     readers: block -> {"mlp.pre": ("mlp.fc1",), ...}: for each `pre` slot the paths of all linear layers that read
         what comes out of it, and nothing else does; merging folds affine modules of the slot into them. Paths that
         a block lacks are passed over.
+    innermost: the reading goes around the module's own forward and inside all others', in whatever order they come;
+        those get at it by `inner_method`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Family:
     width: Callable[[nn.Module], int] | None = None
     keys_values: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] | None = None
     readers: Callable[[nn.Module], dict[str, tuple[str, ...]]] = lambda block: {}
+    innermost: bool = False
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)

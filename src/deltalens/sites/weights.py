@@ -113,7 +113,7 @@ def _changed(slots: WeightSlots, x: Tensor, y: Tensor, low: int, high: int) -> T
     return y
 
 
-LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forward})
+LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forward}, innermost=True)
 
 
 def linear_rows(layer: nn.Linear, x: Tensor, start: int, stop: int) -> Tensor:
