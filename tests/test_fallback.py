@@ -269,6 +269,10 @@ def stem():
     return nn.Sequential(Layer(3, WIDTH, 2), Layer(WIDTH, WIDTH), Layer(WIDTH, WIDTH))
 
 
+def plain_list():
+    return nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 1))
+
+
 # what the network is made of -> paths of its blocks
 SHAPES = {
     "stages with attributes": (
@@ -287,11 +291,14 @@ SHAPES = {
     "plain lists of layers": (
         lambda: (
             Layer(3, WIDTH),
-            nn.Sequential(*[nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 1)) for _ in range(2)]),
+            nn.Sequential(plain_list(), plain_list()),
         ),
         ["steps.1.0", "steps.1.1"],
     ),
-    "layers only": (lambda: (Layer(3, WIDTH), Layer(WIDTH, WIDTH), Layer(WIDTH, 8, 2)), ["steps.0", "steps.1", "steps.2"]),
+    "layers only": (
+        lambda: (Layer(3, WIDTH), Layer(WIDTH, WIDTH), Layer(WIDTH, 8, 2)),
+        ["steps.0", "steps.1", "steps.2"],
+    ),
     "convolutions only": (
         lambda: (nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 9, 3)),
         ["steps.0", "steps.2", "steps.4"],
@@ -299,7 +306,7 @@ SHAPES = {
     "two streams": (lambda: (stem(), Split(), Two(), Two(), Joined()), ["steps.2", "steps.3"]),
     "two kinds in turn": (
         lambda: (stem(), ConvBlock(), Stage(1, WIDTH, WIDTH), ConvBlock(), Stage(1, WIDTH, WIDTH)),
-        ["steps.1", "steps.3"],
+        ["steps.1", "steps.2", "steps.3", "steps.4"],
     ),
 }  # fmt: skip
 
@@ -372,15 +379,15 @@ def test_a_block_that_is_called_on_streams_of_two_sizes_has_no_map():
 # published architecture -> (class of its blocks, their number, has a map) of every tower
 PUBLISHED = {
     "regnetx_002": {("Bottleneck", 13, True)},
+    "pvt_v2_b0": {("Block", 2, True)},
+    "vgg11": {("Conv2d", 9, True)},
+}
+SLOW = {
+    "hrnet_w18_small": {("Bottleneck", 23, True), ("BasicBlock", 23, True)},
+    "levit_128s": {("LevitBlock", 2, True), ("LevitBlock", 7, False)},
     "rexnet_100": {("LinearBottleneck", 16, True)},
     "dpn48b": {("DualPathBlock", 16, True)},
     "crossvit_tiny_240": {("Block", 3, True), ("Block", 12, True), ("CrossAttentionBlock", 6, False)},
-    "pvt_v2_b0": {("Block", 2, True)},
-    "vgg11": {("Conv2d", 9, True)},
-    "hrnet_w18_small": {("Bottleneck", 23, True), ("BasicBlock", 23, True)},
-    "levit_128s": {("LevitBlock", 2, True), ("LevitBlock", 7, False)},
-}
-SLOW = {
     "densenet121": {("DenseLayer", 58, True)},
     "tnt_s_legacy_patch16_224": {("Block", 12, False)},
     "hiera_tiny_224": {("HieraBlock", 12, False)},

@@ -22,7 +22,7 @@ from deltalens.sites.output import logits_of
 from .models import CLASSES, Model, build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from matrix import ROWS  # the list of the suite's own table
+from matrix import ROWS
 
 IMAGES = 2
 

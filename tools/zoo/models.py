@@ -120,7 +120,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict]] = {
     "swinv2": ("Swinv2ForImageClassification", "Swinv2Config", _WINDOWS),
     "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", _TINY),
     "dinov2-with-registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", _TINY),
-    "dinov3-vit": ("DINOv3ViTForImageClassification", "DINOv3ViTConfig", {**_TINY, "intermediate_size": 48, "num_register_tokens": 2}),
+    "dinov3-vit": ("DINOv3ViTModel", "DINOv3ViTConfig", {**_TINY, "intermediate_size": 48}),
     "dinov3-convnext": ("DINOv3ConvNextModel", "DINOv3ConvNextConfig", _STAGES),
     "beit": ("BeitForImageClassification", "BeitConfig", {**_TINY, "intermediate_size": 48}),
     "convnext": ("ConvNextForImageClassification", "ConvNextConfig", _STAGES),
@@ -139,9 +139,19 @@ def of_transformers(name: str) -> Model:
     model = getattr(transformers, model_class)(config)
     if hasattr(config, "num_labels") and "Classification" in model_class:
         return Model(model, model_class, image)
-    return Model(
-        Classified(model, lambda y: y.pooler_output, config.hidden_sizes[-1]), model_class, image, "", "backbone"
-    )
+    return Model(Classified(model, _pooled, _width(config)), model_class, image, "", "backbone")
+
+
+def _width(config) -> int:
+    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+
+def _pooled(output) -> torch.Tensor:
+    return output.pooler_output
+
+
+def _as_it_is(features: torch.Tensor) -> torch.Tensor:
+    return features
 
 
 class Classified(nn.Module):
@@ -173,7 +183,7 @@ def of_open_clip(name: str) -> Model:
     }[name]
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
     visual = CLIP(16, vision, text).visual
-    return Model(Classified(visual, lambda y: y, 16), f"visual tower, {name}", vision["image_size"], "", "backbone")
+    return Model(Classified(visual, _as_it_is, 16), f"visual tower, {name}", vision["image_size"], "", "backbone")
 
 
 # name -> size of the images

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deltalens.sites.anatomy import Family
 from deltalens.sites.output import live
-from deltalens.sites.weights import layer_output
+from deltalens.sites.swap import inner_method
 
 
 def through_images(module: nn.Module, x: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def through_images(module: nn.Module, x: Tensor) -> Tensor:
 def read_pixels(self: nn.Module, x: Tensor, *args, **kwargs):
     """A module's own forward, and the weight modules in it, with what is in its two slots."""
     x = through_images(self, x)
-    y = layer_output(self, x, *args, **kwargs)
+    y = inner_method(self, "forward")(x, *args, **kwargs)
     for change in live(self, "stem.parallel"):
         y = y + change(x)
     return y

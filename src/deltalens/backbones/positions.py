@@ -135,8 +135,13 @@ def _moved(function, args, kwargs, result) -> Positions | list[Positions | None]
         moved = function(*found, **kwargs)
     origins = frozenset.union(*[positions.origins for positions in known])
     if isinstance(result, (tuple, list)):
-        return [Positions(each, known[0].grid, origins) for each in moved]
-    return Positions(_slim(moved), known[0].grid, origins)
+        return [_with_any(Positions(each, known[0].grid, origins)) for each in moved]
+    return _with_any(Positions(_slim(moved), known[0].grid, origins))
+
+
+def _with_any(positions: Positions) -> Positions | None:
+    """None for what has been cut off a map: a class token."""
+    return positions if bool((_once(positions.ids) >= 0).any()) else None
 
 
 def _reshaped(ids: Tensor, shape: torch.Size) -> Tensor:

@@ -23,7 +23,7 @@ from deltalens.backbones.repeats import Block, find_blocks, stream_index, uncall
 from deltalens.backbones.trace import Trace, trace
 from deltalens.sites.anatomy import Family, Site, Tower
 from deltalens.sites.layout import ChannelsFirst, ChannelsLast, Layout, PlainFirst, Sequence, Tokens
-from deltalens.sites.swap import original_class, original_method
+from deltalens.sites.swap import inner_method, original_class
 
 MOST_STREAMS = 8
 
@@ -33,7 +33,7 @@ def _reading(index: int):
     """stream(block(...)), applied to the output, or to one of its elements where a block returns several."""
 
     def forward(self: nn.Module, *args, **kwargs):
-        y, slots = original_method(self, "forward")(*args, **kwargs), self.delta
+        y, slots = inner_method(self, "forward")(*args, **kwargs), self.delta
         if not isinstance(y, (tuple, list)):
             return slots.chain("block.stream", y, slots.layout)
         items = [*y[:index], slots.chain("block.stream", y[index], slots.layout), *y[index + 1 :]]

@@ -10,7 +10,7 @@ from torch import nn
 from deltalens.backbones.names import Source, create_backbone, library_of, source_of
 from deltalens.backbones.preprocessing import preprocessing_of
 from deltalens.lifecycle.state import state_of
-from deltalens.lifecycle.tensors import anatomy_of
+from deltalens.lifecycle.tensors import anatomy_of, whole
 
 SAMPLED_TENSORS, SAMPLED_VALUES, TOLERANCE = 24, 4, 2e-2
 
@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
 
 
 def _sample(tensor: torch.Tensor) -> list[float]:
-    flat = tensor.detach().flatten()
+    flat = whole(tensor).flatten()
     index = torch.linspace(0, flat.numel() - 1, SAMPLED_VALUES, device=flat.device).long()
     return [float(value) for value in flat[index].float().cpu()]
 

@@ -21,7 +21,7 @@ from deltalens.lifecycle.card import model_card
 from deltalens.lifecycle.count import count_parameters
 from deltalens.lifecycle.state import KEY, adapter_of, state_of
 from deltalens.lifecycle.switch import delete_adapter
-from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors
+from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors, whole
 from deltalens.lifecycle.wrapped import plain_layers
 from deltalens.methods.base import Method, make_config, without_fetching
 
@@ -37,7 +37,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | 
     """
     name, adapter = adapter_of(model, name)
     directory = Path(directory)
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
+    tensors = {key: whole(tensor).contiguous().cpu() for key, tensor in adapter_tensors(model, name).items()}
     with plain_layers(model):
         base_model = base_model_block(model)
     config: dict[str, Any] = {

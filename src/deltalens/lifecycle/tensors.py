@@ -26,6 +26,12 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         return describe(model, state.backbone, state.blocks)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor without its graph; one that FSDP has sharded is gathered, for which every rank must come here."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def names_in_files(model: nn.Module) -> Callable[[str], str]:
     """Path in this model -> name in files. Where a submodule is the backbone, names count from it, and what lies
     around it is named `outside.<path>`."""

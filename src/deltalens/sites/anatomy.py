@@ -43,6 +43,8 @@ class Family:
     widths: block -> {slot: channels} for slots on a stream of another width than the block's, in blocks that change it.
     before_merge: called with each swapped module before adapters are folded into layers. A family whose module splices
         a bias into a layer of its own turns the module into an equal one whose layer has that bias.
+    innermost: the reading goes around the module's own forward and inside all others', in whatever order they come;
+        those get at it by `inner_method`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Family:
     layout: Layout | None = None
     widths: Callable[[nn.Module], dict[str, int]] = lambda block: {}
     before_merge: Callable[[nn.Module], None] = lambda module: None
+    innermost: bool = False
 
     def __reduce__(self):
         return pkgutil.resolve_name, (self.name,)

@@ -29,6 +29,10 @@ class Slots(nn.Module):
         self.last = last
         self.active: tuple[str, ...] = ()
 
+    def forward(self, x):
+        """x as it is: some networks run all children of a module one after another (RegNet's stages)."""
+        return x
+
     def put(self, slot: str, adapter: str, method: str, module: nn.Module) -> str:
         """Place a module. The same method twice in one adapter and slot gets a numbered key. Returns the key."""
         key = slot.replace(".", "_")

@@ -52,19 +52,28 @@ def original_method(module: nn.Module, name: str):
     return getattr(original_class(module), name).__get__(module)
 
 
+def inner_method(module: nn.Module, name: str):
+    """What an outer reading is put around: the method of an innermost family of the module, else the backbone's own."""
+    for family in type(module)._families if isinstance(module, Swapped) else ():
+        if family.innermost and name in family.methods:
+            return family.methods[name].__get__(module)
+    return original_method(module, name)
+
+
 def swap(module: nn.Module, family: Family) -> None:
     """Add `family`'s reading to a module. Swapping twice with the same family changes nothing."""
     refuse_unswappable(module)
     families = type(module)._families if isinstance(module, Swapped) else ()
     if family not in families:
-        module.__class__ = swapped_class(original_class(module), (*families, family))
+        families = (family, *families) if family.innermost else (*families, family)
+        module.__class__ = swapped_class(original_class(module), families)
 
 
 def unswap(module: nn.Module, family: Family | None = None) -> None:
-    """Give a module its own class back, or take one family's reading off it."""
+    """Give a module its own class back, or take one family's reading away."""
     if isinstance(module, Swapped):
-        families = tuple(each for each in type(module)._families if family is not None and each is not family)
-        module.__class__ = swapped_class(original_class(module), families) if families else original_class(module)
+        left = tuple(each for each in type(module)._families if family is not None and each is not family)
+        module.__class__ = swapped_class(original_class(module), left) if left else original_class(module)
 
 
 def refuse_unswappable(module: nn.Module) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from deltalens.sites.anatomy import Anatomy, Family, Part, Site
 from deltalens.sites.slots import ADAPTER_PREFIX, Slots
-from deltalens.sites.swap import Swapped, original_class, original_method, swap
+from deltalens.sites.swap import original_class, original_method, swap
 
 
 class WeightSlots(Slots):
@@ -122,11 +122,9 @@ def output_channels(layer: nn.Module) -> tuple[int, int] | None:
 
 
 # ------------------------------------------------------------------ how a layer with weight modules reads
-def layer_output(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+def _forward(self: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     """A layer's own forward, then the weight modules in it."""
-    y, slots = original_method(self, "forward")(x, *args, **kwargs), self._modules.get("delta")
-    if not isinstance(slots, WeightSlots):
-        return y
+    y, slots = original_method(self, "forward")(x, *args, **kwargs), self.delta
     if slots.axis == -1:
         return _changed(slots, x, y, 0, slots.channels)
     return _changed(slots, x, y.movedim(1, -1), 0, slots.channels).movedim(-1, 1)
@@ -150,7 +148,7 @@ def _changed(slots: WeightSlots, x: Tensor, y: Tensor, low: int, high: int) -> T
     return y
 
 
-LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": layer_output})
+LAYER = Family(name="deltalens.sites.weights:LAYER", methods={"forward": _forward}, innermost=True)
 
 
 def linear_rows(layer: nn.Module, x: Tensor, start: int, stop: int, spliced: Tensor | None = None) -> Tensor:
@@ -222,7 +220,7 @@ def equip(block: nn.Module, part: Part, layout) -> nn.Module:
         if present is not None:  # the slots of a first convolution
             layer.delta.active = present.active
             layer.delta._modules.update(present._modules)
-    if not is_fused(layer) and not isinstance(layer, Swapped):  # all readings of a leaf include its weight modules
+    if not is_fused(layer):
         swap(layer, LAYER)
     return layer
 
