@@ -186,7 +186,10 @@ ROWS_OF = {
     "res-post": (VITS["res-post"], {"VPT, frame of pixels"}),
     "parallel": (VITS["parallel"], {"VPT, frame of pixels", "SCT"}),
     "parallel, fused": (VITS["parallel, fused"], {"VPT, frame of pixels", "SCT", "LoRA on fc1, fc2", "FacT"}),
-    "two of each": (VITS["two of each"], {"VPT, frame of pixels", "LoRA on q, v", "LoRA on fc1, fc2", "FacT"}),
+    "two of each": (
+        VITS["two of each"],
+        {"VPT, frame of pixels", "LoRA on q, v", "LoRA on fc1, fc2", "FacT", "DoRA of peft", "LoHa of peft"},
+    ),
     "differential": (VITS["differential"], {"VPT, frame of pixels"}),
     "distilled": (tiny_distilled, {"VPT, frame of pixels", "Sidetune"}),
 }

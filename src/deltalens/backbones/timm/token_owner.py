@@ -51,8 +51,8 @@ def _stem(embed: nn.Module, width: int, tower: Tower) -> Site | None:
     if not hasattr(embed, "backbone"):
         return Site("patch_embed.proj", embed.proj, STEM, width, tower=tower)
     convolutions = [(path, m) for path, m in embed.backbone.named_modules() if isinstance(m, nn.Conv2d)]
-    path, first = next((path, m) for path, m in convolutions if "delta" not in path.split("."))
-    if original_class(first).forward is not nn.Conv2d.forward:
+    path, first = next(((path, m) for path, m in convolutions if "delta" not in path.split(".")), ("", None))
+    if first is None or original_class(first).forward is not nn.Conv2d.forward:
         return None
     return Site(f"patch_embed.backbone.{path}", first, STEM, first.out_channels, tower=tower)
 
