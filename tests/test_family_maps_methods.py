@@ -52,8 +52,7 @@ QUICK = [
     ("caformer", "LoRA on q, v"),
     ("caformer", "VPT-deep"),
     ("maxvit", "VPT-deep"),
-    ("coatnet", "Mona"),
-    ("fastvit", "Adapter, Houlsby"),
+    ("fastvit", "Mona"),
 ]
 
 
@@ -106,7 +105,12 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+QUICKLY_BUILT = ("resnet18", "efficientnet_b0", "caformer_s18", "coatnet_0_rw_224", "convnext_atto")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICKLY_BUILT else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED]
+)
 def test_blocks_of_published_networks(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -158,7 +162,7 @@ def test_an_unknown_block_keeps_the_layout_of_its_kind():
     assert model(images(model)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("family", ["resnet", "mobile hybrid", "caformer", "maxvit", "fastvit"])
+@pytest.mark.parametrize("family", ["mobile hybrid", "caformer", "maxvit"])
 def test_copies_and_pickles_compute_the_same(family):
     model = MODELS[family]()
     assert all(pkgutil.resolve_name(b.family.name) is b.family for b in dl.describe(model).blocks())
@@ -169,7 +173,7 @@ def test_copies_and_pickles_compute_the_same(family):
         expected = model(x)
         assert torch.equal(copy.deepcopy(model)(x), expected)
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
-        other = images(model, size=(96, 64)) if family in ("caformer", "resnet") else x
+        other = images(model, size=(96, 64)) if family == "caformer" else x
         assert model(other).shape == expected.shape
 
 
@@ -181,7 +185,7 @@ def test_networks_that_only_borrow_a_block_have_no_tower_of_this_family():
 
 
 # ------------------------------------------------------------------ frozen statistics, merging, other sizes
-@pytest.mark.parametrize("family", ["resnet", "efficientnet", "fastvit"])
+@pytest.mark.parametrize("family", ["resnet", "fastvit"])
 def test_frozen_batch_norm_keeps_its_statistics_while_training(family):
     model = MODELS[family]()
     dl.attach(model, dl.MonaConfig(bottleneck=4)).train()  # Mona leaves frozen modules in training mode otherwise
