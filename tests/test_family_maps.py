@@ -225,7 +225,7 @@ def _last_axis(site) -> int | None:
     return site.width if type(site.layout).__name__ in ("ChannelsLast", "StageTokens") else None
 
 
-@pytest.mark.parametrize("family", some(FAMILIES, VARIANTS))
+@pytest.mark.parametrize("family", some(FAMILIES, (*VARIANTS, "regnet", "resnetv2", "coatnet", "efficientnet")))
 def test_modules_that_change_nothing_leave_the_output_bit_for_bit(family):
     model = FAMILIES[family]()
     x, before = images(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -346,7 +346,9 @@ PROMPTED = {
 }
 
 
-@pytest.mark.parametrize("case", some(PROMPTED, ("caformer, unfused", "maxvit, heads first", "maxvit, no bias")))
+@pytest.mark.parametrize(
+    "case", some(PROMPTED, ("caformer, unfused", "maxvit, maps", "maxvit, heads first", "maxvit, no bias"))
+)
 def test_prompts_equal_tokens_that_are_thrown_away(case):
     make, count = PROMPTED[case]
     model, plain = make().double(), make().double()
