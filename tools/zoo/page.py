@@ -39,8 +39,9 @@ def _extent(results: list[dict[str, Any]]) -> str:
     named = f" ({', '.join(rows)})" if len(rows) < 6 else ""
     full = all(len(methods) == len(rows) for methods in met)
     graphs = sum("compile" in each for each in results)
+    met_by = "every model met" if full else "a model met up to"
     return (
-        f"In this walk {'every model' if full else 'a model'} met {'' if full else 'up to '}{len(rows)} methods{named}; "
+        f"In this walk {met_by} {len(rows)} methods{named}; "
         f"{graphs} of {len(results)} models were compiled and exported."
     )
 
