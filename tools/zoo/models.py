@@ -79,10 +79,13 @@ def _smallest_form(name: str) -> dict:
         model = timm.create_model(name)
     takes = inspect.signature(type(model).__init__).parameters
     shallow = {"depth": DEPTH} if "depth" in takes and len(getattr(model, "blocks", ())) > DEPTH else {}
-    for size in (*SIZES, model.pretrained_cfg["input_size"][-1]):
-        options = {**shallow, **({"img_size": size} if "img_size" in takes else {})}
-        if _runs(name, options, size):
-            return {"name": name, "options": options, "size": size}
+    for less in (shallow, {}):  # some constructors take a depth that their architectures give them already
+        for size in (*SIZES, model.pretrained_cfg["input_size"][-1]):
+            options = {**less, **({"img_size": size} if "img_size" in takes else {})}
+            if _runs(name, options, size):
+                return {"name": name, "options": options, "size": size}
+        if not shallow:
+            break
     raise RuntimeError(f"{name} runs at none of the sizes {SIZES}")
 
 

@@ -22,12 +22,27 @@ def page(results: list[dict[str, Any]]) -> str:
     results = sorted(results, key=lambda each: (list(LIBRARIES).index(each["key"].split("/")[0]), each["key"]))
     refusals = sorted({(row, message) for row, message in _refusals(results)})
     return TEMPLATE.format(
+        extent=_extent(results),
         totals="\n".join(_total(library, results) for library in LIBRARIES),
         rows="\n".join(_row(each) for each in results),
         failures="\n".join(_failures(results)) or "None.",
         graphs="\n".join(_graphs(results)) or "None.",
         maps="\n".join(_maps(results)) or "None.",
         refusals="\n".join(f"| {row} | {message} |" for row, message in refusals),
+    )
+
+
+def _extent(results: list[dict[str, Any]]) -> str:
+    """How far this walk went."""
+    met = [each["methods"] for each in results if each.get("methods")]
+    rows = list(dict.fromkeys(row for methods in met for row in methods))
+    named = f" ({', '.join(rows)})" if len(rows) < 6 else ""
+    full = all(len(methods) == len(rows) for methods in met)
+    graphs = sum("compile" in each for each in results)
+    met_by = "every model met" if full else "a model met up to"
+    return (
+        f"In this walk {met_by} {len(rows)} methods{named}; "
+        f"{graphs} of {len(results)} models were compiled and exported."
     )
 
 
@@ -111,10 +126,12 @@ TEMPLATE = """# The zoo
 
 Made by `python -m tools.zoo walk`, then `python -m tools.zoo page`. Of every module of timm's models the smallest
 architecture, and one small model of every listed family of the other libraries, with random weights and small images,
-met every method of the test suite's table: attached, run forward and backward, saved, switched off, loaded, detached,
-which gave the model back bit for bit. Then it was compiled (`fullgraph`, `aot_eager`) and exported with one adapter.
-A model *adapts* if at least one method that inserts modules fits, and every method either does all of this or is
-refused with the reason.
+met methods of the test suite's table: attached, run forward and backward, saved, switched off, loaded, detached, which
+gave the model back bit for bit. Then it was compiled (`fullgraph`, `aot_eager`) and exported with one adapter. A model
+*adapts* if at least one method that inserts modules fits, and every method either does all of this or is refused with
+the reason.
+
+{extent}
 
 | library | walked | adapt | with a family of their own | with the fallback |
 |---|---|---|---|---|
