@@ -68,14 +68,15 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
         raise ValueError(f"unknown torchvision set {which!r}; write torchvision/<Name> with {' or '.join(near)}")
     if not options.download:
         existing(root, f"torchvision's folder for {which}; --download true fetches it")
-    parts, names = {}, []
+    parts, datasets = {}, []
     for split, arguments in SETS[which].items():
         dataset = _open(which, root, arguments, options.download)
         order = _order(dataset)
         labels = _labels(dataset)
-        names = names or _names(dataset, max(labels) + 1)
+        datasets.append(dataset)
         parts[split] = ImageItems([(_load(dataset), index) for index in order], [labels[index] for index in order])
-    return assemble(parts, names, options, {})
+    count = 1 + max(label for part in parts.values() for label in part.labels)
+    return assemble(parts, _names(datasets[0], count), options, {})
 
 
 class _load:
@@ -99,7 +100,7 @@ def _open(name: str, root: Path, arguments: Mapping[str, Any], download: bool) -
         keywords["download"] = True
     try:
         return kind(root, **keywords)
-    except (RuntimeError, FileNotFoundError, NotADirectoryError) as error:
+    except (RuntimeError, ValueError, FileNotFoundError, NotADirectoryError) as error:
         hint = "" if download else "; --download true fetches it, where torchvision can"
         raise ValueError(f"torchvision finds no {name} in {root}: {error}{hint}") from error
 
