@@ -136,10 +136,8 @@ def test_train_evaluate_and_predict(world, monkeypatch, capsys):
     assert measured["mAP"] == pytest.approx(results["test"]["mAP"], abs=1e-6)
     assert measured["mAP"] == pytest.approx(sum(measured["per_class"].values()) / 2)
     assert "  blue" in capsys.readouterr().out
-    assert (
-        main(["predict", "run", "44.png", "47.png", "--format", "json", "--output", "p.json", "--threshold", "0.4"])
-        == 0
-    )
+    words = ["predict", "run", "44.png", "47.png", "--format", "json", "--output", "p.json", "--threshold", "0.4"]
+    assert main(words) == 0
     predicted = {entry["image"]: entry["predictions"] for entry in json.loads(Path("p.json").read_text())}
     assert {each["class"] for each in predicted["47.png"]} == {"red", "blue"}
     assert all(each["probability"] >= 0.4 for each in predicted["47.png"])

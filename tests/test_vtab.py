@@ -51,9 +51,10 @@ def test_group_means_and_wins(values, groups, wins):
 
 
 def test_both_means():
+    """Published from unrounded tasks, and here from tasks rounded to 0.1."""
     full, deep = vtab_summary(by_task(FULL)), vtab_summary(by_task(DEEP))
-    assert (full.mean, full.mean_of_groups) == (pytest.approx(65.57, abs=0.01), pytest.approx(68.96, abs=0.01))
-    assert (deep.mean, deep.mean_of_groups) == (pytest.approx(69.43, abs=0.01), pytest.approx(71.96, abs=0.01))
+    assert (full.mean, full.mean_of_groups) == (pytest.approx(65.57, abs=0.01), pytest.approx(68.96, abs=0.02))
+    assert (deep.mean, deep.mean_of_groups) == (pytest.approx(69.43, abs=0.01), pytest.approx(71.96, abs=0.02))
 
 
 def test_total_parameters_of_24_tasks():
@@ -125,9 +126,8 @@ def test_rates_are_chosen_on_val_and_final_runs_train_on_it_too(place):
     assert len(found) == 2 * 2 * 3
     for name, each in found.items():
         final = name.endswith("seed-0")
-        assert (each["data"]["train"], each["data"]["val"], each["data"]["test"]) == (
-            (12, 0, 4) if final else (8, 4, 0)
-        )
+        counts = tuple(each["data"][part] for part in ("train", "val", "test"))
+        assert counts == ((12, 0, 4) if final else (8, 4, 0))
         assert ("accuracy" in each["val"], "accuracy" in each["test"]) == (not final, final)
         assert each["data"].get("protocol") == ("trainval" if final else None)
         assert "trained_in" not in each
@@ -190,8 +190,6 @@ def test_training_without_validation(place, tmp_path, capsys):
     assert found["val"] == {}
     assert len(found["history"]) == 2
     assert found["data"]["format"] == "vtab1k/kitti"
-    assert (
-        main(["evaluate", str(tmp_path / "run"), "--data", str(place / "vtab-1k"), "--output", str(tmp_path / "e")])
-        == 0
-    )
+    words = ["evaluate", str(tmp_path / "run"), "--data", str(place / "vtab-1k"), "--output", str(tmp_path / "e")]
+    assert main(words) == 0
     assert json.loads((tmp_path / "e").read_text())["accuracy"] == found["test"]["accuracy"]

@@ -50,8 +50,6 @@ class TaskModule(pl.LightningModule):
         )
 
     def val_dataloader(self):
-        if self.data.val is None:
-            return []
         return evaluation_loader(self.data.val, self._batch_size(), self.settings.workers, *self._process())
 
     def test_dataloader(self):

@@ -118,6 +118,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         enable_model_summary=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
+        limit_val_batches=0 if data.val is None else None,
     )
     try:
         trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
