@@ -447,6 +447,38 @@ def test_formats_are_recognised_as_before_and_named(tmp_path):
         read_data(tmp_path, "folder/x")
 
 
+def test_a_stray_table_beside_class_folders_is_passed_over(tmp_path):
+    for kind in ("a", "b"):
+        for i in range(8):
+            picture(tmp_path / kind / f"{i}.png", i)
+    for text in ("class,width\na,3\n", "path,label\nelsewhere.png,a\n", "\xff\xfe"):
+        (tmp_path / "metadata.csv").write_text(text, encoding="latin-1")
+        assert read_data(tmp_path).origin["format"] == "folder"
+    (tmp_path / "metadata.csv").write_text("path,label\na/0.png,x\n" + "b/1.png,y\n" * 5 + "b/2.png,x\n" * 5)
+    assert read_data(tmp_path).origin["format"] == "csv"
+
+
+def test_the_joined_parts_of_a_folder_are_read_again(tmp_path):
+    for kind in ("a", "b"):
+        for i in range(10):
+            picture(tmp_path / kind / f"{i}.png", i)
+    data = read_data(tmp_path, protocol="trainval")
+    assert sizes(data) == (16, 0, 4)
+    again = read_part(tmp_path, "train", ["a", "b"], data.origin)
+    assert sorted(again.paths) == sorted(data.train.paths)
+    with pytest.raises(ValueError, match="no val part here"):
+        read_part(tmp_path, "val", ["a", "b"], data.origin)
+
+
+def test_other_data_may_lack_classes_of_a_multilabel_model(tmp_path):
+    table = write_table(tmp_path / "c", "path,label,split\na.png,dog;ant,train\nb.png,ant,val\n")
+    labels = read_part(table, "all", ["ant", "cat", "dog"], {}).labels
+    assert [label.tolist() for label in labels] == [[1, 0, 1], [1, 0, 0]]
+    flags = write_table(tmp_path / "f", FLAGS)
+    labels = read_part(flags, "train", ["big dog", "cow", "cat"], {}).labels
+    assert [label.tolist() for label in labels] == [[0, -1, 1], [-1, -1, 1]]
+
+
 @pytest.mark.parametrize(
     "format", ["folder", "csv", "multilabel", "vtab1k/dtd", "fgvc/cub", "voc2007", "torchvision/DTD"]
 )

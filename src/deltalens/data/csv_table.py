@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltalens.data.options import ReadOptions, refuse_variant
 from deltalens.data.splits import Splits
-from deltalens.data.tables import LABEL_COLUMNS, Table, find_tables, image_paths, read_table, splits_of
+from deltalens.data.tables import LABEL_COLUMNS, Table, certain_table, image_paths, read_table, splits_of
 
 EXPECTED = """expected a CSV file, or a folder with labels.csv (or train.csv, val.csv, test.csv):
     path,label,split
@@ -24,11 +24,8 @@ NAME_COLUMNS = ("class", "class_name", "label_name", "name")
 
 def recognise(root: Path) -> str | None:
     """ "csv" for a table with a column of labels."""
-    tables = find_tables(root)
-    if not tables:
-        return None
-    table = read_table(root, EXPECTED)
-    return "csv" if table.column(LABEL_COLUMNS) else None
+    table = certain_table(root)
+    return "csv" if table is not None and table.column(LABEL_COLUMNS) else None
 
 
 def read(root: Path, which: str, options: ReadOptions) -> Splits:

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from deltalens.data.assemble import Images
 from deltalens.data.image_folder import read_split
 from deltalens.data.options import ReadOptions
@@ -83,7 +85,7 @@ def read_part(
         format = origin.get("format", "auto") if format is None else "auto"
         format = (recognise(root) or "folder") if format == "auto" else format
     if format == "folder":
-        return read_split(root, split, class_names, origin, skip_broken)
+        return _folder_part(root, split, class_names, origin, skip_broken)
     drawn = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
     options = ReadOptions(**drawn, skip_broken=skip_broken, allow_missing_classes=True)
     splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
@@ -108,6 +110,16 @@ def _reader(format: str) -> tuple[ModuleType, str]:
     return importlib.import_module(FORMATS[name]), which
 
 
+def _folder_part(root: Path, split: str, class_names: Sequence[str], origin: dict[str, Any], skip: bool) -> Images:
+    """A part of class folders. Where the training run joined train and val, they are one here, too."""
+    if origin.get("protocol") == "trainval" and split == "val":
+        raise ValueError(f"{root} has no val part here: the adapter was trained on it; it has train, test")
+    part = read_split(root, split, class_names, origin, skip)
+    if origin.get("protocol") == "trainval" and split == "train":
+        return part + read_split(root, "val", class_names, origin, skip)
+    return part
+
+
 def _part(splits: Splits, split: str, root: Path) -> Images:
     if split == "all":
         parts = [part for part in (splits.train, splits.val, splits.test) if part is not None]
@@ -125,9 +137,16 @@ def _with_labels_of(class_names: Sequence[str], splits: Splits, part: Images) ->
     if splits.class_names == names:
         return part
     unknown = [name for name in splits.class_names if name not in names]
-    if unknown or splits.task == "multilabel":
-        shown = ", ".join(unknown[:8] or splits.class_names[:8])
+    if unknown:
+        shown = ", ".join(unknown[:8])
         raise ValueError(f"the data has other classes than the {len(names)} of the model: {shown}")
     part = part.subset(range(len(part)))
-    part.labels = [names.index(splits.class_names[label]) for label in part.labels]
+    index = [names.index(name) for name in splits.class_names]
+    if splits.task != "multilabel":
+        part.labels = [index[label] for label in part.labels]
+        return part
+    absent = -1 if splits.origin["format"] == "multilabel" else 0  # there a class without a column is not known
+    labels = torch.full((len(part), len(names)), absent, dtype=torch.int8)
+    labels[:, index] = torch.stack(part.labels)
+    part.labels = list(labels)
     return part

@@ -13,7 +13,7 @@ from deltalens.data.tables import (
     PATH_COLUMNS,
     SPLIT_COLUMNS,
     Table,
-    find_tables,
+    certain_table,
     image_paths,
     read_table,
     splits_of,
@@ -29,11 +29,9 @@ VALUES = {"1": 1, "0": 0, "-1": -1, "": -1, "1.0": 1, "0.0": 0, "-1.0": -1, "tru
 
 def recognise(root: Path) -> str | None:
     """ "multilabel" for a table without a column of labels whose other columns hold 1, 0 and -1."""
-    if not find_tables(root):
-        return None
-    table = read_table(root, EXPECTED)
-    classes = _classes(table)
-    if table.column(LABEL_COLUMNS) or not classes:
+    table = certain_table(root)
+    classes = _classes(table) if table is not None and not table.column(LABEL_COLUMNS) else []
+    if not classes:
         return None
     return "multilabel" if all(_value(table.rows[0][name]) is not None for name in classes) else None
 

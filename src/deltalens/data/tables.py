@@ -51,6 +51,26 @@ def find_tables(root: Path) -> list[Path]:
     return found if found and found[0].name == "train.csv" else []
 
 
+def certain_table(root: Path) -> Table | None:
+    """The table of a root for the format "auto": one in a folder needs a column that is named as a path, and, where
+    class folders lie beside it, images where it says."""
+    if root.is_file():
+        return read_table(root, "a table has a header and rows") if find_tables(root) else None
+    if not find_tables(root):
+        return None
+    try:
+        table = read_table(root, "")
+    except ValueError:
+        return None
+    column = table.column(PATH_COLUMNS)
+    if column is None:
+        return None
+    first = table.rows[0][column]
+    found = any((folder / first).is_file() for folder in (table.folder, table.folder / "images"))
+    folders = [each for each in root.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    return table if found or len(folders) < 2 else None
+
+
 def read_table(root: Path, expected: str) -> Table:
     """Read and join the tables of a root. Errors show the expected tree."""
     files = find_tables(root)
