@@ -198,10 +198,11 @@ def test_a_joined_list_is_cut_after_800(tmp_path):
     """As V-PETL Bench ships it: train800val200.txt alone."""
     folder = tmp_path / "kitti"
     picture(folder / "images/a.jpg")
-    labels = [i % 4 for i in range(803)]
+    labels = [i % 4 for i in range(1000)]
     (folder / "train800val200.txt").write_text("\n".join(f"images/a.jpg {label}" for label in labels))
-    (folder / "test.txt").write_text("images/a.jpg 3\n")
+    (folder / "test.txt").write_text("images/a.jpg 3\n" * 711)
     data = read_data(folder)
+    assert data.origin["published_sizes"] is True
     assert (data.train.labels, data.val.labels) == (labels[:800], labels[800:])
     (folder / "train800val200.txt").write_text("images/a.jpg 0\n" * 7)
     with pytest.raises(ValueError, match="7 lines, which leaves none"):
@@ -285,7 +286,7 @@ def test_vpts_splits(tmp_path, name, images):
     assert pairs(data.val) + pairs(data.test) == [("d.jpg", 0), ("e.jpg", 1), ("f.jpg", 0)]
 
 
-def test_classes_without_folders_are_numbered(tmp_path):
+def test_classes_without_folders_are_numbered(tmp_path, monkeypatch):
     flat = {"train": {"x/1.jpg": 8, "x/2.jpg": 2}, "val": {"x/3.jpg": 8}, "test": {"x/4.jpg": 2}}
     data = read_data(write_json(tmp_path, "", flat), "fgvc/cars")
     assert data.class_names == ["2", "8"]

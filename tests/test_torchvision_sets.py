@@ -196,6 +196,16 @@ def test_miniatures(name, tmp_path, monkeypatch):
     assert red(again) == red(data.val)
 
 
+def test_a_split_does_not_follow_the_order_of_the_file_system(tmp_path, monkeypatch):
+    sun397(tmp_path, monkeypatch)
+    for i, file in enumerate(sorted((tmp_path / "SUN397").rglob("*.jpg"))):
+        picture(file, 20 * i)
+    first = red(read_data(tmp_path, "torchvision/SUN397", options=HALF).train)
+    rglob = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(sorted(rglob(self, pattern))))
+    assert red(read_data(tmp_path, "torchvision/SUN397", options=HALF).train) == first
+
+
 def test_items_behave_as_files_do(tmp_path, monkeypatch):
     dtd(tmp_path, monkeypatch)
     data = read_data(tmp_path, "torchvision/DTD", protocol="trainval")
