@@ -10,6 +10,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from deltalens.data import ReadOptions, Splits, read_data, read_part
+from deltalens.data.fgvc import SETS
 from deltalens.data.splits import strata
 from deltalens.data.voc2007 import CLASSES
 from deltalens.data.vtab1k import TASKS, task_of
@@ -288,7 +289,9 @@ def test_vpts_splits(tmp_path, name, images):
 
 def test_classes_without_folders_are_numbered(tmp_path, monkeypatch):
     flat = {"train": {"x/1.jpg": 8, "x/2.jpg": 2}, "val": {"x/3.jpg": 8}, "test": {"x/4.jpg": 2}}
+    monkeypatch.setitem(SETS, "cars", SETS["cars"]._replace(sizes=(2, 1, 1)))
     data = read_data(write_json(tmp_path, "", flat), "fgvc/cars")
+    assert data.origin["published_sizes"] is True
     assert data.class_names == ["2", "8"]
     assert data.train.labels == [1, 0]
     (tmp_path / "val.json").unlink()

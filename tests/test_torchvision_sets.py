@@ -202,7 +202,7 @@ def test_a_split_does_not_follow_the_order_of_the_file_system(tmp_path, monkeypa
         picture(file, 20 * i)
     first = red(read_data(tmp_path, "torchvision/SUN397", options=HALF).train)
     rglob = Path.rglob
-    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(sorted(rglob(self, pattern))))
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: sorted(rglob(self, pattern), reverse=True))
     assert red(read_data(tmp_path, "torchvision/SUN397", options=HALF).train) == first
 
 
