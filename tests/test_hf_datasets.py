@@ -69,6 +69,13 @@ def test_named_labels_and_splits(tmp_path, library):
     assert read_part(tmp_path, "test", ["dog", "cat"], data.origin).labels == [0]
 
 
+def test_a_test_part_without_labels_is_no_test(tmp_path, library):
+    features = IMAGE | {"label": ClassLabel(["cat", "dog"])}
+    labels = {"train": [1, 0, 1], "validation": [0], "test": [-1, -1]}
+    library.content = {split: Table(features, values) for split, values in labels.items()}
+    assert read_data(saved(tmp_path)).test is None
+
+
 def test_labels_without_names_and_one_table(tmp_path, library):
     library.content = Table(IMAGE | {"label": Value()}, ["b", "a"] * 10)
     data = read_data(saved(tmp_path))

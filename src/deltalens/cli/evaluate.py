@@ -18,6 +18,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("adapter", type=str, help="folder of the adapter")
     add("--data", type=str, required=True, help="folder of images")
     add("--format", type=str | None, default=None, help="of the data, as in train; by default the training run's")
+    add("--download", type=bool, default=False, help="fetch the data where its format knows how")
     add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which images")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
@@ -43,7 +44,9 @@ def run(args: Namespace) -> None:
     model, class_names, device = load_trained(args.adapter, args.device)
     preprocessing = dl.preprocessing(model)
     info = dl.adapter_info(model)
-    files = read_part(args.data, args.split, class_names, info.get("split"), args.format, args.skip_broken)
+    files = read_part(
+        args.data, args.split, class_names, info.get("split"), args.format, args.skip_broken, args.download
+    )
     files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
     task = task_class(info.get("task"))(model, class_names).eval()
     metrics = task.new_metrics().to(device)
@@ -64,5 +67,6 @@ def run(args: Namespace) -> None:
         print(f"  {name:<18} {value:.4f}")
     if args.output:
         results = {"adapter": args.adapter, "data": args.data, "split": args.split, "images": len(files), **values}
-        results |= {"per_class": per_class} if per_class else {}
+        if per_class:
+            results["per_class"] = {name: None if value != value else value for name, value in per_class.items()}
         write_text(args.output, json.dumps(results, indent=2) + "\n")

@@ -72,6 +72,7 @@ def read_part(
     origin: dict[str, Any] | None = None,
     format: str | None = None,
     skip_broken: bool = False,
+    download: bool = False,
 ) -> Images:
     """Read one part to measure a trained model on: "train", "val", "test", or "all".
 
@@ -87,7 +88,7 @@ def read_part(
     if format == "folder":
         return _folder_part(root, split, class_names, origin, skip_broken)
     drawn = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
-    options = ReadOptions(**drawn, skip_broken=skip_broken, allow_missing_classes=True)
+    options = ReadOptions(**drawn, skip_broken=skip_broken, allow_missing_classes=True, download=download)
     splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
     return _with_labels_of(class_names, splits, _part(splits, split, root))
 

@@ -37,7 +37,7 @@ class BackboneEntry:
 class DatasetEntry:
     """Images on a disk. min_crop, hflip: where this dataset's augmentation differs from the study's. format: as in
     `deltalens.data.read_data`. protocol: "trainval" trains the final runs on train and val together, once the rate has
-    been chosen on val."""
+    been chosen on val. download: fetch what is not there, where the format knows how."""
 
     name: str
     path: str
@@ -45,6 +45,7 @@ class DatasetEntry:
     hflip: float | None = None
     format: str = "auto"
     protocol: str = "val"
+    download: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Study:
 
 
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
+DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download")
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
 
 
@@ -198,7 +200,7 @@ class _Reader:
         for name, entry in entries.items():
             place: Place = ("datasets", name)
             entry = {"path": entry} if isinstance(entry, str) else {} if entry is None else entry
-            entry = self.document.mapping(entry, place, ("path", "min_crop", "hflip", "format", "protocol"))
+            entry = self.document.mapping(entry, place, DATASET_FIELDS)
             folder = given.pop(name, entry.get("path"))
             if folder is None:
                 raise self.document.error(place, f"has no path; write one here or give --data {name}=FOLDER")
@@ -215,6 +217,7 @@ class _Reader:
                 entry.get("hflip"),
                 self.document.text(entry.get("format", "auto"), (*place, "format")),
                 protocol,
+                self.document.flag(entry.get("download", False), (*place, "download")),
             )
         found |= {name: DatasetEntry(name, folder) for name, folder in given.items()}
         if not found:

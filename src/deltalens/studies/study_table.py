@@ -221,10 +221,13 @@ def _description(grid: Grid) -> str:
         tried += "epoch, with the first seed"
     else:
         tried = f"{study.fixed_rate:g}" if study.fixed_rate else "the method's own default"
+    joined = [dataset.name for dataset in study.datasets if dataset.protocol == "trainval"]
+    together = f" Final runs on {', '.join(joined)} train on training and validation images together." if joined else ""
     return (
         f"{training.epochs} epochs, batches of {training.batch_size}, {training.optimizer}, weight decay "
         f"{training.weight_decay:g}; seeds {', '.join(map(str, study.seeds))}. Learning rate: {tried}. Test images are "
         "looked at once, after the last epoch. Top-1 accuracy in per cent: mean ± sample standard deviation over seeds."
+        + together
     )
 
 

@@ -176,7 +176,13 @@ class Workplace:
             self._read[dataset.name] = read_data(
                 dataset.path,
                 dataset.format,
-                options=ReadOptions(split.val_fraction, split.test_fraction, split.seed, allow_missing_classes=True),
+                options=ReadOptions(
+                    split.val_fraction,
+                    split.test_fraction,
+                    split.seed,
+                    allow_missing_classes=True,
+                    download=dataset.download,
+                ),
             )
             if dataset.protocol == "trainval" and self._read[dataset.name].test is None:
                 raise ValueError(f"{dataset.name} has no test images, and the protocol trainval leaves none for val")
@@ -200,14 +206,15 @@ class Workplace:
                 files.transform, files.mode = transform, mode
                 return keep_in_memory(files, resize)
 
-            other = kept.get(not run.joined)
             splits = splits.joined() if run.joined else splits
-            kept[run.joined] = replace(
-                splits,
-                train=prepared(splits.train, augment, shrink),
-                val=None if splits.val is None else prepared(splits.val, judge, fit_in),
-                test=other.test if other else None if splits.test is None else prepared(splits.test, judge, fit_in),
-            )
+            train = prepared(splits.train, augment, shrink)
+            val = None if splits.val is None else prepared(splits.val, judge, fit_in)
+            test = splits.test
+            if kept:
+                test = next(iter(kept.values())).test  # the same images, decoded already
+            elif test is not None:
+                test = prepared(test, judge, fit_in)
+            kept[run.joined] = replace(splits, train=train, val=val, test=test)
         return kept[run.joined]
 
 
