@@ -141,6 +141,9 @@ def test_train_evaluate_and_predict(world, monkeypatch, capsys):
     predicted = {entry["image"]: entry["predictions"] for entry in json.loads(Path("p.json").read_text())}
     assert {each["class"] for each in predicted["47.png"]} == {"red", "blue"}
     assert all(each["probability"] >= 0.4 for each in predicted["47.png"])
+    capsys.readouterr()
+    assert main(["predict", "run", "44.png", "--threshold", "0"]) == 0
+    assert {"red", "blue"} <= set(capsys.readouterr().out.split())
     assert main(["analyze", "embeddings", "run", "--data", ".", "--output", "e.svg"]) == 1
     assert "needs one label an image" in capsys.readouterr().err
 
