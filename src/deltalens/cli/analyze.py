@@ -145,12 +145,15 @@ def _ensemble(args: Namespace) -> None:
 def _batches(args: Namespace, model: Any, class_names: list[str], most: int | None) -> Any:
     """(images, labels) batches of the split, as the adapter was trained to see them."""
     import deltalens as dl
-    from deltalens.data import eval_transform, read_split
+    from deltalens.data import eval_transform, read_part
     from deltalens.data.transforms import image_mode
     from deltalens.training.loaders import default_workers, evaluation_loader
 
     preprocessing = dl.preprocessing(model)
-    files = read_split(args.data, args.split, class_names, dl.adapter_info(model).get("split"))
+    info = dl.adapter_info(model)
+    if info.get("task") not in (None, "classification"):
+        raise ValueError(f"{args.analysis} needs one label an image, and the adapter was trained for {info['task']}")
+    files = read_part(args.data, args.split, class_names, info.get("split"))
     if most is not None and len(files) > most:
         files = files.subset([i * len(files) // most for i in range(most)])
     files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)

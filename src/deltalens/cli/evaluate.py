@@ -1,7 +1,7 @@
 """Measure a trained adapter on a folder of images.
 
 The folder has train, val or test folders as in training, or only class folders: then --split test means the part that
-the training run kept for test, and --split all every image.
+the training run kept for test, and --split all every image. Other layouts are read as in training.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("adapter", type=str, help="folder of the adapter")
     add("--data", type=str, required=True, help="folder of images")
+    add("--format", type=str | None, default=None, help="of the data, as in train; by default the training run's")
+    add("--download", type=bool, default=False, help="fetch the data where its format knows how")
     add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which images")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
@@ -33,18 +35,20 @@ def run(args: Namespace) -> None:
 
     import deltalens as dl
     from deltalens.cli.trained import load_trained
-    from deltalens.data import eval_transform, read_split
+    from deltalens.data import eval_transform, read_part
     from deltalens.data.transforms import image_mode
     from deltalens.lifecycle.atomic import write_text
-    from deltalens.tasks import ClassificationTask
+    from deltalens.tasks import task_class
     from deltalens.training.loaders import default_workers, evaluation_loader
 
     model, class_names, device = load_trained(args.adapter, args.device)
     preprocessing = dl.preprocessing(model)
-    origin = dl.adapter_info(model).get("split")
-    files = read_split(args.data, args.split, class_names, origin, args.skip_broken)
+    info = dl.adapter_info(model)
+    files = read_part(
+        args.data, args.split, class_names, info.get("split"), args.format, args.skip_broken, args.download
+    )
     files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
-    task = ClassificationTask(model, class_names).eval()
+    task = task_class(info.get("task"))(model, class_names).eval()
     metrics = task.new_metrics().to(device)
     workers = default_workers() if args.workers is None else args.workers
     loss = 0.0
@@ -58,6 +62,11 @@ def run(args: Namespace) -> None:
     for name, value in values.items():
         print(f"{name:<20} {value:.4f}")
     print(f"{'images':<20} {len(files)} ({args.split})")
+    per_class = task.per_class(metrics)
+    for name, value in per_class.items():
+        print(f"  {name:<18} {value:.4f}")
     if args.output:
         results = {"adapter": args.adapter, "data": args.data, "split": args.split, "images": len(files), **values}
+        if per_class:
+            results["per_class"] = {name: None if value != value else value for name, value in per_class.items()}
         write_text(args.output, json.dumps(results, indent=2) + "\n")

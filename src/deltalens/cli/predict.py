@@ -1,7 +1,8 @@
 """Classify images with a trained adapter.
 
 Images are files, folders (every image under them) or globs ("photos/**/*.jpg"). The result is a table, CSV or JSON
-with the most probable classes and their probabilities for each image.
+with the most probable classes and their probabilities for each image; of a multi-label adapter all classes above
+--threshold.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--format", type=Literal["table", "csv", "json"], default="table", help="of the result")
     add("--output", type=str | None, default=None, help="file for the result, instead of the terminal")
     add("--topk", type=int, default=1, help="classes per image, most probable first")
+    add("--threshold", type=float, default=0.5, help="least probability of a class, for multi-label adapters")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
@@ -73,7 +75,7 @@ def _predict(args: Namespace, paths: list[Path]) -> list[tuple[str, list[tuple[s
     from deltalens.cli.trained import load_trained
     from deltalens.data.image_folder import ImageFiles, without_broken
     from deltalens.data.transforms import eval_transform, image_mode
-    from deltalens.tasks import ClassificationTask
+    from deltalens.tasks import MultiLabelTask, task_class
     from deltalens.training.loaders import evaluation_loader
 
     model, class_names, device = load_trained(args.adapter, args.device)
@@ -81,11 +83,12 @@ def _predict(args: Namespace, paths: list[Path]) -> list[tuple[str, list[tuple[s
     files = ImageFiles(paths, [0] * len(paths), eval_transform(preprocessing), image_mode(preprocessing))
     if args.skip_broken:
         files = without_broken(files, True)
-    task = ClassificationTask(model, class_names)
+    task = task_class(dl.adapter_info(model).get("task"))(model, class_names)
+    how = {"threshold": args.threshold} if isinstance(task, MultiLabelTask) else {"topk": args.topk}
     decoded = []
     with torch.inference_mode():
         for images, _ in evaluation_loader(files, args.batch_size):
-            decoded += task.decode(model(images.to(device)), args.topk)
+            decoded += task.decode(model(images.to(device)), **how)
     return [(str(path), classes) for path, classes in zip(files.paths, decoded, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """Adapt a backbone to a folder of images.
 
-The data folder holds train/<class>/*.jpg (and val, test), or <class>/*.jpg, which is then split by seed. The output
+The data folder holds train/<class>/*.jpg (and val, test), or <class>/*.jpg, which is then split by seed, or what
+--format says: a table of labels, VTAB-1k, FGVC, VOC 2007, a set of torchvision or of the Hugging Face hub. The output
 folder gets the adapter (adapter_config.json, adapter_model.safetensors, README.md), config.yaml, which reproduces the
 run with `deltalens train --config OUTPUT/config.yaml --output ANOTHER`, metrics.csv and results.json.
 """
@@ -36,7 +37,21 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="settings that come with the package (deltalens list recipes)",
     )
-    add("--data", type=str, required=True, help="folder of images")
+    add("--data", type=str, required=True, help="folder of images, or a table of them")
+    add(
+        "--format",
+        type=str,
+        default="auto",
+        help="folder, csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, voc2007, voc2007/single, torchvision/<Name>; "
+        "auto goes by the files",
+    )
+    add(
+        "--protocol",
+        type=Literal["val", "trainval"],
+        default="val",
+        help="trainval trains on train and val together, for a last run whose settings were chosen before",
+    )
+    add("--download", type=bool, default=False, help="fetch the data where a format knows how")
     add("--output", type=str, required=True, help="folder for the results")
     add(
         "--val-fraction",
@@ -138,18 +153,12 @@ def _build(options: dict[str, Any], methods: list):
 
     import deltalens as dl
     from deltalens.cli.sized_backbone import create_sized_backbone
-    from deltalens.data import eval_transform, read_image_folder, train_transform
+    from deltalens.data import ReadOptions, eval_transform, read_data, train_transform
     from deltalens.data.transforms import image_mode
-    from deltalens.tasks import ClassificationTask
+    from deltalens.tasks import task_class
 
-    data = read_image_folder(
-        options["data"],
-        val_fraction=options["val_fraction"],
-        test_fraction=options["test_fraction"],
-        seed=options["seed"],
-        skip_broken=options["skip_broken"],
-        allow_missing_classes=options["allow_missing_classes"],
-    )
+    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())})
+    data = read_data(options["data"], options["format"], protocol=options["protocol"], options=reading)
     torch.manual_seed(options["seed"])
     model, preprocessing = create_sized_backbone(
         options["model"],
@@ -163,11 +172,11 @@ def _build(options: dict[str, Any], methods: list):
     data.train.transform = train_transform(
         preprocessing, options["min_crop"], options["hflip"], options["rand_augment"]
     )
-    for part in (data.train, data.val, *([data.test] if data.test is not None else [])):
+    for part in (part for part in (data.train, data.val, data.test) if part is not None):
         part.mode = image_mode(preprocessing)
         if part is not data.train:
             part.transform = eval_transform(preprocessing)
-    return ClassificationTask(model, data.class_names, options["label_smoothing"]), data
+    return task_class(data.task)(model, data.class_names, options["label_smoothing"]), data
 
 
 def _check_same_run(output, options: dict[str, Any]) -> None:
@@ -191,12 +200,15 @@ def _print_start(task, data, options: dict[str, Any]) -> None:
 
     count = dl.count_parameters(task.model)
     names = " + ".join(entry["method"] for entry in options["method"])
-    test = "no test" if data.test is None else f"{len(data.test)} test"
+    val, test = (
+        f"no {name}" if part is None else f"{len(part)} {name}"
+        for name, part in (("validation", data.val), ("test", data.test))
+    )
     print(
         f"{names} on {options['model']}: {count.adapter:,} parameters, {count.percent:.2f} % of the backbone's "
         f"{count.backbone:,}, and {count.head:,} in the head"
     )
-    print(f"{len(data.class_names)} classes, {len(data.train)} training, {len(data.val)} validation, {test} images")
+    print(f"{len(data.class_names)} classes, {len(data.train)} training, {val}, {test} images")
 
 
 def _print_results(results: dict[str, Any], output) -> None:

@@ -1,16 +1,23 @@
 """Datasets, one file per format; every one becomes a `Splits`."""
 
 from deltalens.data.arrays import ArrayDataset
+from deltalens.data.formats import read_data, read_part
 from deltalens.data.image_folder import ImageFiles, read_image_folder, read_split
+from deltalens.data.image_items import ImageItems
+from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits, stratified_split
 from deltalens.data.transforms import eval_transform, train_transform
 
 __all__ = [
     "ArrayDataset",
     "ImageFiles",
+    "ImageItems",
+    "ReadOptions",
     "Splits",
     "eval_transform",
+    "read_data",
     "read_image_folder",
+    "read_part",
     "read_split",
     "stratified_split",
     "train_transform",

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from deltalens.data.options import ReadOptions, refuse_variant
 from deltalens.data.splits import Splits, stratified_split
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -20,18 +21,19 @@ EXPECTED = """expected one folder per class, either split already:
     {root}/val/<class>/*.jpg
     {root}/test/<class>/*.jpg      (val and test may be absent: val is then split off train by seed)
 or not split yet:
-    {root}/<class>/*.jpg"""
+    {root}/<class>/*.jpg
+(for other layouts see --format: csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, voc2007, torchvision/<Name>)"""
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class ImageFiles(Dataset):
-    """Image files with labels. Items are (transform(RGB image), label).
+    """Image files with labels, integers or tensors. Items are (transform(RGB image), label).
 
     An image that cannot be read raises ValueError with its path. mode: PIL's mode that images are converted to.
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: Sequence[int], transform: Callable | None = None, mode: str = "RGB"
+        self, paths: Sequence[Path], labels: Sequence[Any], transform: Callable | None = None, mode: str = "RGB"
     ):
         self.paths, self.labels, self.transform, self.mode = list(paths), list(labels), transform, mode
 
@@ -39,8 +41,16 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = read_image(self.paths[index], self.mode)
+        image = self.image(index)
         return (self.transform(image) if self.transform else image), self.labels[index]
+
+    def __add__(self, other: ImageFiles) -> ImageFiles:
+        """The items of both, with the transform and the mode of the first."""
+        return ImageFiles(self.paths + other.paths, [*self.labels, *other.labels], self.transform, self.mode)
+
+    def image(self, index: int) -> Image.Image:
+        """One image as it is read, in `mode`, without the transform."""
+        return read_image(self.paths[index], self.mode)
 
     def subset(self, indices: Sequence[int]) -> ImageFiles:
         """The items at these indices, as a dataset of their own."""
@@ -58,6 +68,24 @@ def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
         raise
     except _BROKEN as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def recognise(root: Path) -> str | None:
+    """ "folder" where there are split folders with class folders."""
+    return "folder" if root.is_dir() and "train" in split_folders(root) else None
+
+
+def read(root: Path, which: str, options: ReadOptions) -> Splits:
+    """The format "folder" of `deltalens.data.read_data`."""
+    refuse_variant("folder", which)
+    return read_image_folder(
+        root,
+        val_fraction=options.val_fraction,
+        test_fraction=options.test_fraction,
+        seed=options.seed,
+        skip_broken=options.skip_broken,
+        allow_missing_classes=options.allow_missing_classes,
+    )
 
 
 def read_image_folder(

@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 
 @dataclass
 class Splits:
-    """What a training run reads. Items are (input, label) pairs with integer labels that index `class_names`.
+    """What a training run reads. Items are (input, label) pairs.
 
-    val is the part that choices are made on; test, where there is one, is looked at once, at the end.
-    origin: JSON-able facts about how the parts came to be (seed, fractions), kept with the adapter.
+    task "classification": labels are integers that index `class_names`. "multilabel": labels are int8 tensors
+    (classes,) of 1 (there), 0 (not there) and -1 (left out of loss and metrics).
+    val is the part that choices are made on, None where nothing is left to choose; test, where there is one, is looked
+    at once, at the end. origin: JSON-able facts about how the parts came to be (format, seed, fractions), kept with
+    the adapter.
     """
 
     train: Dataset
-    val: Dataset
+    val: Dataset | None
     class_names: list[str]
     test: Dataset | None = None
     origin: dict[str, Any] = field(default_factory=dict)
+    task: str = "classification"
+
+    def joined(self) -> Splits:
+        """Train and val together for training and none for validation: the protocol "trainval" of a last run, whose
+        settings were chosen before."""
+        return replace(self, train=self.train + self.val, val=None, origin=self.origin | {"protocol": "trainval"})
+
+
+def strata(labels: Sequence[Any]) -> list[int]:
+    """What to stratify a split by: the label; of several labels the one that is rarest over all items, -1 for none."""
+    if not len(labels) or not torch.is_tensor(labels[0]):
+        return [int(label) for label in labels]
+    there = torch.stack(list(labels)) == 1
+    counts = there.sum(0)
+    rarity = torch.where(there, counts, len(labels) + 1)
+    return torch.where(there.any(1), rarity.argmin(1), -1).tolist()
 
 
 def stratified_split(labels: Sequence[int], fractions: Sequence[float], seed: int) -> list[list[int]]:

@@ -56,6 +56,8 @@ def block_means(model: nn.Module, loader: Iterable) -> list[BlockMeans]:
         with _plain(model):
             for images, labels, *_ in loader:
                 labels = torch.as_tensor(labels, device=reference.device)
+                if labels.dim() != 1:
+                    raise ValueError("class prototypes need one label an image; choose another init for several labels")
                 counts = torch.bincount(labels).double()
                 seen = _grown(seen.to(counts), len(counts)) + _grown(counts, len(seen))
                 taken.clear()

@@ -10,7 +10,7 @@ from typing import Any
 
 from deltalens.studies.results import seconds_text
 from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Variant, folder_name
-from deltalens.studies.trial import Run, Workplace, run_config
+from deltalens.studies.trial import Run, Workplace, run_config, score
 
 RUNS = "runs"
 
@@ -71,7 +71,7 @@ class Grid:
             return self.finals[cell][0].rate
         if any(self.state(run) == "open" for run in searches):
             return None
-        accuracies = {run.rate: run.results()["val"]["accuracy"] for run in searches if run.output.finished}
+        accuracies = {run.rate: score(run.results()["val"]) for run in searches if run.output.finished}
         return max(accuracies, key=lambda rate: (accuracies[rate], -rate)) if accuracies else None
 
     def check_unchanged(self) -> None:
@@ -133,7 +133,8 @@ def _do(grid: Grid, workplace: Workplace, run: Run) -> str | None:
             raise RuntimeError(f"every learning rate failed: {reasons}")
         earlier = run.output.read_config() or {}
         trained = next((each for each in grid.searches[run.cell] if each.rate == rate), None)
-        if run.stage == "final" and trained is not None and run.seed == trained.seed and trained.has_adapter():
+        same_training = trained is not None and run.seed == trained.seed and not run.joined
+        if run.stage == "final" and same_training and trained.has_adapter():
             results = workplace.test_trained(run, trained, rate)
         else:
             results = workplace.train(run, rate, again=stale or earlier.get("lr", rate) != rate)
@@ -143,7 +144,7 @@ def _do(grid: Grid, workplace: Workplace, run: Run) -> str | None:
     _tidy(grid, run)
     part = "test" if results["test"] else "val"
     chosen = "" if run.stage == "search" else f", lr {rate:g}"
-    return f"{part} {100 * results[part]['accuracy']:.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
+    return f"{part} {100 * score(results[part]):.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
 
 
 def _tidy(grid: Grid, run: Run) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from deltalens.data.formats import PROTOCOLS
 from deltalens.data.splits import stratified_split
 from deltalens.methods import Method, make_config
 from deltalens.studies.study_yaml import Document, Place
@@ -34,12 +35,17 @@ class BackboneEntry:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A folder of images. min_crop, hflip: where this dataset's augmentation differs from the study's."""
+    """Images on a disk. min_crop, hflip: where this dataset's augmentation differs from the study's. format: as in
+    `deltalens.data.read_data`. protocol: "trainval" trains the final runs on train and val together, once the rate has
+    been chosen on val. download: fetch what is not there, where the format knows how."""
 
     name: str
     path: str
     min_crop: float | None = None
     hflip: float | None = None
+    format: str = "auto"
+    protocol: str = "val"
+    download: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class Study:
 
 
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
+DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download")
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
 
 
@@ -193,15 +200,24 @@ class _Reader:
         for name, entry in entries.items():
             place: Place = ("datasets", name)
             entry = {"path": entry} if isinstance(entry, str) else {} if entry is None else entry
-            entry = self.document.mapping(entry, place, ("path", "min_crop", "hflip"))
+            entry = self.document.mapping(entry, place, DATASET_FIELDS)
             folder = given.pop(name, entry.get("path"))
             if folder is None:
                 raise self.document.error(place, f"has no path; write one here or give --data {name}=FOLDER")
             for key in ("min_crop", "hflip"):
                 if entry.get(key) is not None:
                     self._share(entry[key], (*place, key))
+            protocol = entry.get("protocol", "val")
+            if protocol not in PROTOCOLS:
+                raise self.document.error((*place, "protocol"), f"expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
             found[name] = DatasetEntry(
-                name, self.document.text(folder, place), entry.get("min_crop"), entry.get("hflip")
+                name,
+                self.document.text(folder, place),
+                entry.get("min_crop"),
+                entry.get("hflip"),
+                self.document.text(entry.get("format", "auto"), (*place, "format")),
+                protocol,
+                self.document.flag(entry.get("download", False), (*place, "download")),
             )
         found |= {name: DatasetEntry(name, folder) for name, folder in given.items()}
         if not found:

@@ -6,18 +6,21 @@ import csv
 import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
 
+from deltalens.data.vtab1k import task_of
 from deltalens.studies.grid import Grid
+from deltalens.studies.markdown import markdown_table
 from deltalens.studies.results import percent_text, seconds_text
 from deltalens.studies.study import Variant
-from deltalens.studies.trial import Run
+from deltalens.studies.trial import Run, score
+from deltalens.studies.vtab_table import vtab_parts
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run, a line of runs.csv. Accuracies are fractions; what is not known is None."""
+    """One run, a line of runs.csv. Accuracies are fractions (metric says of what: "accuracy", or "mAP" where images
+    have several labels); what is not known is None."""
 
     stage: str
     backbone: str
@@ -39,6 +42,7 @@ class RunRow:
     curve: str | None
     folder: str
     message: str | None
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Cell:
     seconds: float | None
     failures: tuple[str, ...]
     left: int
+    backbone_parameters: int | None = None
+    metric: str | None = None
 
     @property
     def mean(self) -> float | None:
@@ -94,6 +100,7 @@ class StudyTable:
     rows: list[RunRow]
     cells: list[Cell]
     description: str
+    vtab_tasks: dict[str, str] = field(default_factory=dict)  # dataset -> task, where all datasets are VTAB-1k's
 
     # ------------------------------------------------------------------ texts
     def to_csv(self) -> str:
@@ -109,6 +116,9 @@ class StudyTable:
         parts = [f"# {self.title}", self.description]
         if len(pairs) > 1:
             parts += ["## Test accuracy, %", self._overview(pairs)]
+        for backbone in dict.fromkeys(backbone for backbone, _ in pairs) if self.vtab_tasks else ():
+            cells = [cell for cell in self.cells if cell.backbone == backbone]
+            parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks)]
         for backbone, dataset in pairs:
             cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
             parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
@@ -134,7 +144,13 @@ def read_table(grid: Grid) -> StudyTable:
     rows = [_row(grid, run) for run in grid.runs()]
     by_folder = {row.folder: row for row in rows}
     cells = [_cell(grid, [by_folder[_folder(grid, run)] for run in finals], finals) for finals in grid.finals.values()]
-    return StudyTable(grid.study.title, rows, cells, _description(grid))
+    return StudyTable(grid.study.title, rows, cells, _description(grid), _vtab_tasks(grid))
+
+
+def _vtab_tasks(grid: Grid) -> dict[str, str]:
+    """Dataset -> its task, where every dataset of the study is another task of VTAB-1k."""
+    tasks = {dataset.name: task_of(dataset.format, dataset.path) for dataset in grid.study.datasets}
+    return tasks if all(tasks.values()) and len(set(tasks.values())) == len(tasks) else {}
 
 
 def _folder(grid: Grid, run: Run) -> str:
@@ -152,8 +168,8 @@ def _row(grid: Grid, run: Run) -> RunRow:
         seed=run.seed,
         lr=results["settings"]["lr"] if results else run.rate,
         status=grid.state(run),
-        val_accuracy=(results.get("val") or {}).get("accuracy"),
-        test_accuracy=test.get("accuracy"),
+        val_accuracy=score(results.get("val") or {}),
+        test_accuracy=score(test),
         test_mean_class_accuracy=test.get("mean_class_accuracy"),
         adapter_parameters=parameters.get("adapter"),
         head_parameters=parameters.get("head"),
@@ -165,6 +181,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
         curve=run.variant.curve,
         folder=_folder(grid, run),
         message=None if results else run.failure(),
+        metric=next((name for name in ("accuracy", "mAP") if name in (test or results.get("val") or {})), None),
     )
 
 
@@ -189,6 +206,8 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
         seconds=statistics.fmean(row.training_seconds for row in done) if done else None,
         failures=tuple(failures),
         left=sum(row.status == "open" for row in rows),
+        backbone_parameters=done[0].backbone_parameters if done else None,
+        metric=done[0].metric if done else None,
     )
 
 
@@ -202,16 +221,20 @@ def _description(grid: Grid) -> str:
         tried += "epoch, with the first seed"
     else:
         tried = f"{study.fixed_rate:g}" if study.fixed_rate else "the method's own default"
+    joined = [dataset.name for dataset in study.datasets if dataset.protocol == "trainval"]
+    together = f" Final runs on {', '.join(joined)} train on training and validation images together." if joined else ""
     return (
         f"{training.epochs} epochs, batches of {training.batch_size}, {training.optimizer}, weight decay "
         f"{training.weight_decay:g}; seeds {', '.join(map(str, study.seeds))}. Learning rate: {tried}. Test images are "
         "looked at once, after the last epoch. Top-1 accuracy in per cent: mean ± sample standard deviation over seeds."
+        + together
     )
 
 
 # ------------------------------------------------------------------ tables
 def _pair_table(cells: Sequence[Cell]) -> str:
-    header = ["method", "test top-1", "trained", "with head", "% of backbone", "lr", "seconds"]
+    measured = "test mAP" if any(cell.metric == "mAP" for cell in cells) else "test top-1"
+    header = ["method", measured, "trained", "with head", "% of backbone", "lr", "seconds"]
     body = []
     for cell in cells:
         counted = cell.adapter_parameters is not None
@@ -235,15 +258,3 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
         notes.append("\\* the smallest or largest rate that was tried")
     failed = [f"- {cell.variant.label}, {message}" for cell in cells for message in cell.failures]
     return notes + (["Failed:\n\n" + "\n".join(failed)] if failed else [])
-
-
-def markdown_table(header: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table with aligned columns, numbers to the right, readable as it is."""
-    lines = [[str(each).replace("|", "\\|") for each in line] for line in [header, *body]]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    padded = [
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        for line in lines
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 import deltalens as dl
-from deltalens.data.image_folder import read_image_folder
+from deltalens.data.formats import read_data
 from deltalens.data.memory import keep_in_memory
+from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits
 from deltalens.data.transforms import eval_resize, eval_transform, image_mode, train_resize, train_transform
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Training, Variant
-from deltalens.tasks import ClassificationTask
+from deltalens.tasks import ClassificationTask, task_class
 from deltalens.training import TrainingSettings, fit
 from deltalens.training.callbacks import as_csv
 from deltalens.training.output import ADAPTER, Output
@@ -49,6 +50,11 @@ class Run:
     def cell(self) -> tuple[str, str, str]:
         """What the runs of one method on one backbone and dataset share."""
         return self.backbone.label, self.dataset.name, self.variant.label
+
+    @property
+    def joined(self) -> bool:
+        """Whether train and val are one: in final runs of the protocol "trainval"."""
+        return self.stage == "final" and self.dataset.protocol == "trainval"
 
     def describe(self) -> str:
         what = f"search lr {self.rate:g}" if self.stage == "search" else f"seed {self.seed}"
@@ -101,7 +107,7 @@ class Workplace:
         self.study, self.make_backbone, self.workers, self.accelerator = study, make_backbone, workers, accelerator
         self._read: dict[str, Splits] = {}
         self._checked: set[str] = set()
-        self._present: tuple[tuple[str, str], Splits] | None = None
+        self._present: tuple[tuple[str, str], dict[bool, Splits]] | None = None
 
     def check(self, runs: list[Run]) -> None:
         """Read every dataset and build every backbone of these runs once, so that what is wrong with them is said
@@ -158,7 +164,7 @@ class Workplace:
     def _task(self, run: Run, model: nn.Module, preprocessing: dict[str, Any]) -> tuple[ClassificationTask, Splits]:
         dl.adapter_info(model)["preprocessing"] = preprocessing
         data = self._data(run, preprocessing)
-        task = ClassificationTask(model, data.class_names, self.study.training.label_smoothing)
+        task = task_class(data.task)(model, data.class_names, self.study.training.label_smoothing)
         return task, replace(data, test=None) if run.stage == "search" else data
 
     def _settings(self, run: Run, rate: float) -> TrainingSettings:
@@ -167,20 +173,28 @@ class Workplace:
     def _splits(self, dataset: DatasetEntry) -> Splits:
         if dataset.name not in self._read:
             split = self.study.split
-            self._read[dataset.name] = read_image_folder(
+            self._read[dataset.name] = read_data(
                 dataset.path,
-                val_fraction=split.val_fraction,
-                test_fraction=split.test_fraction,
-                seed=split.seed,
-                allow_missing_classes=True,
+                dataset.format,
+                options=ReadOptions(
+                    split.val_fraction,
+                    split.test_fraction,
+                    split.seed,
+                    allow_missing_classes=True,
+                    download=dataset.download,
+                ),
             )
+            if dataset.protocol == "trainval" and self._read[dataset.name].test is None:
+                raise ValueError(f"{dataset.name} has no test images, and the protocol trainval leaves none for val")
         return self._read[dataset.name]
 
     def _data(self, run: Run, preprocessing: dict[str, Any]) -> Splits:
-        """The dataset with its transforms for this backbone."""
+        """The dataset with its transforms for this backbone, and train and val together where the run asks for it."""
         key = (run.backbone.label, run.dataset.name)
         if self._present is None or self._present[0] != key:
-            self._present = None  # let go of the images before others are read
+            self._present = (key, {})  # let go of the images before others are read
+        kept = self._present[1]
+        if run.joined not in kept:
             training = augmentation(self.study.training, run.dataset)
             augment = train_transform(preprocessing, training.min_crop, training.hflip, training.rand_augment)
             judge = eval_transform(preprocessing)
@@ -192,15 +206,21 @@ class Workplace:
                 files.transform, files.mode = transform, mode
                 return keep_in_memory(files, resize)
 
-            data = Splits(
-                prepared(splits.train, augment, shrink),
-                prepared(splits.val, judge, fit_in),
-                splits.class_names,
-                None if splits.test is None else prepared(splits.test, judge, fit_in),
-                splits.origin,
-            )
-            self._present = (key, data)
-        return self._present[1]
+            splits = splits.joined() if run.joined else splits
+            train = prepared(splits.train, augment, shrink)
+            val = None if splits.val is None else prepared(splits.val, judge, fit_in)
+            test = splits.test
+            if kept:
+                test = next(iter(kept.values())).test  # the same images, decoded already
+            elif test is not None:
+                test = prepared(test, judge, fit_in)
+            kept[run.joined] = replace(splits, train=train, val=val, test=test)
+        return kept[run.joined]
+
+
+def score(values: dict[str, float]) -> float | None:
+    """What runs are compared by: accuracy, or mAP where images have several labels."""
+    return values.get("accuracy", values.get("mAP"))
 
 
 def augmentation(training: Training, dataset: DatasetEntry) -> Training:
@@ -214,6 +234,8 @@ def run_config(study: Study, run: Run) -> dict[str, Any]:
     return {
         "backbone": asdict(run.backbone),
         "dataset": run.dataset.name,
+        "format": run.dataset.format,
+        "protocol": run.dataset.protocol,
         "methods": run.variant.to_dict(),
         "training": asdict(augmentation(study.training, run.dataset)),
         "split": asdict(study.split),

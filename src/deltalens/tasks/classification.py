@@ -32,6 +32,7 @@ class ClassificationTask(nn.Module):
     """
 
     name = "classification"
+    main_metric = "accuracy"  # what choices are made by
 
     def __init__(self, model: nn.Module, class_names: Sequence[str], label_smoothing: float = 0.0):
         super().__init__()
@@ -57,7 +58,7 @@ class ClassificationTask(nn.Module):
                 f"({len(images)}, {len(self.class_names)}): one logit for each class"
             )
         logits = output.float()
-        terms = {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
+        terms = self.own_losses(logits, labels)
         if self.training:
             terms |= self._method_losses(logits, batch)
         return {
@@ -65,6 +66,10 @@ class ClassificationTask(nn.Module):
             "output": logits,
             "losses": {name: term.detach() for name, term in terms.items()},
         }
+
+    def own_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss without the methods' terms."""
+        return {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
     def _method_losses(self, output: Tensor, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         if KEY not in self.model.__dict__:
@@ -91,6 +96,10 @@ class ClassificationTask(nn.Module):
         if classes > 5:
             metrics["top5_accuracy"] = MulticlassAccuracy(classes, top_k=5, average="micro")
         return MetricCollection(metrics, compute_groups=False)  # groups form where a first batch happens to agree
+
+    def per_class(self, metrics: MetricCollection) -> dict[str, float]:
+        """Class name -> what the task measures of each class; nothing here."""
+        return {}
 
     def update_metrics(self, metrics: MetricCollection, result: dict[str, Any], batch: Sequence[Tensor]) -> None:
         """Add one batch's result to metrics made by `new_metrics`."""

@@ -37,11 +37,11 @@ def fit(
     """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
     The task is left on the CPU, in eval mode.
 
-    data: datasets with their transforms; validation is measured after every epoch and the last epoch's values are
-    reported; test, where there is one, is measured once, at the end. output: a folder for the adapter (`task.model`
-    must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing. resume: go on from
-    the folder's checkpoint; the continued run equals an uninterrupted one, on the CPU bit for bit. See `Output.check`
-    for what is refused. config: written to `config.yaml`.
+    data: datasets with their transforms; validation, where there is one, is measured after every epoch and the last
+    epoch's values are reported; test, where there is one, is measured once, at the end. output: a folder for the
+    adapter (`task.model` must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing.
+    resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on the CPU bit for bit.
+    See `Output.check` for what is refused. config: written to `config.yaml`.
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
     "device", "settings", "versions".
@@ -118,6 +118,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         enable_model_summary=False,
         enable_progress_bar=False,
         num_sanity_val_steps=0,
+        limit_val_batches=0 if data.val is None else None,
     )
     try:
         trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
@@ -180,7 +181,7 @@ def _parameters(model: nn.Module) -> dict[str, float]:
 def _counts(data: Splits) -> dict[str, Any]:
     return {
         "train": len(data.train),
-        "val": len(data.val),
+        "val": 0 if data.val is None else len(data.val),
         "test": 0 if data.test is None else len(data.test),
         "classes": len(data.class_names),
         **data.origin,

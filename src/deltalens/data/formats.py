@@ -1,0 +1,153 @@
+"""Formats: which reader makes `Splits` of what lies on a disk.
+
+A format is one module of this folder with
+
+* `recognise(root) -> str | None`: the format's name, with its variant where it has them, if `root` is laid out so;
+* `read(root, which, options) -> Splits`: which is the variant, the part after "/" in `--format NAME/VARIANT`, or "".
+
+`FORMATS` names them in the order in which the format "auto" asks them: the particular ones first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from deltalens.data.assemble import Images
+from deltalens.data.image_folder import read_split
+from deltalens.data.options import ReadOptions
+from deltalens.data.splits import Splits
+
+FORMATS = {
+    "vtab1k": "deltalens.data.vtab1k",
+    "voc2007": "deltalens.data.voc2007",
+    "fgvc": "deltalens.data.fgvc",
+    "hf": "deltalens.data.hf_datasets",
+    "folder": "deltalens.data.image_folder",
+    "csv": "deltalens.data.csv_table",
+    "multilabel": "deltalens.data.multilabel_table",
+    "torchvision": "deltalens.data.torchvision_sets",
+}
+PROTOCOLS = ("val", "trainval")
+
+
+def read_data(
+    root: str | os.PathLike,
+    format: str = "auto",
+    *,
+    protocol: str = "val",
+    options: ReadOptions = ReadOptions(),  # noqa: B008  (frozen)
+) -> Splits:
+    """Read train, validation and test images of any format. Datasets come without a transform.
+
+    format: "auto" finds it by the files; otherwise "folder", "csv", "multilabel", "hf", "vtab1k/<task>", "fgvc/<set>",
+    "voc2007", "voc2007/single" or "torchvision/<Name>". protocol: "val" trains on train and keeps val; "trainval"
+    trains on both and has no val. `Splits.origin["format"]` says what was read.
+
+    Raises FileNotFoundError or ValueError with the expected tree where the layout is another.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; there are {' and '.join(PROTOCOLS)}")
+    root = Path(root).expanduser()
+    if format == "auto":
+        format = recognise(root) or "folder"
+    module, which = _reader(format)
+    splits = module.read(root, which, options)
+    splits = replace(splits, origin={"format": format} | splits.origin)
+    return splits.joined() if protocol == "trainval" else splits
+
+
+def read_part(
+    root: str | os.PathLike,
+    split: str,
+    class_names: Sequence[str],
+    origin: dict[str, Any] | None = None,
+    format: str | None = None,
+    skip_broken: bool = False,
+    download: bool = False,
+) -> Images:
+    """Read one part to measure a trained model on: "train", "val", "test", or "all".
+
+    Labels index `class_names`, the model's. origin: `Splits.origin` of the training run, which tells how the parts were
+    drawn, and the format where `format` is None. Raises ValueError for classes that the model does not know, and for a
+    part that the data does not have.
+    """
+    origin = origin or {}
+    root = Path(root).expanduser()
+    if format in (None, "auto"):
+        format = origin.get("format", "auto") if format is None else "auto"
+        format = (recognise(root) or "folder") if format == "auto" else format
+    if format == "folder":
+        return _folder_part(root, split, class_names, origin, skip_broken)
+    drawn = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
+    options = ReadOptions(**drawn, skip_broken=skip_broken, allow_missing_classes=True, download=download)
+    splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
+    return _with_labels_of(class_names, splits, _part(splits, split, root))
+
+
+def recognise(root: Path) -> str | None:
+    """The format that a folder or file is laid out in, None where none is certain of it."""
+    for module in FORMATS.values():
+        found = importlib.import_module(module).recognise(root)
+        if found:
+            return found
+    return None
+
+
+def _reader(format: str) -> tuple[ModuleType, str]:
+    """(module, variant) of a format's name."""
+    name, _, which = format.partition("/")
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=2) or ["auto", *sorted(FORMATS)]
+        raise ValueError(f"unknown format {format!r}; did you mean {' or '.join(near)}?")
+    return importlib.import_module(FORMATS[name]), which
+
+
+def _folder_part(root: Path, split: str, class_names: Sequence[str], origin: dict[str, Any], skip: bool) -> Images:
+    """A part of class folders. Where the training run joined train and val, they are one here, too."""
+    if origin.get("protocol") == "trainval" and split == "val":
+        raise ValueError(f"{root} has no val part here: the adapter was trained on it; it has train, test")
+    part = read_split(root, split, class_names, origin, skip)
+    if origin.get("protocol") == "trainval" and split == "train":
+        return part + read_split(root, "val", class_names, origin, skip)
+    return part
+
+
+def _part(splits: Splits, split: str, root: Path) -> Images:
+    if split == "all":
+        parts = [part for part in (splits.train, splits.val, splits.test) if part is not None]
+        return sum(parts[1:], parts[0])
+    part = getattr(splits, split)
+    if part is None:
+        others = [name for name in ("train", "val", "test") if getattr(splits, name) is not None]
+        raise ValueError(f"{root} has no {split} part here; it has {', '.join(others)}")
+    return part
+
+
+def _with_labels_of(class_names: Sequence[str], splits: Splits, part: Images) -> Images:
+    """The part with labels that index the model's class names."""
+    names = list(class_names)
+    if splits.class_names == names:
+        return part
+    unknown = [name for name in splits.class_names if name not in names]
+    if unknown:
+        shown = ", ".join(unknown[:8])
+        raise ValueError(f"the data has other classes than the {len(names)} of the model: {shown}")
+    part = part.subset(range(len(part)))
+    index = [names.index(name) for name in splits.class_names]
+    if splits.task != "multilabel":
+        part.labels = [index[label] for label in part.labels]
+        return part
+    absent = -1 if splits.origin["format"] == "multilabel" else 0  # there a class without a column is not known
+    labels = torch.full((len(part), len(names)), absent, dtype=torch.int8)
+    labels[:, index] = torch.stack(part.labels)
+    part.labels = list(labels)
+    return part

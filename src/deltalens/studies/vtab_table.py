@@ -1,0 +1,69 @@
+"""The VTAB-1k part of a study's table: a row for each method that has finished every task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from deltalens.data.vtab1k import GROUPS, TASKS
+from deltalens.methods import FullConfig
+from deltalens.studies.markdown import markdown_table
+from deltalens.studies.vtab import total_parameters, vtab_summary
+
+if TYPE_CHECKING:
+    from deltalens.studies.study_table import Cell
+
+
+def vtab_parts(cells: Sequence[Cell], tasks: Mapping[str, str]) -> list[str]:
+    """A table and a note in Markdown. cells: of one backbone; tasks: dataset -> task."""
+    by_label: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_label.setdefault(cell.variant.label, []).append(cell)
+    groups = [group for group in GROUPS if any(TASKS[task].group == group for task in tasks.values())]
+    sizes = {group: sum(TASKS[task].group == group for task in tasks.values()) for group in groups}
+    full = next((_accuracies(each, tasks) for each in by_label.values() if _is_full(each[0])), None)
+    header = ["method", "total params", *(f"{group} ({sizes[group]})" for group in groups)]
+    header += [f"mean of {len(tasks)}", f"mean of {len(groups)} groups"]
+    body = [_row(label, each, tasks, groups, full) for label, each in by_label.items()]
+    note = "Total params: backbone, adapters and heads of all tasks, in backbones."
+    note += " In brackets: tasks with more than full fine-tuning." if full else ""
+    if len(tasks) < len(TASKS):
+        note += f" Only {len(tasks)} of the {len(TASKS)} tasks are in this study."
+    return [markdown_table(header, body), note]
+
+
+def _row(
+    label: str,
+    cells: Sequence[Cell],
+    tasks: Mapping[str, str],
+    groups: Sequence[str],
+    full: Mapping[str, float] | None,
+) -> list[str]:
+    accuracies = _accuracies(cells, tasks)
+    if accuracies is None:
+        return [label, *["-"] * (len(groups) + 3)]
+    summary = vtab_summary(accuracies, None if _is_full(cells[0]) else full)
+    wins = {group: f" ({summary.wins[group]})" if summary.wins else "" for group in groups}
+    total = total_parameters(
+        cells[0].backbone_parameters,
+        [cell.adapter_parameters for cell in cells],
+        [cell.head_parameters for cell in cells],
+    )
+    return [
+        label,
+        f"{total:.2f}x",
+        *(f"{summary.groups[group]:.2f}{wins[group]}" for group in groups),
+        f"{summary.mean:.2f}",
+        f"{summary.mean_of_groups:.2f}",
+    ]
+
+
+def _accuracies(cells: Sequence[Cell], tasks: Mapping[str, str]) -> dict[str, float] | None:
+    """Task -> accuracy in per cent, None where a run is missing or failed."""
+    if any(cell.mean is None or cell.left or cell.failures_of_finals for cell in cells):
+        return None
+    return {tasks[cell.dataset]: 100 * cell.mean for cell in cells}
+
+
+def _is_full(cell: Cell) -> bool:
+    return any(isinstance(method, FullConfig) for method in cell.variant.methods)
