@@ -20,6 +20,7 @@ from deltalens.lifecycle.count import count_parameters
 from deltalens.lifecycle.files import save_pretrained
 from deltalens.lifecycle.info import adapter_info
 from deltalens.lifecycle.state import KEY
+from deltalens.training.feature_cache import cached_features
 from deltalens.training.output import Output, is_main_process
 from deltalens.training.settings import PRECISIONS, TrainingSettings
 
@@ -33,6 +34,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     config: dict[str, Any] | None = None,
+    cache_features: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
     The task is left on the CPU, in eval mode.
@@ -41,12 +43,15 @@ def fit(
     reported; test, where there is one, is measured once, at the end. output: a folder for the adapter (`task.model`
     must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing. resume: go on from
     the folder's checkpoint; the continued run equals an uninterrupted one, on the CPU bit for bit. See `Output.check`
-    for what is refused. config: written to `config.yaml`.
+    for what is refused. config: written to `config.yaml`. cache_features: a folder in which the features of a network
+    that is frozen up to its last blocks or its head are kept and read from, instead of being computed in every epoch
+    (see `deltalens.training.feature_cache`); nothing may be augmented then.
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
-    "device", "settings", "versions".
+    "device", "settings", "versions", and "features" where they were kept.
 
-    Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays.
+    Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays. Raises
+    FeaturesCannotBeKept with cache_features where something is trained or random from the start.
     """
     place = None if output is None else Output(output)
     if place is not None:
@@ -56,13 +61,17 @@ def fit(
             )
         if resume and not overwrite and place.finished:
             return place.read_results()
-        if is_main_process():
+    started = time.perf_counter()
+    features: dict[str, Any] = {}
+    with quiet_lightning(), contextlib.ExitStack() as stack:
+        inputs = data
+        if cache_features is not None:
+            inputs, features["features"] = stack.enter_context(cached_features(task, data, settings, cache_features))
+        if place is not None and is_main_process():
             place.prepare(resume, overwrite)
             if config is not None:
                 place.write_config(config)
-    started = time.perf_counter()
-    with quiet_lightning():
-        history, test, device = _train(task, data, settings, place, resume)
+        history, test, device = _train(task, inputs, settings, place, resume)
     results = {
         "val": _metrics(history[-1], "val_"),
         "test": _metrics(test, "test_"),
@@ -72,6 +81,7 @@ def fit(
         "device": device,
         "settings": vars(settings),
         "versions": _versions(),
+        **features,
         "history": history,
     }
     if place is not None and is_main_process():
