@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -35,6 +35,7 @@ def fit(
     overwrite: bool = False,
     config: dict[str, Any] | None = None,
     cache_features: str | os.PathLike | None = None,
+    after_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
     The task is left on the CPU, in eval mode.
@@ -46,6 +47,8 @@ def fit(
     for what is refused. config: written to `config.yaml`. cache_features: a folder in which the features of a network
     that is frozen up to its last blocks or its head are kept and read from, instead of being computed in every epoch
     (see `deltalens.training.feature_cache`); nothing may be augmented then.
+    after_epoch: called with the row of every finished epoch, before its checkpoint is written; what it raises ends the
+    training.
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
     "device", "settings", "versions", and "features" where they were kept.
@@ -71,7 +74,7 @@ def fit(
             place.prepare(resume, overwrite)
             if config is not None:
                 place.write_config(config)
-        history, test, device = _train(task, inputs, settings, place, resume)
+        history, test, device = _train(task, inputs, settings, place, resume, after_epoch)
     results = {
         "val": _metrics(history[-1], "val_"),
         "test": _metrics(test, "test_"),
@@ -91,7 +94,7 @@ def fit(
     return results
 
 
-def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool):
+def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool, after_epoch):
     """(history rows, test metrics, device name)."""
     import lightning.pytorch as pl
 
@@ -107,7 +110,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
     torch.manual_seed(settings.seed)
     module = TaskModule(task, data, settings, resumed_at)
     bar = StepBar()
-    history = History(place.metrics if place else None, bar.print if settings.progress else None)
+    history = History(place.metrics if place else None, bar.print if settings.progress else None, after_epoch)
     callbacks = [StopOnBadLoss(place.checkpoint if place else None), history]
     callbacks += [bar] if settings.progress else []
     callbacks += [KeepLast(place.checkpoint, settings.checkpoint_every_steps)] if place else []
