@@ -35,6 +35,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="list the runs and their number, and stop")
     add("--only-table", action="store_true", help="make table and plots from the runs that are there, and stop")
     add("--retry-failed", action="store_true", help="try runs that failed once more")
+    add(
+        "--cache-features",
+        type=str | None,
+        default=None,
+        metavar="DIR",
+        help="keep the features of frozen networks here, for methods that train the head or the last blocks only",
+    )
     add("--threads", type=int | None, default=None, help="processor threads; null for torch's choice")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
     add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
@@ -74,7 +81,7 @@ def run(args: Namespace) -> None:
         _write_table(grid)
         return
     workers = default_workers() if args.workers is None else args.workers
-    workplace = Workplace(study, create_sized_backbone, workers, args.accelerator)
+    workplace = Workplace(study, create_sized_backbone, workers, args.accelerator, args.cache_features)
     with threads(args.threads):
         try:
             run_grid(grid, workplace, retry_failed=args.retry_failed, show=lambda line: print(line, flush=True))

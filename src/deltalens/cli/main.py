@@ -35,6 +35,7 @@ COMMANDS = {
     "demo": ("deltalens.cli.demo", "compare methods on real images with an embedded backbone, and write a report"),
     "train": ("deltalens.cli.train", "adapt a backbone to a folder of images"),
     "compare": ("deltalens.cli.compare", "run a study: methods x backbones x datasets x seeds, with one table"),
+    "tune": ("deltalens.cli.tune", "search for the best settings of a method on the validation images"),
     "evaluate": ("deltalens.cli.evaluate", "measure a trained adapter on a folder of images"),
     "predict": ("deltalens.cli.predict", "classify images, folders or globs with a trained adapter"),
     "inspect": ("deltalens.cli.inspect", "show what a method would do to a model, before training"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What a resumed run may change. Everything else decides what is trained, and on what.
 CHANGEABLE = {
     "output", "lr", "weight_decay", "clip_grad", "workers", "precision", "compile", "devices",
-    "accelerator", "checkpoint_every_steps", "deterministic",
+    "accelerator", "checkpoint_every_steps", "deterministic", "cache_features",
 }  # fmt: skip
 
 
@@ -83,6 +83,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
     add("--deterministic", type=bool, default=False, help="deterministic algorithms, for bit-equal runs on a GPU")
     add("--checkpoint-every-steps", type=int, default=0, help="checkpoint also within epochs, for very long ones")
+    add(
+        "--cache-features",
+        type=str | None,
+        default=None,
+        metavar="DIR",
+        help="keep the features below the first trained block here, and train from them; nothing may be augmented",
+    )
     add("--resume", action="store_true", help="go on with a run that was stopped")
     add("--overwrite", action="store_true", help="replace the run that the output folder holds")
 
@@ -131,7 +138,16 @@ def run(args: Namespace) -> None:
     task, data = _build(options, methods)
     if is_main_process():
         _print_start(task, data, options)
-    results = fit(task, data, settings, output.folder, resume=args.resume, overwrite=args.overwrite, config=options)
+    results = fit(
+        task,
+        data,
+        settings,
+        output.folder,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        config=options,
+        cache_features=args.cache_features,
+    )
     if is_main_process():
         _print_results(results, output)
 

@@ -19,7 +19,8 @@ def train_transform(
 ) -> v2.Compose:
     """Random resized crop, horizontal flip, normalisation.
 
-    min_crop: smallest share of the image's area that a crop keeps; 1 keeps the whole image and its proportions.
+    min_crop: smallest share of the image's area that a crop keeps; 1 keeps the proportions and the centre, as much of
+    it as fits, with nothing random.
     hflip: probability of a horizontal flip; 0 for digits, letters, and whatever has a side. rand_augment: magnitude of
     RandAugment's two operations (Cubuk et al. 2020), 0 for none, 9 is usual.
     """
@@ -31,8 +32,9 @@ def train_transform(
         raise ValueError(f"rand_augment is a magnitude from 0 (none) to 30, got {rand_augment}")
     _, height, width = preprocessing["input_size"]
     mode = InterpolationMode(preprocessing["interpolation"])
-    ratio = (3 / 4, 4 / 3) if min_crop < 1 else (width / height, width / height)
-    steps: list[Any] = [v2.RandomResizedCrop((height, width), (min_crop, 1.0), ratio, mode, antialias=True)]
+    steps: list[Any] = [v2.RandomResizedCrop((height, width), (min_crop, 1.0), (3 / 4, 4 / 3), mode, antialias=True)]
+    if min_crop == 1:
+        steps = [ResizeToCover((height, width), mode), v2.CenterCrop((height, width))]
     if hflip:
         steps.append(v2.RandomHorizontalFlip(hflip))
     if rand_augment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Training
 from deltalens.tasks import ClassificationTask, task_class
 from deltalens.training import TrainingSettings, fit
 from deltalens.training.callbacks import as_csv
+from deltalens.training.frozen_prefix import FeaturesCannotBeKept
 from deltalens.training.output import ADAPTER, Output
 from deltalens.training.runner import quiet_lightning
 from deltalens.training.settings import PRECISIONS
@@ -101,10 +103,19 @@ class Workplace:
     where they are small.
 
     make_backbone: (name, number of classes, image size, pretrained=, checkpoint=, ...) -> (model, its preprocessing).
+    features: a folder in which the features of frozen networks are kept for the methods that allow it, or None.
     """
 
-    def __init__(self, study: Study, make_backbone: MakeBackbone, workers: int = 0, accelerator: str = "auto"):
+    def __init__(
+        self,
+        study: Study,
+        make_backbone: MakeBackbone,
+        workers: int = 0,
+        accelerator: str = "auto",
+        features: str | None = None,
+    ):
         self.study, self.make_backbone, self.workers, self.accelerator = study, make_backbone, workers, accelerator
+        self.features = features
         self._read: dict[str, Splits] = {}
         self._checked: set[str] = set()
         self._present: tuple[tuple[str, str], dict[bool, Splits]] | None = None
@@ -120,13 +131,27 @@ class Workplace:
 
     def train(self, run: Run, rate: float, again: bool = False) -> dict[str, Any]:
         """Train, or go on with what was stopped; a final run is tested. again: begin anew. Returns the results."""
+        if self.features is not None:
+            with contextlib.suppress(FeaturesCannotBeKept):
+                return self._fit(run, rate, again, self.features)
+        return self._fit(run, rate, again, None)
+
+    def _fit(self, run: Run, rate: float, again: bool, features: str | None) -> dict[str, Any]:
         splits = self._splits(run.dataset)
         model, preprocessing = self._model(run, len(splits.class_names))
         dl.attach(model, list(run.variant.methods))
         task, data = self._task(run, model, preprocessing)
-        settings = self._settings(run, rate)
-        config = run_config(self.study, run) | {"lr": rate}
-        return fit(task, data, settings, run.folder, resume=not again, overwrite=again, config=config)
+        settings, config = self._settings(run, rate), run_config(self.study, run) | {"lr": rate}
+        return fit(
+            task,
+            data,
+            settings,
+            run.folder,
+            resume=not again,
+            overwrite=again,
+            config=config,
+            cache_features=features,
+        )
 
     def test_trained(self, run: Run, trained: Run, rate: float) -> dict[str, Any]:
         """Finish a final run whose training is that of a search run: same rate, same seed. Only the test is left."""

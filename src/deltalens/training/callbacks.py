@@ -90,10 +90,16 @@ class KeepLast(pl.Callback):
 
 
 class History(pl.Callback):
-    """One row of metrics per epoch, kept in checkpoints, written to metrics.csv, and handed to `show` as a line."""
+    """One row of metrics per epoch, kept in checkpoints, written to metrics.csv, handed to `show` as a line and to
+    `after_epoch` as it is."""
 
-    def __init__(self, path: Path | None, show: Callable[[str], None] | None = None):
-        self.path, self.show = path, show
+    def __init__(
+        self,
+        path: Path | None,
+        show: Callable[[str], None] | None = None,
+        after_epoch: Callable[[dict[str, float]], None] | None = None,
+    ):
+        self.path, self.show, self.after_epoch = path, show, after_epoch
         self.rows: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,6 +129,8 @@ class History(pl.Callback):
         if self.show:
             measured = [f"{name} {row[name]:.4f}" for name in row if name.startswith(("train_", "val_"))]
             self.show("  ".join([f"epoch {row['epoch']}/{trainer.max_epochs}", *measured, f"{row['seconds']:.1f} s"]))
+        if self.after_epoch:
+            self.after_epoch(row)
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -20,6 +20,7 @@ from deltalens.lifecycle.count import count_parameters
 from deltalens.lifecycle.files import save_pretrained
 from deltalens.lifecycle.info import adapter_info
 from deltalens.lifecycle.state import KEY
+from deltalens.training.feature_cache import cached_features
 from deltalens.training.output import Output, is_main_process
 from deltalens.training.settings import PRECISIONS, TrainingSettings
 
@@ -33,6 +34,8 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     config: dict[str, Any] | None = None,
+    cache_features: str | os.PathLike | None = None,
+    after_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
     The task is left on the CPU, in eval mode.
@@ -41,12 +44,16 @@ def fit(
     epoch's values are reported; test, where there is one, is measured once, at the end. output: a folder for the
     adapter (`task.model` must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing.
     resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on the CPU bit for bit.
-    See `Output.check` for what is refused. config: written to `config.yaml`.
+    See `Output.check` for what is refused. config: written to `config.yaml`. cache_features: a folder in which the
+    features of a network that is frozen up to its last blocks or its head are kept and read from, instead of being
+    computed in every epoch (see `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch:
+    called with the row of every finished epoch, before its checkpoint is written; what it raises ends the training.
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
-    "device", "settings", "versions".
+    "device", "settings", "versions", and "features" where they were kept.
 
-    Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays.
+    Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays. Raises
+    FeaturesCannotBeKept with cache_features where something is trained or random from the start.
     """
     place = None if output is None else Output(output)
     if place is not None:
@@ -56,13 +63,17 @@ def fit(
             )
         if resume and not overwrite and place.finished:
             return place.read_results()
-        if is_main_process():
+    started = time.perf_counter()
+    features: dict[str, Any] = {}
+    with quiet_lightning(), contextlib.ExitStack() as stack:
+        inputs = data
+        if cache_features is not None:
+            inputs, features["features"] = stack.enter_context(cached_features(task, data, settings, cache_features))
+        if place is not None and is_main_process():
             place.prepare(resume, overwrite)
             if config is not None:
                 place.write_config(config)
-    started = time.perf_counter()
-    with quiet_lightning():
-        history, test, device = _train(task, data, settings, place, resume)
+        history, test, device = _train(task, inputs, settings, place, resume, after_epoch)
     results = {
         "val": _metrics(history[-1], "val_"),
         "test": _metrics(test, "test_"),
@@ -72,6 +83,7 @@ def fit(
         "device": device,
         "settings": vars(settings),
         "versions": _versions(),
+        **features,
         "history": history,
     }
     if place is not None and is_main_process():
@@ -81,7 +93,7 @@ def fit(
     return results
 
 
-def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool):
+def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool, after_epoch):
     """(history rows, test metrics, device name)."""
     import lightning.pytorch as pl
 
@@ -97,7 +109,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
     torch.manual_seed(settings.seed)
     module = TaskModule(task, data, settings, resumed_at)
     bar = StepBar()
-    history = History(place.metrics if place else None, bar.print if settings.progress else None)
+    history = History(place.metrics if place else None, bar.print if settings.progress else None, after_epoch)
     callbacks = [StopOnBadLoss(place.checkpoint if place else None), history]
     callbacks += [bar] if settings.progress else []
     callbacks += [KeepLast(place.checkpoint, settings.checkpoint_every_steps)] if place else []

@@ -1,0 +1,160 @@
+"""Search for the best settings of a method on the validation images.
+
+Takes the options of `deltalens train`, and a search space. Every trial is trained and judged by the validation images
+of its last epoch; test images are not looked at. OUTPUT gets trials.md, trials.csv, a folder for each trial, the
+adapter of the best one, and best.yaml, with which `deltalens train --config OUTPUT/best.yaml --output ANOTHER` trains
+it again and tests it. After a kill the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from deltalens.cli import recipes, train
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from deltalens.studies.search_space import SearchSpace
+
+NOT_OURS = ("--resume", "--overwrite", "--cache-features")
+translate = train.translate_words
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of train, and those of the search."""
+    train.add_shared_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--space",
+        type=str | None,
+        default=None,
+        help="YAML file, or the name of one in the package (deltalens list recipes); by default the learning rate "
+        "around the method's own, and weight decay",
+    )
+    add("--trials", type=int, default=16, help="how many, counting pruned and failed ones")
+    add("--metric", type=str, default="accuracy", help="validation metric that decides; the larger the better")
+    add(
+        "--prune",
+        type=Literal["none", "median", "halving"],
+        default="median",
+        help="stop trials early: below the median of the earlier ones, or by successive halving",
+    )
+
+
+def run(args: Namespace) -> None:
+    """Search, and print what was found."""
+    from deltalens.cli.method_options import method_entries, read_methods
+    from deltalens.studies.search_space import DEFAULT, read_space
+    from deltalens.studies.tune import Search, trials_table, write_tables
+    from deltalens.training.optim import default_learning_rate
+
+    own = ("config", "recipe", "space", "trials", "metric", "prune", "output")
+    options = {key: value for key, value in vars(args).items() if key not in own}
+    methods = read_methods(args.method)
+    space = DEFAULT if args.space is None else read_space(_space_file(args.space))
+    search = Search(
+        args.output,
+        space,
+        trials=args.trials,
+        metric=args.metric,
+        seed=args.seed,
+        prune=args.prune,
+        default_lr=args.lr or default_learning_rate(methods),
+        batch_size=args.batch_size,
+    )
+    _check_same_options(search, options | {"method": method_entries(methods)})
+    build = _builder(options, methods, space)
+    try:
+        search.run(build, show=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the search was stopped; the same command goes on") from None
+    write_tables(search)
+    _write_best(search)
+    print(f"\n{trials_table(search)}")
+    best = search.folder_of(search.best())
+    print(f"trials.md, trials.csv and best.yaml are in {args.output}, the best adapter in {best}")
+
+
+def _space_file(name: str):
+    import difflib
+    from pathlib import Path
+
+    known = recipes.recipe_files("tune")
+    if Path(name).is_file():
+        return Path(name)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=2) or list(known)
+    raise ValueError(
+        f"there is no search space {name!r}, nor one of that name in the package; it has {', '.join(near)}"
+    )
+
+
+# ------------------------------------------------------------------ one trial
+def _builder(options: dict[str, Any], methods: list, space: SearchSpace):
+    """The function that makes the run of a trial from its values. The images are read once."""
+    from dataclasses import replace
+
+    data = train.read_images(options)
+
+    def build(values):
+        chosen = with_values(methods, values)
+        own = {name: value for name, value in values.items() if not name.startswith("method.")}
+        run_options = train.settled(options | own, chosen)
+        task, parts = train.build_task(run_options, chosen, data)
+        settings = replace(train.settings_of(run_options), progress=False)
+        return task, replace(parts, test=None), settings, run_options
+
+    return build
+
+
+def with_values(methods: list, values: dict[str, Any]) -> list:
+    """The methods with the `method.<setting>` values of a trial. ValueError where none of them has such a setting."""
+    from dataclasses import fields, replace
+
+    found = list(methods)
+    for name, value in values.items():
+        setting = name.removeprefix("method.")
+        if setting == name:
+            continue
+        having = [i for i, method in enumerate(found) if setting in {field.name for field in fields(method)}]
+        if not having:
+            names = ", ".join(method.name for method in found)
+            raise ValueError(f"the search space names {name}, and {names} has no setting {setting!r}")
+        for i in having:
+            found[i] = replace(found[i], **{setting: value})
+    return found
+
+
+# ------------------------------------------------------------------ files
+def _check_same_options(search, options: dict[str, Any]) -> None:
+    """ValueError where the folder's search was started with other options."""
+    from deltalens.training.output import Output
+
+    place = Output(search.folder)
+    earlier = place.read_config()
+    if earlier is None:
+        place.write_config(options)
+        return
+    changed = [
+        f"{key} was {earlier[key]!r} and is {options[key]!r}"
+        for key in options
+        if key in earlier
+        and key not in train.CHANGEABLE - {"lr", "weight_decay", "clip_grad"}
+        and earlier[key] != options[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{search.folder} holds a search with other options: {'; '.join(changed)}. Take another --output"
+        )
+
+
+def _write_best(search) -> None:
+    import yaml
+
+    from deltalens.lifecycle.atomic import write_text
+    from deltalens.training.output import Output
+
+    config = Output(search.folder_of(search.best())).read_config()
+    write_text(search.folder / "best.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
