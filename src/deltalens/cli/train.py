@@ -25,6 +25,21 @@ CHANGEABLE = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options; every one may also stand in a YAML file."""
+    add_shared_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--cache-features",
+        type=str | None,
+        default=None,
+        metavar="DIR",
+        help="keep the features below the first trained block here, and train from them; nothing may be augmented",
+    )
+    add("--resume", action="store_true", help="go on with a run that was stopped")
+    add("--overwrite", action="store_true", help="replace the run that the output folder holds")
+
+
+def add_shared_arguments(parser: ArgumentParser) -> None:
+    """The options that describe one training, which `tune` has too."""
     add = parser.add_argument
     add("--model", type=str, default="deltalens/vit-mini", help=MODEL_HELP)
     add("--pretrained", type=bool, default=True, help="start from pretrained weights; false is for experiments only")
@@ -83,20 +98,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
     add("--deterministic", type=bool, default=False, help="deterministic algorithms, for bit-equal runs on a GPU")
     add("--checkpoint-every-steps", type=int, default=0, help="checkpoint also within epochs, for very long ones")
-    add(
-        "--cache-features",
-        type=str | None,
-        default=None,
-        metavar="DIR",
-        help="keep the features below the first trained block here, and train from them; nothing may be augmented",
-    )
-    add("--resume", action="store_true", help="go on with a run that was stopped")
-    add("--overwrite", action="store_true", help="replace the run that the output folder holds")
 
 
 def translate(argv: list[str]) -> list[str]:
     """Gather the --method words, put a recipe's file in the place of its name, let --resume read the run's config."""
-    return _with_config_of_the_run(recipes.translate(method_options.translate(argv)))
+    return _with_config_of_the_run(translate_words(argv))
+
+
+def translate_words(argv: list[str]) -> list[str]:
+    """Gather the --method words, put a recipe's file in the place of its name."""
+    return recipes.translate(method_options.translate(argv))
 
 
 def _with_config_of_the_run(argv: list[str]) -> list[str]:
@@ -112,20 +123,14 @@ def _with_config_of_the_run(argv: list[str]) -> list[str]:
 
 def run(args: Namespace) -> None:
     """Train, and print what came out."""
-    from deltalens.cli.method_options import method_entries, read_methods
+    from deltalens.cli.method_options import read_methods
     from deltalens.training import fit
-    from deltalens.training.loaders import default_workers
-    from deltalens.training.optim import default_learning_rate
     from deltalens.training.output import Output, is_main_process
 
     methods = read_methods(args.method)
-    options = {
-        key: value for key, value in vars(args).items() if key not in ("config", "recipe", "resume", "overwrite")
-    }
-    options["method"] = method_entries(methods)
-    options["lr"] = default_learning_rate(methods) if args.lr is None else args.lr
-    options["workers"] = default_workers() if args.workers is None else args.workers
-    settings = _settings(options)
+    ours = ("config", "recipe", "resume", "overwrite")
+    options = settled({key: value for key, value in vars(args).items() if key not in ours}, methods)
+    settings = settings_of(options)
     output = Output(args.output)
     if is_main_process():
         output.check(args.resume, args.overwrite)
@@ -135,7 +140,8 @@ def run(args: Namespace) -> None:
             print(f"{output.folder} holds a finished run; there is nothing to resume")
             _print_results(output.read_results(), output)
             return
-    task, data = _build(options, methods)
+    data = read_images(options)
+    task = build_task(options, methods, data)
     if is_main_process():
         _print_start(task, data, options)
     results = fit(
@@ -153,7 +159,22 @@ def run(args: Namespace) -> None:
 
 
 # ------------------------------------------------------------------ building
-def _settings(options: dict[str, Any]):
+def settled(options: dict[str, Any], methods: list) -> dict[str, Any]:
+    """The options with everything written out that was left to a default of the methods or the machine."""
+    from deltalens.cli.method_options import method_entries
+    from deltalens.training.loaders import default_workers
+    from deltalens.training.optim import default_learning_rate
+
+    lr, workers = options.get("lr"), options.get("workers")
+    return options | {
+        "method": method_entries(methods),
+        "lr": default_learning_rate(methods) if lr is None else lr,
+        "workers": default_workers() if workers is None else workers,
+    }
+
+
+def settings_of(options: dict[str, Any]):
+    """The runner's settings among the options."""
     from dataclasses import fields
 
     from deltalens.training.settings import TrainingSettings
@@ -162,19 +183,25 @@ def _settings(options: dict[str, Any]):
     return TrainingSettings(**{key: value for key, value in options.items() if key in names})
 
 
-def _build(options: dict[str, Any], methods: list):
-    """The task and the data. Everything that can be wrong with the options is found here, before anything is
-    written."""
+def read_images(options: dict[str, Any]):
+    """The data, without transforms."""
+    from deltalens.data import ReadOptions, read_data
+
+    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())})
+    return read_data(options["data"], options["format"], protocol=options["protocol"], options=reading)
+
+
+def build_task(options: dict[str, Any], methods: list, data):
+    """The task with its adapted backbone. The data gets its transforms. Everything that can be wrong with the options
+    is found here, before anything is written."""
     import torch
 
     import deltalens as dl
     from deltalens.cli.sized_backbone import create_sized_backbone
-    from deltalens.data import ReadOptions, eval_transform, read_data, train_transform
+    from deltalens.data import eval_transform, train_transform
     from deltalens.data.transforms import image_mode
     from deltalens.tasks import task_class
 
-    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())})
-    data = read_data(options["data"], options["format"], protocol=options["protocol"], options=reading)
     torch.manual_seed(options["seed"])
     model, preprocessing = create_sized_backbone(
         options["model"],
@@ -192,7 +219,7 @@ def _build(options: dict[str, Any], methods: list):
         part.mode = image_mode(preprocessing)
         if part is not data.train:
             part.transform = eval_transform(preprocessing)
-    return task_class(data.task)(model, data.class_names, options["label_smoothing"]), data
+    return task_class(data.task)(model, data.class_names, options["label_smoothing"])
 
 
 def _check_same_run(output, options: dict[str, Any]) -> None:

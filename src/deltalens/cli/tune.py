@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from deltalens.studies.search_space import SearchSpace
 
-NOT_OURS = ("--resume", "--overwrite", "--cache-features")
 translate = train.translate_words
 
 
@@ -102,9 +101,9 @@ def _builder(options: dict[str, Any], methods: list, space: SearchSpace):
         chosen = with_values(methods, values)
         own = {name: value for name, value in values.items() if not name.startswith("method.")}
         run_options = train.settled(options | own, chosen)
-        task, parts = train.build_task(run_options, chosen, data)
+        task = train.build_task(run_options, chosen, data)
         settings = replace(train.settings_of(run_options), progress=False)
-        return task, replace(parts, test=None), settings, run_options
+        return task, replace(data, test=None), settings, run_options
 
     return build
 
