@@ -239,7 +239,7 @@ def test_modules_that_change_nothing_leave_the_output_bit_for_bit(family):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", some(FAMILIES, VARIANTS))
+@pytest.mark.parametrize("family", some(FAMILIES, (*VARIANTS, "resnetv2", "coatnet")))
 def test_every_slot_equals_hooks_on_the_plain_forward(family):
     model = FAMILIES[family]().double()
     dl.attach(model, EverySlot())
