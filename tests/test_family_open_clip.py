@@ -40,7 +40,7 @@ CONVOLUTIONAL |= {"Adapter, parallel", "AdaptFormer", "FacT", "Convpass", "SCT",
 CONVOLUTIONAL |= {"LoRA on q, v", "LoRA on fc1, fc2"}
 REFUSED = {"vit": ONE_SIZE | PEFT, "custom": ONE_SIZE | PEFT, "resnet": CONVOLUTIONAL | PEFT | {"Sidetune"}}
 TRANSFORMER_ROWS = ("Mona", "VPT-deep", "VPT-shallow", "LoRA on q, v", "Adapter, Houlsby", "SSF")
-BY_DEFAULT = {"vit": TRANSFORMER_ROWS, "custom": ("VPT-deep", "SSF"), "resnet": ("Mona",)}
+BY_DEFAULT = {"vit": TRANSFORMER_ROWS, "custom": ("SSF",), "resnet": ("Mona",)}
 
 
 def double_images():
@@ -109,7 +109,9 @@ def test_compile(family):
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "family", ["custom", *(pytest.param(each, marks=pytest.mark.slow) for each in ("vit", "resnet"))]
+)
 def test_autocast_copies_pickle(family):
     model, x = adapted(family), images("vit")
     with torch.no_grad():
