@@ -1,14 +1,17 @@
 """Searches: what is drawn, what decides, what survives a kill, and what is refused."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from toy_training import NAMES, QUIET, Interrupted, adapted_task, coloured, interrupt_at
 
 import deltalens as dl
+from deltalens.cli.main import main
 from deltalens.cli.recipes import recipe_files
 from deltalens.data import Splits
 from deltalens.studies import tune
@@ -221,3 +224,32 @@ def test_the_packages_own_spaces():
     assert spaces["vpt-grid-full"].size() == 16
     assert spaces["vpt-prompts"].size() is None
     assert DEFAULT.size() is None
+
+
+# ------------------------------------------------------------------ the command
+def test_from_search_to_final_run(place, tmp_path, capsys):
+    space = tmp_path / "space.yaml"
+    space.write_text("space:\n  lr: [1e-3, 1e-2]\n  method.bottleneck: [2, 4]\nsampler: grid\n")
+    words = ["tune", "--model", str(place / "model"), "--method", "mona", "--data", str(place / "photos")]
+    words += ["--epochs", "1", "--space", str(space), "--output", str(tmp_path / "search"), "--trials", "3"]
+    assert main(words) == 0
+    assert "trial 3/3: done" in capsys.readouterr().out
+    best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
+    rows = list(csv.DictReader((tmp_path / "search/trials.csv").open(newline="")))
+    top = max(float(row["accuracy"]) for row in rows)
+    chosen = next(row for row in rows if float(row["accuracy"]) == top)
+    assert best["lr"] == float(chosen["lr"])
+    assert best["method"][0]["bottleneck"] == int(chosen["method.bottleneck"])
+    for results in (tmp_path / "search/trials").rglob("results.json"):
+        assert json.loads(results.read_text())["test"] == {}, "a search must not look at test images"
+    assert main(["train", "--config", str(tmp_path / "search/best.yaml"), "--output", str(tmp_path / "final")]) == 0
+    final = json.loads((tmp_path / "final/results.json").read_text())
+    assert final["test"]["accuracy"] >= 0
+    assert final["val"]["accuracy"] == pytest.approx(top)
+
+    assert main([*words[:-4], "--output", str(tmp_path / "search"), "--trials", "4", "--batch-size", "3"]) == 1
+    assert "other options: batch_size was" in capsys.readouterr().err
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("space: {method.num_tokens: [1]}")
+    assert main([*words[:-6], "--space", str(bad), "--output", str(tmp_path / "other"), "--trials", "1"]) == 1
+    assert "has no setting 'num_tokens'" in capsys.readouterr().err
