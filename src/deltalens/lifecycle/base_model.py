@@ -35,6 +35,7 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
 def _sample(tensor: torch.Tensor) -> list[float]:
     flat = whole(tensor).flatten()
     index = torch.linspace(0, flat.numel() - 1, SAMPLED_VALUES, device=flat.device).long()
+    index = index.clamp(max=flat.numel() - 1)  # float32 rounds the last index of a very large tensor up
     return [float(value) for value in flat[index].float().cpu()]
 
 
