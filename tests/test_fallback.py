@@ -1,6 +1,7 @@
 """Networks of no known family: which modules are blocks, when a stream is a map, and what tracing leaves alone."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -505,3 +506,31 @@ def test_images_of_another_size_are_tried_where_the_declared_one_does_not_fit():
     model.extra = nn.Parameter(torch.randn(1, 144, WIDTH))
     (tower,) = towers(model)
     assert tower.image_size == (96, 96)
+
+
+@functools.lru_cache
+def remembered_positions(size: int) -> torch.Tensor:
+    return torch.arange(size).float()
+
+
+class Remembers(nn.Module):
+    """A network with a function that keeps its results, as transformers' rotary embeddings have."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 4, 4)
+        self.blocks = nn.Sequential(*[ConvBlock(WIDTH, WIDTH) for _ in range(2)])
+
+    def forward(self, x):
+        x = self.blocks(self.stem(x))
+        return x + remembered_positions(x.shape[-1])
+
+
+def test_results_that_functions_keep_are_not_left_fake():
+    model, x = Remembers().eval(), torch.randn(1, 3, 224, 224)
+    dl.describe(model)
+    with torch.no_grad():
+        found = model(x)
+    assert type(found) is torch.Tensor
+    assert type(remembered_positions(56)) is torch.Tensor
+    torch.testing.assert_close(found, model.blocks(model.stem(x)) + torch.arange(56).float())

@@ -7,7 +7,9 @@ nothing of the model itself is run or touched.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -144,7 +146,18 @@ def _run(model: nn.Module, mode: FakeTensorMode, size: tuple[int, int, int]) -> 
     finally:
         for handle in handles:
             handle.remove()
+        _empty_caches(model)
     return found
+
+
+def _empty_caches(model: nn.Module) -> None:
+    """Functions that remember results (transformers' rotary positions) may hold fake ones now: let them forget."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    own = {cls for cls in classes if cls.__module__.partition(".")[0] not in ("builtins", "torch", "deltalens")}
+    for place in [*own, *(sys.modules[name] for name in {cls.__module__ for cls in own} if name in sys.modules)]:
+        for value in list(vars(place).values()):
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
 
 
 def _stream(tensor: Tensor | None, call: Call) -> Stream:
