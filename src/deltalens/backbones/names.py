@@ -100,7 +100,7 @@ def source_of(model: nn.Module) -> Source | None:
 def list_models(pattern: str = "*", pretrained: bool = True) -> list[str]:
     """Names that `create_backbone` knows and that match a shell pattern; the shipped ones first.
 
-    A pattern with a library's prefix ("torchvision/*") looks there only. ValueError for "hf/...": the hub is not
+    A pattern with a library's prefix (``torchvision/*``) looks there only. ValueError for "hf/...": the hub is not
     listed. Models of libraries that are not installed are left out.
     """
     shipped = [name for name in SHIPPED if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*/{pattern}")]
