@@ -219,6 +219,46 @@ def test_a_volume_and_a_stream_with_the_batch_second():
     assert isinstance(towers(Network(lambda self, x: rows(x).transpose(0, 1)))[0].layout, Sequence)
 
 
+class Merging(nn.Module):
+    """Two stages on channels-last maps; between them every 2 x 2 positions become one, as in Swin."""
+
+    def __init__(self, patches):
+        super().__init__()
+        self.stem, self.patches = nn.Conv2d(3, WIDTH, 4, 4), patches
+        self.first = nn.Sequential(Residual(), Residual())
+        self.reduction = nn.Linear(4 * WIDTH, 8)
+        self.second = nn.Sequential(Residual(8), Residual(8))
+
+    def forward(self, x):
+        x = self.first(self.stem(x).permute(0, 2, 3, 1))
+        return self.second(self.reduction(self.patches(x)))
+
+
+def in_order(x):
+    b, h, w, c = x.shape
+    return x.view(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
+PATCHES = {
+    "in row order": (in_order, True),
+    "four slices": (lambda x: torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1), True),
+    "column by column": (lambda x: in_order(x).transpose(1, 2), False),
+    "halves instead of neighbours": (
+        lambda x: torch.cat([half for rows in x.chunk(2, 1) for half in rows.chunk(2, 2)], -1),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PATCHES)
+def test_patches_merged_by_a_linear_layer_are_a_map_if_they_lie_in_order(case):
+    patches, is_map = PATCHES[case]
+    layouts = {site.path: site.layout for site in dl.describe(Merging(patches)).blocks()}
+    assert isinstance(layouts["first.0"], ChannelsLast)
+    assert isinstance(layouts["second.1"], ChannelsLast) == is_map
+    assert layouts["second.1"].has_map == is_map
+
+
 # ------------------------------------------------------------------ what is a block
 class Stages(nn.Module):
     pretrained_cfg = {"input_size": (3, 32, 32)}

@@ -190,8 +190,7 @@ def test_other_readers():
     expected = model(x)
     merged = dl.merge_and_unload(model)
     torch.testing.assert_close(merged(x), expected, atol=1e-10, rtol=1e-10)
-    assert len(layers_of(merged)) == 3
-    assert all("mlp_pre" in name for name in layers_of(merged))
+    assert not layers_of(merged)
     convolutional = adapted(tiny_convnext, conv_mlp=True)
     expected = convolutional(x := images("convnext").double())
     torch.testing.assert_close(dl.merge_and_unload(convolutional)(x), expected, atol=1e-10, rtol=1e-10)

@@ -112,7 +112,7 @@ def test_studies_in_the_package_are_valid(name):
 
 def test_studies_and_training_recipes_are_kept_apart(capsys):
     assert set(STUDIES) == {"methods", "mona-ablations", "prompt-depth", "prompt-length", "vpt-locations"}
-    assert set(recipe_files("train")) == set(recipe_files()) - set(STUDIES)
+    assert set(recipe_files("train")) == set(recipe_files()) - set(STUDIES) - set(recipe_files("tune"))
     assert main(["train", "--recipe", "methods", "--data", "d", "--output", "o"]) == 2
 
 

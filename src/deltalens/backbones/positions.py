@@ -3,9 +3,10 @@
 The result of a convolution, pooling or resizing of images (B, C, H, W) is a map: the element [b, c, h, w] stands at
 position h * W + w. From there the positions are followed through every operation: what only moves data (reshape,
 transpose, cat, slices) moves them too, what acts on each element or each channel vector alone (sums, norms, linear
-layers) keeps them, a residual sum with something unknown keeps those of the other operand. After any other operation
-they are unknown. A stream whose positions come out as 0, 1, 2, ... is therefore proven to be a map in row order,
-whatever its numbers are; that a token count happens to be H * W proves nothing.
+layers) keeps them, a residual sum with something unknown keeps those of the other operand; a linear layer on gathered
+patches makes a new map. After any other operation they are unknown. A stream whose positions come out as 0, 1, 2, ...
+is therefore proven to be a map in row order, whatever its numbers are; that a token count happens to be H * W proves
+nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 BATCH = 2  # images of the trial forward
+_MERGED = (2, 3, 4)  # sides of the patches that linear layers may merge
 
 _NEW_MAPS = {
     aten.convolution, aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d,
@@ -84,10 +86,9 @@ class Follow(TorchDispatchMode):
         if packet in _KEEPS:
             known = positions_of(args[0])
             return known if known is not None and known.ids.shape == first.shape else None
-        if packet in (aten.mm, aten.linear):
-            return _projected(args[0], first)
-        if packet is aten.addmm:
-            return _projected(args[1], first)
+        if packet in (aten.mm, aten.linear, aten.addmm):
+            x = args[1] if packet is aten.addmm else args[0]
+            return _projected(x, first) or self._merged(x, first)
         if packet is aten.copy_:
             return _together([positions_of(args[1])], first)
         if torch.Tag.pointwise in function.tags:
@@ -102,6 +103,25 @@ class Follow(TorchDispatchMode):
         self.maps += 1
         ids = torch.arange(height * width, dtype=torch.int32).view(1, 1, height, width).expand(result.shape)
         return Positions(ids, (height, width), frozenset([self.maps]))
+
+    def _merged(self, x: Tensor, result: Tensor) -> Positions | None:
+        """A linear layer on vectors that gather the positions of one patch each, patch by patch in row order, is a
+        convolution with that stride, as in Swin's patch merging: a new map."""
+        known = positions_of(x)
+        if known is None or known.ids[..., 0].numel() % BATCH:
+            return None
+        (height, width), ids = known.grid, known.ids.reshape(-1, known.ids.shape[-1])
+        ids = ids[: len(ids) // BATCH]
+        order = torch.arange(len(ids), dtype=torch.int32)
+        for step in _MERGED:
+            rows, columns = -(-height // step), -(-width // step)
+            patch = ids // width // step * columns + ids % width // step
+            fits = rows * columns == len(ids) and bool((ids >= 0).any(1).all())
+            if fits and bool(((patch == order[:, None]) | (ids < 0)).all()):
+                self.maps += 1
+                new = order.repeat(BATCH).view(*result.shape[:-1], 1).expand(result.shape)
+                return Positions(new, (rows, columns), frozenset([self.maps]))
+        return None
 
 
 def positions_of(tensor: object) -> Positions | None:

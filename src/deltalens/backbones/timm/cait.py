@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltalens.backbones.pixels import STEM
 from deltalens.backbones.timm.class_attention import OWNER
-from deltalens.backbones.timm.vit import EMBED, IMAGE
+from deltalens.backbones.timm.token_owner import EMBED, IMAGE
 from deltalens.backbones.unknown import UNKNOWN_BLOCK
 from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
