@@ -255,9 +255,9 @@ def test_autocast(family, name):
     ("family", "names"),
     [
         ("vit", ("houlsby", "parallel, norm", "adaptformer", "lorand")),
-        ("swin", ("houlsby", "parallel, stream", "adaptformer", "lorand, wide")),
-        ("convnext", ("houlsby", "adaptformer, serial", "lorand")),
-        ("resnet", SERIAL),
+        pytest.param("swin", ("houlsby", "parallel, stream", "adaptformer", "lorand, wide"), marks=pytest.mark.slow),
+        pytest.param("convnext", ("houlsby", "adaptformer, serial", "lorand"), marks=pytest.mark.slow),
+        pytest.param("resnet", SERIAL, marks=pytest.mark.slow),
     ],
 )
 def test_compile_and_export(family, names):

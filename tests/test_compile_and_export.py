@@ -7,18 +7,20 @@ from models import METHODS, MODELS, PAIRS, assert_same, backward, images, random
 import deltalens as dl
 from deltalens.methods import MonaConfig, VPTConfig
 
-# one adapter of several methods where they combine: tracing is slow; `slow` runs every method alone
+# one adapter of several methods where they combine: tracing is slow; `slow` runs more, and every method alone
 COMBINED = [
     ("vit", ("mona", "lora", "bitfit")),
-    ("vit", ("vpt-deep",)),
     ("vit", ("vpt-shallow",)),
-    ("swin", ("mona", "lora", "bitfit")),
     ("swin", ("vpt-deep",)),
-    ("swin", ("vpt-shallow",)),
-    ("convnext", ("mona", "lora-mlp", "bitfit")),
     ("resnet", ("mona", "bitfit")),
+]
+MORE = [
+    ("vit", ("vpt-deep",)),
     ("vit", ("lora", "ssf", "fact", "repadapter", "convpass")),
+    ("swin", ("mona", "lora", "bitfit")),
+    ("swin", ("vpt-shallow",)),
     ("swin", ("fact-tk", "ssf", "repadapter", "convpass")),
+    ("convnext", ("mona", "lora-mlp", "bitfit")),
     ("convnext", ("ssf", "fact-mlp", "repadapter")),
     ("resnet", ("ssf",)),
 ]
@@ -31,7 +33,7 @@ SHORT = {
 }
 SHORTEST = {"vit": {"depth": 1}, "swin": {"depths": (2,), "num_heads": (2,)}}  # where nothing passes between blocks
 each_case = pytest.mark.parametrize(
-    ("family", "methods"), [*COMBINED, *[pytest.param(*pair, marks=pytest.mark.slow) for pair in ALONE]]
+    ("family", "methods"), [*COMBINED, *[pytest.param(*pair, marks=pytest.mark.slow) for pair in [*MORE, *ALONE]]]
 )
 
 

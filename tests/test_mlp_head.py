@@ -129,6 +129,7 @@ def test_files(build, tmp_path):
     assert torch.equal(other.eval()(x), model(x))
 
 
+@pytest.mark.slow
 def test_files_in_a_fresh_process(tmp_path):
     model = dl.create_backbone("deltalens/vit-mini", num_classes=200)
     dl.attach(model, [dl.VPTConfig(num_tokens=2), dl.MLPConfig(layers=2)], num_classes=4)

@@ -196,6 +196,7 @@ def test_methods_that_need_nothing_do_not_read_the_loader():
 
 
 # ------------------------------------------------------------------ lifecycle
+@pytest.mark.slow
 def test_files_in_a_fresh_process(tmp_path):
     model = dl.attach(dl.create_backbone("deltalens/vit-mini", num_classes=4), dl.SCTConfig(num_channels=24))
     loader = [(torch.randn(4, 3, 48, 48), torch.tensor([0, 1, 2, 3])) for _ in range(2)]
@@ -242,7 +243,7 @@ def test_copies_switching_detaching_merging():
     assert_same(model.state_dict(), weights, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("build", [tiny_vit, tiny_swin])
+@pytest.mark.parametrize("build", [tiny_vit, pytest.param(tiny_swin, marks=pytest.mark.slow)])
 def test_compiled_exported_bf16(build):
     model = prepared(build).float()
     x = images("vit")

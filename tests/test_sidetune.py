@@ -253,6 +253,7 @@ def test_no_network_is_explained(monkeypatch):
     assert not any("delta" in name for name, _ in model.named_modules())
 
 
+@pytest.mark.slow
 def test_fresh_process(tmp_path):
     model = dl.create_backbone("deltalens/swin-mini", num_classes=4)
     dl.attach(model, RANDOM)
@@ -298,7 +299,9 @@ def test_too_small_a_size_is_refused():
         SidetuneConfig(min_size=62)
 
 
-@pytest.mark.parametrize("family", ["vit", "swin", "resnet"])
+@pytest.mark.parametrize(
+    "family", ["vit", *[pytest.param(name, marks=pytest.mark.slow) for name in ("swin", "resnet")]]
+)
 def test_autocast_compile_and_export(family):
     torch.compiler.reset()
     model, x = MODELS[family](), torch.randn(2, 3, *(IMAGE_SIZE[family],) * 2)

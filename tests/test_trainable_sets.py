@@ -257,7 +257,7 @@ def test_class_row_equals_all_rows(architecture, config):
     assert_same({f"model.{name}": g for name, g in grads.items()}, full_grads, **EXACT)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["vit", *[pytest.param(f, marks=pytest.mark.slow) for f in MODELS if f != "vit"]])
 def test_autocast_and_compile(family):
     torch.compiler.reset()
     model, x = MODELS[family](), images(family)

@@ -109,6 +109,7 @@ def test_fixed_prompts_are_in_the_file_and_do_not_train(tmp_path):
     assert sum("embedding" in name for name in load_file(tmp_path / "adapter_model.safetensors")) == 3
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_identical_logits(tmp_path):
     """Shared, projected, fixed and prototype prompts, a frame and channels, in one process for all."""
     cases = {

@@ -131,7 +131,9 @@ COMPILED = [
 SHORT = {"vit": {"depth": 2}, "swin": {"depths": (1, 1)}, "convnext": {"depths": (1, 1, 1, 1)}}
 
 
-@pytest.mark.parametrize(("family", "name"), COMPILED)
+@pytest.mark.parametrize(
+    ("family", "name"), [COMPILED[0], *[pytest.param(*pair, marks=pytest.mark.slow) for pair in COMPILED[1:]]]
+)
 def test_compiled_and_exported_equal_eager(family, name):
     torch.compiler.reset()
     model, x = adapted(family, name, **SHORT[family]), images(family)
