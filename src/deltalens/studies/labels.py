@@ -43,12 +43,16 @@ def text_width(text: str) -> float:
     return MEAN_CHARACTER * len(text)
 
 
-def place_labels(points: Sequence[tuple[float, float]], texts: Sequence[str], frame: Box) -> list[Box]:
-    """A box for each text, near its point, inside the frame, free of all points and of the other texts.
+def place_labels(
+    points: Sequence[tuple[float, float]], texts: Sequence[str], frame: Box, kept_free: Sequence[Box] = ()
+) -> list[Box]:
+    """A box for each text, near its point, inside the frame, free of all points and of the other texts. kept_free: what
+    else is not to be covered.
 
     Where a crowded plot leaves no free place, the one that covers least is taken.
     """
     dots = [Box(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in points]
+    dots += kept_free
     placed: list[Box] = []
     for (x, y), text in zip(points, texts, strict=True):
         taken = [*dots, *placed]

@@ -65,21 +65,24 @@ def task_scatter(points: Sequence[TwoTasks], x_title: str, y_title: str) -> str:
 
     x_marks = [(across(tick), f"{100 * tick:.4g}") for tick in x_ticks]
     y_marks = [(up(tick), f"{100 * tick:.4g}") for tick in y_ticks]
-    parts = [draw_axes(frame, x_marks, y_marks, x_title, y_title)]
+    parts, drawn = [draw_axes(frame, x_marks, y_marks, x_title, y_title)], []
     for p in points:
         x, y, kind = across(p.x), up(p.y), colour(p.number)
         if p.lines:
             path = f"M{frame.left} {y:.1f}H{frame.right:.1f}M{x:.1f} {frame.top}V{frame.bottom}"
             parts.append(f'<path class="{kind} reference" d="{path}"/>')
+            drawn += [Box(frame.left, y - 1, frame.right, y + 1), Box(x - 1, frame.top, x + 1, frame.bottom)]
         if p.x_spread:
             left, right = across(max(x_low, p.x - p.x_spread)), across(min(x_high, p.x + p.x_spread))
             parts.append(f'<path class="{kind} line" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
+            drawn.append(Box(left, y - 2, right, y + 2))
         if p.y_spread:
             top, bottom = up(min(y_high, p.y + p.y_spread)), up(max(y_low, p.y - p.y_spread))
             parts.append(f'<path class="{kind} line" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>')
+            drawn.append(Box(x - 2, top, x + 2, bottom))
         parts.append(draw_dot(x, y, p.number, 5, f"{p.label}: {100 * p.x:.1f} %, {100 * p.y:.1f} %"))
     places = [(across(p.x), up(p.y)) for p in points]
-    boxes = place_labels(places, [p.label for p in points], frame)
+    boxes = place_labels(places, [p.label for p in points], frame, drawn)
     for p, box, place in zip(points, boxes, places, strict=True):
         parts += draw_label(box, p.label, place, p.number)
     said = "; ".join(f"{p.label} {100 * p.x:.1f} and {100 * p.y:.1f} %" for p in points)

@@ -83,8 +83,10 @@ def standalone(svg: str, size: tuple[int, int]) -> str:
         ".line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}",
         f".grid{{stroke:{light['line']};fill:none}}.axis{{stroke:{light['soft']};fill:none}}",
         f".leader{{stroke:{light['soft']};opacity:.55;fill:none}}",
+        f".dot{{stroke:{light['card']};stroke-width:1}}",
+        ".band{opacity:.14}.reference{fill:none;stroke-width:1.2;stroke-dasharray:5 4}.each{fill:none;opacity:.45}",
         *(
-            f".line.c{i}{{stroke:{light[f'c{i}']}}}.dot.c{i},.name.c{i}{{fill:{light[f'c{i}']}}}"
+            f".line.c{i},.reference.c{i},.each.c{i}{{stroke:{light[f'c{i}']}}}.dot.c{i},.name.c{i},.band.c{i}{{fill:{light[f'c{i}']}}}"
             for i in range(COLOURS)
         ),
     ]

@@ -98,15 +98,22 @@ def counted(number: int, noun: str) -> str:
 
 
 # ------------------------------------------------------------------ tables
-def html_table(header: Sequence[str], body: Sequence[Sequence[str]], classes: Sequence[str] | None = None) -> str:
+def html_table(
+    header: Sequence[str],
+    body: Sequence[Sequence[str]],
+    classes: Sequence[str] | None = None,
+    large: int | None = None,
+) -> str:
     """A table of cells that are HTML already; headers are text. classes: of the rows. On a narrow screen every row
-    becomes a small card."""
+    becomes a small card; large: the column that stands beside its name there."""
     names = "".join(f"<th>{escape(name)}</th>" for name in header)
+    kinds = ["accuracy" if column == large else "value" for column in range(len(header))]
     rows = []
     for index, (first, *rest) in enumerate(body):
         kind = f' class="{classes[index]}"' if classes else ""
         cells = "".join(
-            f'<td data-label="{escape(name)}">{cell}</td>' for name, cell in zip(header[1:], rest, strict=True)
+            f'<td class="{kinds[column]}" data-label="{escape(name)}">{cell}</td>'
+            for column, (name, cell) in enumerate(zip(header[1:], rest, strict=True), 1)
         )
         rows.append(f"<tr{kind}><td>{first}</td>{cells}</tr>")
     joined = "\n".join(rows)
@@ -167,7 +174,7 @@ def _task_table(table: StudyTable, task: tuple[str, str], numbers: dict[str, int
         body.append(line + ([bytes_text(cell.memory) if cell.memory is not None else ""] if with_memory else []))
     note = "* the smallest or largest rate that was tried" if any(cell.at_edge for cell in cells) else ""
     classes = [colour(numbers[cell.variant.label]) for cell in cells]
-    return _section(f"{task[0]}, {task[1]}", note, html_table(header, body, classes))
+    return _section(f"{task[0]}, {task[1]}", note, html_table(header, body, classes, large=1))
 
 
 # ------------------------------------------------------------------ plots, ranks, tests
