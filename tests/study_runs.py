@@ -46,7 +46,7 @@ def results(run, accuracy: float, tested: bool = True, memory: int | None = None
         "test": {"accuracy": accuracy} if tested and run.stage == "final" else {},
         "parameters": share,
         "seconds": {"training": seconds, "total": seconds + 4},
-        "settings": {"lr": run.rate},
+        "settings": {"lr": run.rate or 0.003},
         "machine": "Linux x86_64, 8 CPU cores",
         "finished": f"2026-03-0{1 + run.seed % 9}T10:00:00+00:00",
         "versions": {"deltalens": "0.1.0", "torch": "2.9"},

@@ -239,6 +239,46 @@ def test_a_study_without_a_result_has_a_page(tmp_path, outcome):
     assert ("failed" if outcome else "--") in to_latex(table_of(grid))
 
 
+def test_searches_are_counted_apart_and_linked(tmp_path):
+    methods = {name: METHODS[name] for name in ("Linear", "Mona")}
+    text = study_text(methods, {"ViT-S": 0}, {"pets": 0}, [0], extra="lr: {relative: [0.5, 1]}")
+    grid = write_study_folder(tmp_path, text, lambda r: "diverged" if r.rate == 0.0015 else made_up_accuracy(r))
+    html = page_of(grid)
+    page = Page(html)
+    assert "2 final runs, and 4 that choose learning rates." in page.text
+    assert "best of 2 (0.5, 1 times" in page.text
+    assert table_rows(section(html, "ViT-S, pets"))["Mona"][4] == "0.003 *"
+    assert 'href="runs/ViT-S/pets/Mona/lr-0.0015/">ViT-S, pets, Mona, search, lr 0.0015</a>: diverged' in html
+
+
+def test_many_tasks_show_means_only(tmp_path):
+    methods = {name: METHODS[name] for name in ("Linear", "Mona")}
+    text = study_text(methods, {"ViT-S": 0}, {f"d{i}": 0 for i in range(13)}, [0])
+    grid = write_study_folder(tmp_path, text, lambda run: 0.5 + METHODS[run.variant.label][2])
+    html = page_of(grid)
+    assert "Plots of single tasks are in plots/." in html
+    assert len(svgs(section(html, "Accuracy against trained parameters"))) == 1
+    (plot,) = svgs(section(html, "Validation accuracy during training"))
+    curves_of = read_details(grid).curves
+    mean = np.mean([runs[0] for (_, _, label), runs in curves_of.items() if label == "Mona"], 0)[0]
+    tips = [tip.text for tip in plot.iter("title")]
+    assert f"Mona, epoch 1: {100 * mean:.1f} %" in tips
+
+
+def test_long_names_are_cut_in_plots_only(tmp_path):
+    names = [f"LoRA on every linear layer of the network, r = {r}" for r in (4, 8)]
+    methods = dict.fromkeys(names, METHODS["LoRA"])
+    text = study_text(methods, {"ViT-S": 0}, {"pets": 0, "flowers": 0}, [0])
+    grid = write_study_folder(tmp_path, text, lambda run: 0.6, methods=methods)
+    html = page_of(grid)
+    assert list(table_rows(section(html, "Test top-1, %"))) == names
+    for plot in svgs(html):
+        texts = [text.text for text in plot.iter("text")]
+        assert {"LoRA on ever…work, r = 4", "LoRA on ever…work, r = 8"} <= set(texts)
+        width = float(plot.get("viewBox").split()[2])
+        assert all(0 <= float(text.get("x")) <= width for text in plot.iter("text"))
+
+
 # ------------------------------------------------------------------ ranks and tests
 def accuracies_of(table, label) -> np.ndarray:
     return np.array([cell.mean for cell in table.cells if cell.variant.label == label])

@@ -43,6 +43,13 @@ def text_width(text: str) -> float:
     return MEAN_CHARACTER * len(text)
 
 
+def short_name(text: str, most: int = 24) -> str:
+    """A name for a plot, cut in its middle where it is longer: both ends tell names apart."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[len(text) - (most - most // 2 - 1) :]}"
+
+
 def place_labels(
     points: Sequence[tuple[float, float]], texts: Sequence[str], frame: Box, kept_free: Sequence[Box] = ()
 ) -> list[Box]:

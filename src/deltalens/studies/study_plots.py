@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.figure import page_colours
+from deltalens.studies.labels import short_name
 from deltalens.studies.plots import COLOURS, Line, Point, lines, scatter
 from deltalens.studies.results import count_text
 from deltalens.studies.study import folder_name
@@ -43,7 +44,7 @@ def method_numbers(cells: Sequence[Cell]) -> dict[str, int]:
 def parameters_plot(cells: Sequence[Cell], numbers: Mapping[str, int], size: tuple[int, int] = SIZE) -> str | None:
     """Accuracy against trained parameters, head included."""
     points = [
-        Point(c.variant.label, max(1, c.with_head), c.mean, c.std, numbers[c.variant.label])
+        Point(short_name(c.variant.label), max(1, c.with_head), c.mean, c.std, numbers[c.variant.label])
         for c in cells
         if c.mean is not None
     ]
@@ -67,7 +68,7 @@ def curves_plot(cells: Sequence[Cell], x_title: str, numbers: Mapping[str, int])
             first.setdefault(cell.variant.curve, numbers[cell.variant.label])
             curves.setdefault(cell.variant.curve, []).append((cell.variant.x, cell.mean, cell.std))
     drawn = [
-        Line(name, sorted(points, key=lambda point: point[0]), first[name])
+        Line(short_name(name), sorted(points, key=lambda point: point[0]), first[name])
         for name, points in curves.items()
         if len(points) > 1
     ]

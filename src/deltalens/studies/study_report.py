@@ -16,7 +16,7 @@ from deltalens.studies.significance import LEVEL, Comparisons, PairedTest, compa
 from deltalens.studies.study import Study
 from deltalens.studies.study_details import Details, read_details
 from deltalens.studies.study_plots import method_numbers
-from deltalens.studies.study_report_plots import curve_figures, parameter_figures, rank_figure, task_figures
+from deltalens.studies.study_report_plots import MOST_TASKS, curve_figures, parameter_figures, rank_figure, task_figures
 from deltalens.studies.study_table import RunRow, StudyTable, measured_text, overview
 
 PAIRED = {
@@ -38,7 +38,9 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
     sections = [
         _head(table, study, details),
         _overview(table, numbers),
-        _figures("Accuracy against trained parameters", _PARAMETERS, parameter_figures(table.cells, numbers)),
+        _figures(
+            "Accuracy against trained parameters", _parameters_note(table), parameter_figures(table.cells, numbers)
+        ),
         _two_tasks(table, study, numbers),
         _ranks(table, numbers),
         _tests(table, study, numbers),
@@ -57,8 +59,12 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
     )
 
 
-_PARAMETERS = "Mean over seeds; bars are one standard deviation."
 _CURVES = "Mean over seeds of the final runs; bands are one standard deviation."
+
+
+def _parameters_note(table: StudyTable) -> str:
+    more = " Plots of single tasks are in plots/." if len(tasks_of(table.cells)) > MOST_TASKS else ""
+    return "Mean over seeds; bars are one standard deviation." + more
 
 
 # ------------------------------------------------------------------ what was compared

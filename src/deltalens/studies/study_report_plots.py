@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from deltalens.studies.labels import short_name
 from deltalens.studies.plots import HEIGHT, WIDTH, Curve, Point, curves, scatter
 from deltalens.studies.plots_compare import RankRow, TwoTasks, rank_plot, task_scatter
 from deltalens.studies.results import count_text
@@ -40,7 +41,9 @@ def _mean_plot(cells: Sequence[Cell], numbers: Numbers) -> str | None:
         own = [cell for cell in cells if cell.variant.label == label]
         if all(cell.mean is not None for cell in own):
             size = max(1.0, statistics.fmean(cell.with_head for cell in own))
-            points.append(Point(label, size, statistics.fmean(cell.mean for cell in own), None, numbers[label]))
+            points.append(
+                Point(short_name(label), size, statistics.fmean(cell.mean for cell in own), None, numbers[label])
+            )
     if not points:
         return None
     title = accuracy_title(cells)
@@ -56,7 +59,9 @@ def task_figures(cells: Sequence[Cell], pair: tuple[str, str], numbers: Numbers)
         for label in numbers:
             x, y = (found[backbone, dataset, label] for dataset in pair)
             if x.mean is not None and y.mean is not None:
-                points.append(TwoTasks(label, x.mean, y.mean, x.std, y.std, numbers[label], x.variant.is_full))
+                points.append(
+                    TwoTasks(short_name(label), x.mean, y.mean, x.std, y.std, numbers[label], x.variant.is_full)
+                )
         if points:
             x_title, y_title = (
                 f"{dataset}: {accuracy_title([c for c in cells if (c.backbone, c.dataset) == (backbone, dataset)])}"
@@ -68,12 +73,13 @@ def task_figures(cells: Sequence[Cell], pair: tuple[str, str], numbers: Numbers)
 
 def rank_figure(ranking: Ranking, numbers: Numbers) -> str:
     """Mean ranks, best first."""
-    rows = [RankRow(row.label, row.mean, row.std, row.ranks, numbers[row.label]) for row in ranking.rows]
+    rows = [RankRow(short_name(row.label), row.mean, row.std, row.ranks, numbers[row.label]) for row in ranking.rows]
     return rank_plot(rows, ranking.distance)
 
 
 def curve_figures(table: StudyTable, details: Details, numbers: Numbers) -> list[Figure]:
-    """Validation accuracy by epoch for every task, where final runs have validation images."""
+    """Validation accuracy by epoch for every task where final runs have validation images; with many tasks the mean
+    over the datasets of each backbone."""
     tasks = tasks_of(table.cells)
     figures = []
     for task in tasks if len(tasks) <= MOST_TASKS else ():
@@ -82,13 +88,25 @@ def curve_figures(table: StudyTable, details: Details, numbers: Numbers) -> list
             for label, number in numbers.items()
             if (*task, label) in details.curves
         ]
-        if series:
-            metric = (
-                "mAP" if any(c.metric == "mAP" for c in table.cells if (c.backbone, c.dataset) == task) else "accuracy"
-            )
-            svg = curves(series, f"validation {metric}, %", as_percent=True, to_hundred=False)
-            figures.append((", ".join(task), svg))
+        figures += _curve_figure(", ".join(task), series, [c for c in table.cells if (c.backbone, c.dataset) == task])
+    for backbone in dict.fromkeys(backbone for backbone, _ in tasks) if len(tasks) > MOST_TASKS else ():
+        own = [task for task in tasks if task[0] == backbone]
+        series = []
+        for label, number in numbers.items():
+            runs = [details.curves.get((*task, label)) for task in own]
+            if all(runs):
+                means = [mean_curve(label, each, number).values for each in runs]
+                series.append(mean_curve(label, [[statistics.fmean(v) for v in zip(*means, strict=False)]], number))
+        cells = [cell for cell in table.cells if cell.backbone == backbone]
+        figures += _curve_figure(f"{backbone}, mean over {len(own)} datasets", series, cells)
     return figures
+
+
+def _curve_figure(title: str, series: Sequence[Curve], cells: Sequence[Cell]) -> list[Figure]:
+    if not series:
+        return []
+    metric = "mAP" if any(cell.metric == "mAP" for cell in cells) else "accuracy"
+    return [(title, curves(series, f"validation {metric}, %", as_percent=True, to_hundred=False))]
 
 
 def mean_curve(label: str, runs: Sequence[Sequence[float]], number: int) -> Curve:
@@ -96,4 +114,4 @@ def mean_curve(label: str, runs: Sequence[Sequence[float]], number: int) -> Curv
     runs have are left out."""
     by_epoch = list(zip(*runs, strict=False))
     band = [statistics.stdev(values) for values in by_epoch] if len(runs) > 1 else None
-    return Curve(label, [statistics.fmean(values) for values in by_epoch], number, band)
+    return Curve(short_name(label), [statistics.fmean(values) for values in by_epoch], number, band)
