@@ -265,6 +265,17 @@ def test_many_tasks_show_means_only(tmp_path):
     assert f"Mona, epoch 1: {100 * mean:.1f} %" in tips
 
 
+def test_vtab_tasks_have_their_summary(tmp_path):
+    methods = {name: METHODS[name] for name in ("Linear", "Full")}
+    text = study_text(methods, {"ViT-S": 0}, {"a": 0, "b": 0}, [0])
+    text = text.replace('"a": nowhere/0', '"a": {path: nowhere, format: vtab1k/dtd}')
+    text = text.replace('"b": nowhere/1', '"b": {path: nowhere, format: vtab1k/eurosat}')
+    grid = write_study_folder(tmp_path, text, lambda r: 0.7 if (r.variant.is_full or r.dataset.name == "a") else 0.6)
+    rows = table_rows(section(page_of(grid), "VTAB-1k, ViT-S"))
+    assert rows["Linear"][1:] == ["70.00 (0)", "60.00 (0)", "65.00", "65.00"]
+    assert rows["Full"][1:] == ["70.00", "70.00", "70.00", "70.00"]
+
+
 def test_long_names_are_cut_in_plots_only(tmp_path):
     names = [f"LoRA on every linear layer of the network, r = {r}" for r in (4, 8)]
     methods = dict.fromkeys(names, METHODS["LoRA"])

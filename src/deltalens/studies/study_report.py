@@ -18,6 +18,7 @@ from deltalens.studies.study_details import Details, read_details
 from deltalens.studies.study_plots import method_numbers
 from deltalens.studies.study_report_plots import MOST_TASKS, curve_figures, parameter_figures, rank_figure, task_figures
 from deltalens.studies.study_table import RunRow, StudyTable, measured_text, overview
+from deltalens.studies.vtab_table import vtab_rows
 
 PAIRED = {
     "task": "A pair is a task: a dataset on a backbone, the mean over seeds. Tasks that share images or a backbone are "
@@ -38,6 +39,7 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
     sections = [
         _head(table, study, details),
         _overview(table, numbers),
+        *_vtab(table, numbers),
         _figures(
             "Accuracy against trained parameters", _parameters_note(table), parameter_figures(table.cells, numbers)
         ),
@@ -153,6 +155,18 @@ def _overview(table: StudyTable, numbers: dict[str, int]) -> str:
     title = f"{measured_text(table.cells).capitalize()}, %"
     note = "The best of each column is bold. Mean: over all columns, where every one of them has a result."
     return _section(title, note, html_table(["Method", *header], rows, [colour(numbers[label]) for label in body]))
+
+
+def _vtab(table: StudyTable, numbers: dict[str, int]) -> list[str]:
+    """Group means and total parameters for every backbone, where all datasets are VTAB-1k's."""
+    sections = []
+    for backbone in dict.fromkeys(cell.backbone for cell in table.cells) if table.vtab_tasks else ():
+        cells = [cell for cell in table.cells if cell.backbone == backbone]
+        header, body, note = vtab_rows(cells, table.vtab_tasks)
+        rows = [[_method(label), *(escape(text) for text in rest)] for label, *rest in body]
+        classes = [colour(numbers[label]) for label, *_ in body]
+        sections.append(_section(f"VTAB-1k, {backbone}", note, html_table(["Method", *header[1:]], rows, classes)))
+    return sections
 
 
 def _marked(text: str, value: float | None, best: float | None) -> str:

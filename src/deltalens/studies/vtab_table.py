@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 def vtab_parts(cells: Sequence[Cell], tasks: Mapping[str, str]) -> list[str]:
     """A table and a note in Markdown. cells: of one backbone; tasks: dataset -> task."""
+    header, body, note = vtab_rows(cells, tasks)
+    return [markdown_table(header, body), note]
+
+
+def vtab_rows(cells: Sequence[Cell], tasks: Mapping[str, str]) -> tuple[list[str], list[list[str]], str]:
+    """Header, a row for each method, and a note."""
     by_label: dict[str, list[Cell]] = {}
     for cell in cells:
         by_label.setdefault(cell.variant.label, []).append(cell)
@@ -28,7 +34,7 @@ def vtab_parts(cells: Sequence[Cell], tasks: Mapping[str, str]) -> list[str]:
     note += " In brackets: tasks with more than full fine-tuning." if full else ""
     if len(tasks) < len(TASKS):
         note += f" Only {len(tasks)} of the {len(TASKS)} tasks are in this study."
-    return [markdown_table(header, body), note]
+    return header, body, note
 
 
 def _row(
