@@ -286,7 +286,7 @@ def _failures(rows: Sequence[RunRow]) -> str:
 def _link(row: RunRow) -> str:
     what = f"search, lr {row.lr:g}" if row.stage == "search" and row.lr is not None else f"seed {row.seed}"
     text = f"{row.backbone}, {row.dataset}, {row.method}, {what}"
-    return f'<a href="{escape(quote(row.folder))}/">{escape(text)}</a>'
+    return f'<a href="{escape(quote(row.folder, safe="/+="))}/">{escape(text)}</a>'
 
 
 def _run_list(rows: Sequence[RunRow]) -> str:
