@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_the_table_holds_the_numbers_of_the_runs(finished, place):
         assert columns[2:4] == [f"{adapter:,}", f"{adapter + head:,}"]
         assert columns[5] == f"{found[0]['settings']['lr']:g} *"  # of two candidates each is at an edge
     assert cells["LoRA + biases"].adapter_parameters == 3 * 2 * 2 * (24 + 24) + bias_count(place)
+
+
+def test_results_say_where_and_when_and_the_report_repeats_it(finished):
+    page = (finished[1] / "report.html").read_text(encoding="utf-8")
+    for name, results in results_of(finished[1]).items():
+        assert "CPU cores" in results["machine"]
+        assert datetime.fromisoformat(results["finished"]).utcoffset() == timedelta(0)
+        assert results["peak_memory_bytes"] is None or results["device"].startswith("cuda")
+        assert f'href="runs/{name}/"' in page
+        assert results["machine"] in page
+        assert results["finished"][:10] in page
 
 
 def bias_count(place) -> int:

@@ -2,7 +2,7 @@
 
 STUDY is a YAML file, or the name of one that comes with the package (deltalens list recipes). Every run is a folder
 under OUTPUT/runs. What is finished is not done again: after a kill the same command goes on where it stopped. OUTPUT
-gets table.md, runs.csv and plots/*.svg.
+gets report.html, table.md, table.tex, runs.csv and plots/*.svg.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a folder of images and its name, beside or instead of those in the study file; may be repeated",
     )
     add("--dry-run", action="store_true", help="list the runs and their number, and stop")
-    add("--only-table", action="store_true", help="make table and plots from the runs that are there, and stop")
+    add(
+        "--only-table", action="store_true", help="make report, tables and plots from the runs that are there, and stop"
+    )
     add("--retry-failed", action="store_true", help="try runs that failed once more")
     add(
         "--cache-features",
@@ -127,12 +129,18 @@ def _list(grid: Grid) -> None:
 
 def _write_table(grid: Grid) -> None:
     from deltalens.lifecycle.atomic import write_text
+    from deltalens.studies.study_latex import to_latex
     from deltalens.studies.study_plots import write_plots
+    from deltalens.studies.study_report import write_study_report
     from deltalens.studies.study_table import read_table
 
     table = read_table(grid)
     write_text(grid.output / "table.md", table.to_markdown())
+    write_text(grid.output / "table.tex", to_latex(table))
     write_text(grid.output / "runs.csv", table.to_csv())
     plots = write_plots(table, grid.output / "plots", grid.study.x_title)
+    report = grid.output / "report.html"
+    write_study_report(grid, table, report)
     print(f"\n{table.to_markdown()}")
-    print(f"table.md, runs.csv and {len(plots)} plots are in {grid.output}")
+    print(f"table.md, table.tex, runs.csv and {len(plots)} plots are in {grid.output}")
+    print(f"the report is {report}")

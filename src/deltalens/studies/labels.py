@@ -43,12 +43,23 @@ def text_width(text: str) -> float:
     return MEAN_CHARACTER * len(text)
 
 
-def place_labels(points: Sequence[tuple[float, float]], texts: Sequence[str], frame: Box) -> list[Box]:
-    """A box for each text, near its point, inside the frame, free of all points and of the other texts.
+def short_name(text: str, most: int = 24) -> str:
+    """A name for a plot, cut in its middle where it is longer: both ends tell names apart."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[len(text) - (most - most // 2 - 1) :]}"
+
+
+def place_labels(
+    points: Sequence[tuple[float, float]], texts: Sequence[str], frame: Box, kept_free: Sequence[Box] = ()
+) -> list[Box]:
+    """A box for each text, near its point, inside the frame, free of all points and of the other texts. kept_free: what
+    else is not to be covered.
 
     Where a crowded plot leaves no free place, the one that covers least is taken.
     """
     dots = [Box(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in points]
+    dots += kept_free
     placed: list[Box] = []
     for (x, y), text in zip(points, texts, strict=True):
         taken = [*dots, *placed]

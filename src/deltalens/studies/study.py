@@ -12,7 +12,7 @@ from typing import Any
 
 from deltalens.data.formats import PROTOCOLS
 from deltalens.data.splits import stratified_split
-from deltalens.methods import Method, make_config
+from deltalens.methods import FullConfig, Method, make_config
 from deltalens.studies.study_yaml import Document, Place
 from deltalens.training.optim import default_learning_rate
 from deltalens.training.settings import TrainingSettings
@@ -65,6 +65,11 @@ class Variant:
     def base_rate(self) -> float:
         return default_learning_rate(self.methods) if self.lr is None else self.lr
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every weight is trained."""
+        return any(isinstance(method, FullConfig) for method in self.methods)
+
     def to_dict(self) -> list[dict[str, Any]]:
         """The methods as JSON-able entries, every setting written out."""
         return [json.loads(json.dumps(method.to_dict())) for method in self.methods]
@@ -109,7 +114,9 @@ class Study:
     """A checked study file.
 
     rates: factors on every method's base rate; with more than one the best is chosen on the validation images.
-    fixed_rate: the base rate of all methods that name none, in the place of their defaults.
+    fixed_rate: the base rate of all methods that name none, in the place of their defaults. reference: the row that the
+    report's test compares the others with; without one full fine-tuning, else the first row. scatter: the datasets on
+    the axes of the report's plot of two tasks; without them the first two.
     """
 
     title: str
@@ -123,6 +130,20 @@ class Study:
     fixed_rate: float | None = None
     keep_adapters: bool = True
     x_title: str = "x"
+    reference: str | None = None
+    scatter: tuple[str, str] | None = None
+
+    @property
+    def reference_label(self) -> str:
+        """The row that others are compared with."""
+        full = (variant.label for variant in self.variants if variant.is_full)
+        return self.reference or next(full, self.variants[0].label)
+
+    @property
+    def scatter_datasets(self) -> tuple[str, str] | None:
+        """The two datasets of the plot of two tasks; None where there is but one."""
+        names = [dataset.name for dataset in self.datasets]
+        return self.scatter or ((names[0], names[1]) if len(names) > 1 else None)
 
     def candidates(self, variant: Variant) -> list[float]:
         """The learning rates to try, ascending: as many for every method."""
@@ -133,6 +154,7 @@ class Study:
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
 DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download")
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
+FIELDS += ("reference", "scatter")
 
 
 def read_study(path: str | os.PathLike, datasets: Mapping[str, str] | None = None) -> Study:
@@ -158,7 +180,7 @@ class _Reader:
             if not top.get(name):
                 raise self.document.error((), f"{name} is missing; a study has {', '.join(FIELDS)}")
         rates, fixed = self._rates(top.get("lr"))
-        return Study(
+        study = Study(
             title=self.document.text(top.get("title", self.document.path.stem), ("title",)),
             backbones=self._backbones(top["backbones"]),
             variants=self._variants(top["methods"]),
@@ -170,7 +192,23 @@ class _Reader:
             keep_adapters=self.document.flag(top.get("keep_adapters", True), ("keep_adapters",)),
             x_title=self.document.text(top.get("x_title", "x"), ("x_title",)),
             datasets=self._datasets(top.get("datasets") or {}, given),
+            reference=top.get("reference"),
+            scatter=tuple(top["scatter"]) if isinstance(top.get("scatter"), list) else top.get("scatter"),
         )
+        self._check_report(study)
+        return study
+
+    def _check_report(self, study: Study) -> None:
+        """The fields that name rows and datasets."""
+        labels, names = [v.label for v in study.variants], [d.name for d in study.datasets]
+        if study.reference is not None and study.reference not in labels:
+            raise self.document.error(("reference",), f"expected a row: {', '.join(labels)}; got {study.reference!r}")
+        pair = study.scatter
+        if pair is not None and not (
+            isinstance(pair, tuple) and len(pair) == 2 and pair[0] != pair[1] and all(each in names for each in pair)
+        ):
+            shown = list(pair) if isinstance(pair, tuple) else pair
+            raise self.document.error(("scatter",), f"expected two of the datasets {', '.join(names)}; got {shown!r}")
 
     # ------------------------------------------------------------------ what is compared
     def _backbones(self, value: Any) -> tuple[BackboneEntry, ...]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.figure import page_colours
+from deltalens.studies.labels import short_name
 from deltalens.studies.plots import COLOURS, Line, Point, lines, scatter
 from deltalens.studies.results import count_text
 from deltalens.studies.study import folder_name
-from deltalens.studies.study_table import Cell, StudyTable
+from deltalens.studies.study_table import Cell, StudyTable, measured_text
 
 SIZE = (720, 440)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
@@ -20,11 +21,14 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu 
 def write_plots(table: StudyTable, folder: str | os.PathLike, x_title: str) -> list[Path]:
     """For every backbone and dataset accuracy against trained parameters, and over x where there are curves. Plots
     without a finished run are left out. Returns the files."""
-    written = []
+    written, numbers = [], method_numbers(table.cells)
     for backbone, dataset in dict.fromkeys((cell.backbone, cell.dataset) for cell in table.cells):
         cells = [c for c in table.cells if (c.backbone, c.dataset) == (backbone, dataset) and c.mean is not None]
         name = folder_name(f"{backbone}-{dataset}")
-        drawn = {f"{name}-parameters.svg": parameters_plot(cells), f"{name}-curves.svg": curves_plot(cells, x_title)}
+        drawn = {
+            f"{name}-parameters.svg": parameters_plot(cells, numbers),
+            f"{name}-curves.svg": curves_plot(cells, x_title, numbers),
+        }
         for file, svg in drawn.items():
             if svg is not None:
                 write_text(Path(folder) / file, standalone(svg, SIZE))
@@ -32,26 +36,43 @@ def write_plots(table: StudyTable, folder: str | os.PathLike, x_title: str) -> l
     return written
 
 
-def parameters_plot(cells: Sequence[Cell]) -> str | None:
+def method_numbers(cells: Sequence[Cell]) -> dict[str, int]:
+    """Label -> the number that gives its colour: its place in the study, the same in every plot."""
+    return {label: number for number, label in enumerate(dict.fromkeys(cell.variant.label for cell in cells))}
+
+
+def parameters_plot(cells: Sequence[Cell], numbers: Mapping[str, int], size: tuple[int, int] = SIZE) -> str | None:
     """Accuracy against trained parameters, head included."""
-    points = [Point(c.variant.label, c.adapter_parameters + c.head_parameters, c.mean, c.std) for c in cells]
+    points = [
+        Point(short_name(c.variant.label), max(1, c.with_head), c.mean, c.std, numbers[c.variant.label])
+        for c in cells
+        if c.mean is not None
+    ]
     if not points:
         return None
-    return scatter(points, "trained parameters, head included", "test accuracy, %", count_text, SIZE, to_hundred=False)
+    title = accuracy_title(cells)
+    return scatter(points, "trained parameters, head included", title, count_text, size, to_hundred=False)
 
 
-def curves_plot(cells: Sequence[Cell], x_title: str) -> str | None:
-    """Accuracy over x, a line for each curve with two points at least."""
+def accuracy_title(cells: Sequence[Cell]) -> str:
+    """The axis of accuracies: "test accuracy, %"."""
+    return f"{measured_text(cells).replace('top-1', 'accuracy')}, %"
+
+
+def curves_plot(cells: Sequence[Cell], x_title: str, numbers: Mapping[str, int]) -> str | None:
+    """Accuracy over x, a line for each curve with two points at least, in the colour of its first method."""
     curves: dict[str, list[tuple[float, float, float | None]]] = {}
+    first: dict[str, int] = {}
     for cell in cells:
         if cell.variant.curve is not None:
+            first.setdefault(cell.variant.curve, numbers[cell.variant.label])
             curves.setdefault(cell.variant.curve, []).append((cell.variant.x, cell.mean, cell.std))
     drawn = [
-        Line(name, sorted(points, key=lambda point: point[0]), number)
-        for number, (name, points) in enumerate(curves.items(), 1)
+        Line(short_name(name), sorted(points, key=lambda point: point[0]), first[name])
+        for name, points in curves.items()
         if len(points) > 1
     ]
-    return lines(drawn, x_title, "test accuracy, %", as_percent=True, size=SIZE) if drawn else None
+    return lines(drawn, x_title, accuracy_title(cells), as_percent=True, size=SIZE) if drawn else None
 
 
 def standalone(svg: str, size: tuple[int, int]) -> str:
@@ -63,8 +84,10 @@ def standalone(svg: str, size: tuple[int, int]) -> str:
         ".line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}",
         f".grid{{stroke:{light['line']};fill:none}}.axis{{stroke:{light['soft']};fill:none}}",
         f".leader{{stroke:{light['soft']};opacity:.55;fill:none}}",
+        f".dot{{stroke:{light['card']};stroke-width:1}}",
+        ".band{opacity:.14}.reference{fill:none;stroke-width:1.2;stroke-dasharray:5 4}.each{fill:none;opacity:.45}",
         *(
-            f".line.c{i}{{stroke:{light[f'c{i}']}}}.dot.c{i},.name.c{i}{{fill:{light[f'c{i}']}}}"
+            f".line.c{i},.reference.c{i},.each.c{i}{{stroke:{light[f'c{i}']}}}.dot.c{i},.name.c{i},.band.c{i}{{fill:{light[f'c{i}']}}}"
             for i in range(COLOURS)
         ),
     ]

@@ -43,6 +43,12 @@ class RunRow:
     folder: str
     message: str | None
     metric: str | None = None
+    peak_memory_bytes: int | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """What methods are compared by: on the test images, on those for validation where there is no test."""
+        return self.val_accuracy if self.test_accuracy is None else self.test_accuracy
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Cell:
 
     accuracies: on the test images (validation where there is no test), of the finished runs, in the order of the
     seeds. lr: the chosen rate; at_edge: it is the smallest or largest candidate of a search. failures: messages, of
-    the searches too. left: final runs that are neither finished nor failed.
+    the searches too. left: final runs that are neither finished nor failed. tested: accuracies are on test
+    images. memory: most GPU memory of training in bytes, the mean over runs; None where runs were not on a GPU.
     """
 
     backbone: str
@@ -68,6 +75,18 @@ class Cell:
     left: int
     backbone_parameters: int | None = None
     metric: str | None = None
+    tested: bool = True
+    memory: float | None = None
+
+    @property
+    def with_head(self) -> int | None:
+        """Trained parameters, head included."""
+        return None if self.adapter_parameters is None else self.adapter_parameters + self.head_parameters
+
+    @property
+    def complete(self) -> bool:
+        """Whether every final run has finished."""
+        return self.mean is not None and not self.left and not self.failures_of_finals
 
     @property
     def mean(self) -> float | None:
@@ -115,7 +134,12 @@ class StudyTable:
         pairs = list(dict.fromkeys((cell.backbone, cell.dataset) for cell in self.cells))
         parts = [f"# {self.title}", self.description]
         if len(pairs) > 1:
-            parts += ["## Test accuracy, %", self._overview(pairs)]
+            header, body = overview(self.cells)
+            lines = [[label, *(text for text, _ in line)] for label, line in body.items()]
+            parts += [
+                f"## {'Test' if all(cell.tested for cell in self.cells) else 'Validation'} accuracy, %",
+                markdown_table(["method", *header], lines),
+            ]
         for backbone in dict.fromkeys(backbone for backbone, _ in pairs) if self.vtab_tasks else ():
             cells = [cell for cell in self.cells if cell.backbone == backbone]
             parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks)]
@@ -124,19 +148,28 @@ class StudyTable:
             parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
         return "\n\n".join(parts) + "\n"
 
-    def _overview(self, pairs: Sequence[tuple[str, str]]) -> str:
-        found = {(cell.variant.label, cell.backbone, cell.dataset): cell for cell in self.cells}
-        labels = list(dict.fromkeys(cell.variant.label for cell in self.cells))
-        one_backbone = len({backbone for backbone, _ in pairs}) == 1
-        header = ["method", *(dataset if one_backbone else f"{backbone}, {dataset}" for backbone, dataset in pairs)]
-        body = []
-        for label in labels:
-            cells = [found[label, *pair] for pair in pairs]
-            means = [cell.mean for cell in cells]
-            complete = all(mean is not None for mean in means) and not any(cell.left for cell in cells)
-            average = f"{100 * statistics.fmean(means):.1f}" if complete else "-"
-            body.append([label, *(cell.accuracy_text() for cell in cells), average])
-        return markdown_table([*header, "mean"], body)
+
+def overview(cells: Sequence[Cell]) -> tuple[list[str], dict[str, list[tuple[str, float | None]]]]:
+    """(names of the columns, label -> (text, accuracy) of each): a column for every task, and their mean, which is left
+    open where a task is not finished."""
+    found = {(cell.variant.label, cell.backbone, cell.dataset): cell for cell in cells}
+    pairs = list(dict.fromkeys((cell.backbone, cell.dataset) for cell in cells))
+    one_backbone = len({backbone for backbone, _ in pairs}) == 1
+    header = [*(dataset if one_backbone else f"{backbone}, {dataset}" for backbone, dataset in pairs), "mean"]
+    body: dict[str, list[tuple[str, float | None]]] = {}
+    for label in dict.fromkeys(cell.variant.label for cell in cells):
+        row = [found[label, *pair] for pair in pairs]
+        average = overall(row)
+        mean = ("-" if average is None else f"{100 * average:.1f}", average)
+        body[label] = [*((cell.accuracy_text(), cell.mean) for cell in row), mean]
+    return header, body
+
+
+def overall(row: Sequence[Cell]) -> float | None:
+    """The mean over the tasks of one method; None where one has no result yet, or not all of its runs."""
+    if any(cell.mean is None or cell.left for cell in row):
+        return None
+    return statistics.fmean(cell.mean for cell in row)
 
 
 def read_table(grid: Grid) -> StudyTable:
@@ -182,6 +215,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
         folder=_folder(grid, run),
         message=None if results else run.failure(),
         metric=next((name for name in ("accuracy", "mAP") if name in (test or results.get("val") or {})), None),
+        peak_memory_bytes=results.get("peak_memory_bytes"),
     )
 
 
@@ -193,11 +227,12 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
     failures += [f"seed {row.seed}: {row.message}" for row in rows if row.status == "failed"]
     lr = done[0].lr if done else None
     rates = [each.rate for each in searches]
+    peaks = [row.peak_memory_bytes for row in done if row.peak_memory_bytes is not None]
     return Cell(
         backbone=run.backbone.label,
         dataset=run.dataset.name,
         variant=run.variant,
-        accuracies=tuple(row.val_accuracy if row.test_accuracy is None else row.test_accuracy for row in done),
+        accuracies=tuple(row.accuracy for row in done),
         adapter_parameters=done[0].adapter_parameters if done else None,
         head_parameters=done[0].head_parameters if done else None,
         percent=done[0].percent if done else None,
@@ -208,7 +243,15 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
         left=sum(row.status == "open" for row in rows),
         backbone_parameters=done[0].backbone_parameters if done else None,
         metric=done[0].metric if done else None,
+        tested=not done or done[0].test_accuracy is not None,
+        memory=statistics.fmean(peaks) if peaks else None,
     )
+
+
+def measured_text(cells: Sequence[Cell]) -> str:
+    """What the accuracies of these cells are: "test top-1", "validation mAP"."""
+    part = "test" if all(cell.tested for cell in cells) else "validation"
+    return f"{part} {'mAP' if any(cell.metric == 'mAP' for cell in cells) else 'top-1'}"
 
 
 def _description(grid: Grid) -> str:
@@ -233,8 +276,7 @@ def _description(grid: Grid) -> str:
 
 # ------------------------------------------------------------------ tables
 def _pair_table(cells: Sequence[Cell]) -> str:
-    measured = "test mAP" if any(cell.metric == "mAP" for cell in cells) else "test top-1"
-    header = ["method", measured, "trained", "with head", "% of backbone", "lr", "seconds"]
+    header = ["method", measured_text(cells), "trained", "with head", "% of backbone", "lr", "seconds"]
     body = []
     for cell in cells:
         counted = cell.adapter_parameters is not None
@@ -243,7 +285,7 @@ def _pair_table(cells: Sequence[Cell]) -> str:
                 cell.variant.label,
                 cell.accuracy_text(),
                 f"{cell.adapter_parameters:,}" if counted else "",
-                f"{cell.adapter_parameters + cell.head_parameters:,}" if counted else "",
+                f"{cell.with_head:,}" if counted else "",
                 percent_text(cell.percent) if counted else "",
                 "" if cell.lr is None else f"{cell.lr:g}" + (" *" if cell.at_edge else ""),
                 "" if cell.seconds is None else seconds_text(cell.seconds).removesuffix(" s"),

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from deltalens.data.vtab1k import GROUPS, TASKS
-from deltalens.methods import FullConfig
 from deltalens.studies.markdown import markdown_table
 from deltalens.studies.vtab import total_parameters, vtab_summary
 
@@ -16,12 +15,18 @@ if TYPE_CHECKING:
 
 def vtab_parts(cells: Sequence[Cell], tasks: Mapping[str, str]) -> list[str]:
     """A table and a note in Markdown. cells: of one backbone; tasks: dataset -> task."""
+    header, body, note = vtab_rows(cells, tasks)
+    return [markdown_table(header, body), note]
+
+
+def vtab_rows(cells: Sequence[Cell], tasks: Mapping[str, str]) -> tuple[list[str], list[list[str]], str]:
+    """Header, a row for each method, and a note."""
     by_label: dict[str, list[Cell]] = {}
     for cell in cells:
         by_label.setdefault(cell.variant.label, []).append(cell)
     groups = [group for group in GROUPS if any(TASKS[task].group == group for task in tasks.values())]
     sizes = {group: sum(TASKS[task].group == group for task in tasks.values()) for group in groups}
-    full = next((_accuracies(each, tasks) for each in by_label.values() if _is_full(each[0])), None)
+    full = next((_accuracies(each, tasks) for each in by_label.values() if each[0].variant.is_full), None)
     header = ["method", "total params", *(f"{group} ({sizes[group]})" for group in groups)]
     header += [f"mean of {len(tasks)}", f"mean of {len(groups)} groups"]
     body = [_row(label, each, tasks, groups, full) for label, each in by_label.items()]
@@ -29,7 +34,7 @@ def vtab_parts(cells: Sequence[Cell], tasks: Mapping[str, str]) -> list[str]:
     note += " In brackets: tasks with more than full fine-tuning." if full else ""
     if len(tasks) < len(TASKS):
         note += f" Only {len(tasks)} of the {len(TASKS)} tasks are in this study."
-    return [markdown_table(header, body), note]
+    return header, body, note
 
 
 def _row(
@@ -42,7 +47,7 @@ def _row(
     accuracies = _accuracies(cells, tasks)
     if accuracies is None:
         return [label, *["-"] * (len(groups) + 3)]
-    summary = vtab_summary(accuracies, None if _is_full(cells[0]) else full)
+    summary = vtab_summary(accuracies, None if cells[0].variant.is_full else full)
     wins = {group: f" ({summary.wins[group]})" if summary.wins else "" for group in groups}
     total = total_parameters(
         cells[0].backbone_parameters,
@@ -63,7 +68,3 @@ def _accuracies(cells: Sequence[Cell], tasks: Mapping[str, str]) -> dict[str, fl
     if any(cell.mean is None or cell.left or cell.failures_of_finals for cell in cells):
         return None
     return {tasks[cell.dataset]: 100 * cell.mean for cell in cells}
-
-
-def _is_full(cell: Cell) -> bool:
-    return any(isinstance(method, FullConfig) for method in cell.variant.methods)

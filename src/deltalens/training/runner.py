@@ -9,6 +9,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -50,7 +51,8 @@ def fit(
     called with the row of every finished epoch, before its checkpoint is written; what it raises ends the training.
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
-    "device", "settings", "versions", and "features" where they were kept.
+    "device", "machine", "finished" (date and time, UTC), "settings", "versions", "peak_memory_bytes" of training on a
+    GPU (None elsewhere), and "features" where they were kept.
 
     Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays. Raises
     FeaturesCannotBeKept with cache_features where something is trained or random from the start.
@@ -73,7 +75,7 @@ def fit(
             place.prepare(resume, overwrite)
             if config is not None:
                 place.write_config(config)
-        history, test, device = _train(task, inputs, settings, place, resume, after_epoch)
+        history, test, device, peak = _train(task, inputs, settings, place, resume, after_epoch)
     results = {
         "val": _metrics(history[-1], "val_"),
         "test": _metrics(test, "test_"),
@@ -81,6 +83,9 @@ def fit(
         "data": _counts(data),
         "seconds": {"total": time.perf_counter() - started, "training": sum(row["seconds"] for row in history)},
         "device": device,
+        "machine": machine_text(device),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "peak_memory_bytes": peak,
         "settings": vars(settings),
         "versions": _versions(),
         **features,
@@ -94,7 +99,7 @@ def fit(
 
 
 def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool, after_epoch):
-    """(history rows, test metrics, device name)."""
+    """(history rows, test metrics, device name, most memory of the GPU while training or None)."""
     import lightning.pytorch as pl
 
     from deltalens.training.callbacks import History, KeepLast, StopOnBadLoss
@@ -132,16 +137,20 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         num_sanity_val_steps=0,
         limit_val_batches=0 if data.val is None else None,
     )
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
     try:
         trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
         goes_on = "; the same command with --resume goes on" if place else ""
         raise KeyboardInterrupt(f"training was stopped{goes_on}") from stopped
+    peak = torch.cuda.max_memory_allocated(trainer.strategy.root_device) if on_gpu else None
     test = trainer.test(module, verbose=False)[0] if data.test is not None else {}
     device = str(module.device)
     module.cpu()
     task.eval()
-    return history.rows, test, device
+    return history.rows, test, device, peak
 
 
 @contextlib.contextmanager
@@ -198,6 +207,12 @@ def _counts(data: Splits) -> dict[str, Any]:
         "classes": len(data.class_names),
         **data.origin,
     }
+
+
+def machine_text(device: str) -> str:
+    """The kind of machine, without its name: "Linux x86_64, 8 CPU cores", with the GPU where training ran on one."""
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores{gpu}"
 
 
 def _versions() -> dict[str, str]:
