@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.beit import modeling_beit as beit
@@ -23,6 +24,13 @@ def prompt_keys_values(block: nn.Module, prompts: Tensor) -> KeysValues:
     return keys_values(block.attention, block.layernorm_before(prompts))
 
 
+def _with_mask(bias: Tensor, mask: Tensor) -> Tensor:
+    """The bias where a mask lets see. transformers makes a boolean mask of nothing hidden when a model is exported."""
+    if mask.dtype != torch.bool:
+        return bias + mask
+    return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+
+
 def _block_forward(
     self: nn.Module,
     hidden_states: Tensor,
@@ -36,7 +44,7 @@ def _block_forward(
         grid = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
         own = layout.prefix + grid[0] * grid[1]
         bias = self.relative_position_bias(grid, interpolate_pos_encoding, dim_size=own)
-        attention_mask = bias if attention_mask is None else bias + attention_mask
+        attention_mask = bias if attention_mask is None else _with_mask(bias, attention_mask)
 
     def attention(normed: Tensor) -> Tensor:
         y = attend(self, self.attention, normed, attention_mask, prompt_keys_values, **kwargs)
