@@ -16,4 +16,4 @@ def _seeded():
     torch.manual_seed(0)
 
 
-pytest_plugins = ["study_fixtures", "bench_models"]
+pytest_plugins = ["study_fixtures", "bench_models", "study_runs"]

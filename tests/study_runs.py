@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from deltalens.studies.grid import Grid
 from deltalens.studies.study import read_study
@@ -79,3 +80,18 @@ def write_study_folder(folder: Path, text: str | None = None, accuracy=made_up_a
 
 def table_of(grid: Grid) -> StudyTable:
     return read_table(grid)
+
+
+FAILURE = "the loss became <infinite> & training stopped"
+
+
+def accuracy_with_a_failure(run):
+    lost = (run.backbone.label, run.dataset.name, run.variant.label, run.seed) == ("Swin-T", "pets", "VPT-deep", 2)
+    return FAILURE if lost else made_up_accuracy(run)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """5 methods x 2 backbones x 3 datasets x 3 seeds, one run failed: (grid, table)."""
+    grid = write_study_folder(tmp_path_factory.mktemp("study"), accuracy=accuracy_with_a_failure, memory=3_400_000_000)
+    return grid, table_of(grid)

@@ -6,8 +6,8 @@ import functools
 import pytest
 import torch
 from models import tiny_resnet
-from test_fallback import WIDTH, ConvBlock, Network, paths, rows, towers
 from torch import nn
+from unknown_networks import WIDTH, ConvBlock, Network, paths, rows, towers
 
 import deltalens as dl
 from deltalens.backbones import unknown

@@ -253,3 +253,21 @@ def test_from_search_to_final_run(place, tmp_path, capsys):
     bad.write_text("space: {method.num_tokens: [1]}")
     assert main([*words[:-6], "--space", str(bad), "--output", str(tmp_path / "other"), "--trials", "1"]) == 1
     assert "has no setting 'num_tokens'" in capsys.readouterr().err
+
+
+def test_what_decides_follows_the_task(place, tmp_path, capsys):
+    """mAP where images have several labels; a metric that the task lacks, or no validation, is an error."""
+    photos = sorted((place / "photos").rglob("*.png"))[:24]
+    rows = [
+        f"{photo},{'warm;dark' if i % 2 else 'cold'},{('train', 'val', 'test')[i % 3]}"
+        for i, photo in enumerate(photos)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
+    words = ["tune", "--model", str(place / "model"), "--method", "linear", "--data", str(tmp_path / "labels.csv")]
+    words += ["--epochs", "1", "--batch-size", "4", "--trials", "1"]
+    assert main([*words, "--output", str(tmp_path / "search")]) == 0
+    assert "done mAP" in capsys.readouterr().out
+    assert main([*words, "--output", str(tmp_path / "other"), "--metric", "accuracy"]) == 1
+    assert "no validation metric 'accuracy'; this task has loss, mAP" in capsys.readouterr().err
+    assert main([*words, "--output", str(tmp_path / "joined"), "--protocol", "trainval"]) == 1
+    assert "needs validation images" in capsys.readouterr().err

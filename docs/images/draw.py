@@ -381,20 +381,15 @@ class MethodPicture(Picture):
         self.width, self.height = int(max(self.x + 22, x + 10, 420)), int(y + 26)
 
 
-def method(name: str, title: str, places: dict[str, str]) -> None:
-    """The picture of a method: what it adds or trains is marked in a block and the head."""
-    picture = MethodPicture(title, places)
-    picture.draw()
-    picture.save(f"method-{name}.svg")
-
-
 def draw_all() -> None:
     """Write every picture to FOLDER; those of the methods are described in methods.json, one line each."""
     architecture()
     slots()
     described = json.loads((Path(__file__).parent / "methods.json").read_text(encoding="utf-8"))
     for name, (title, places) in described.items():
-        method(name, title, places)
+        picture = MethodPicture(title, places)
+        picture.draw()
+        picture.save(f"method-{name}.svg")
 
 
 if __name__ == "__main__":

@@ -82,14 +82,16 @@ def _smallest_form(name: str) -> dict:
     for less in (shallow, {}):  # some constructors take a depth that their architectures give them already
         for size in (*SIZES, model.pretrained_cfg["input_size"][-1]):
             options = {**less, **({"img_size": size} if "img_size" in takes else {})}
-            if _runs(name, options, size):
+            problem = _problem(name, options, size)
+            if problem is None:
                 return {"name": name, "options": options, "size": size}
         if not shallow:
             break
-    raise RuntimeError(f"{name} runs at none of the sizes {SIZES}")
+    raise RuntimeError(f"{name} runs at none of the sizes {SIZES}: {problem}") from problem
 
 
-def _runs(name: str, options: dict, size: int) -> bool:
+def _problem(name: str, options: dict, size: int) -> Exception | None:
+    """Why an architecture does not run with these options and images of this size; None where it does."""
     import timm
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
@@ -100,9 +102,9 @@ def _runs(name: str, options: dict, size: int) -> bool:
             model = copy.deepcopy(model)
         with mode, torch.no_grad():
             model(torch.empty(2, 3, size, size))
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return error
+    return None
 
 
 # ------------------------------------------------------------------ transformers

@@ -38,7 +38,7 @@ def _extent(results: list[dict[str, Any]]) -> str:
     rows = list(dict.fromkeys(row for methods in met for row in methods))
     named = f" ({', '.join(rows)})" if len(rows) < 6 else ""
     full = all(len(methods) == len(rows) for methods in met)
-    graphs = sum("compile" in each for each in results)
+    graphs = sum(each.get("compile") == each.get("export") == "yes" for each in results)
     met_by = "every model met" if full else "a model met up to"
     return (
         f"In this walk {met_by} {len(rows)} methods{named}; "

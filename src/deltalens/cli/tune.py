@@ -15,7 +15,6 @@ from deltalens.cli import recipes, train
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from deltalens.studies.search_space import SearchSpace
 
 translate = train.translate_words
 
@@ -32,7 +31,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "around the method's own, and weight decay",
     )
     add("--trials", type=int, default=16, help="how many, counting pruned and failed ones")
-    add("--metric", type=str, default="accuracy", help="validation metric that decides; the larger the better")
+    add(
+        "--metric",
+        type=str | None,
+        default=None,
+        help="validation metric that decides, the larger the better; by default accuracy, or mAP for several labels",
+    )
     add(
         "--prune",
         type=Literal["none", "median", "halving"],
@@ -46,24 +50,28 @@ def run(args: Namespace) -> None:
     from deltalens.cli.method_options import method_entries, read_methods
     from deltalens.studies.search_space import DEFAULT, read_space
     from deltalens.studies.tune import Search, trials_table, write_tables
+    from deltalens.tasks import task_class
     from deltalens.training.optim import default_learning_rate
 
     own = ("config", "recipe", "space", "trials", "metric", "prune", "output")
     options = {key: value for key, value in vars(args).items() if key not in own}
     methods = read_methods(args.method)
     space = DEFAULT if args.space is None else read_space(_space_file(args.space))
+    data = train.read_images(options)
+    if data.val is None:
+        raise ValueError("a search needs validation images, which --protocol trainval trains on: leave it out")
     search = Search(
         args.output,
         space,
         trials=args.trials,
-        metric=args.metric,
+        metric=args.metric or task_class(data.task).main_metric,
         seed=args.seed,
         prune=args.prune,
         default_lr=args.lr or default_learning_rate(methods),
         batch_size=args.batch_size,
     )
     _check_same_options(search, options | {"method": method_entries(methods)})
-    build = _builder(options, methods, space)
+    build = _builder(options, methods, data)
     try:
         search.run(build, show=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
@@ -91,11 +99,9 @@ def _space_file(name: str):
 
 
 # ------------------------------------------------------------------ one trial
-def _builder(options: dict[str, Any], methods: list, space: SearchSpace):
-    """The function that makes the run of a trial from its values. The images are read once."""
+def _builder(options: dict[str, Any], methods: list, data):
+    """The function that makes the run of a trial from its values."""
     from dataclasses import replace
-
-    data = train.read_images(options)
 
     def build(values):
         chosen = with_values(methods, values)

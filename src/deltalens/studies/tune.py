@@ -49,7 +49,8 @@ class Search:
     space: what is chosen. trials: how many, counting pruned and failed ones, so that every method gets the same budget.
     metric: of the validation results, the larger the better. default_lr, batch_size: see `SearchSpace.draw`.
 
-    Raises ValueError where the folder holds a search of something else, or a grid is asked for more points than it has.
+    A grid ends with its last point. Raises ValueError where the folder holds a search of something else, ImportError
+    without optuna.
     """
 
     def __init__(
@@ -110,6 +111,9 @@ class Search:
         folder = self._folder(trial.number)
 
         def judge(row: dict[str, float]) -> None:
+            if f"val_{self.metric}" not in row:
+                known = ", ".join(name.removeprefix("val_") for name in row if name.startswith("val_"))
+                raise LookupError(f"there is no validation metric {self.metric!r}; this task has {known}")
             with warnings.catch_warnings():  # a resumed trial reports its epochs a second time
                 warnings.filterwarnings("ignore", ".*already reported.*")
                 trial.report(row[f"val_{self.metric}"], int(row["epoch"]))
@@ -142,7 +146,10 @@ class Search:
 
     # ------------------------------------------------------------------ the search
     def _open(self) -> optuna.Study:
-        import optuna
+        try:
+            import optuna
+        except ImportError as error:
+            raise ImportError("a search needs the package optuna: pip install deltalens[tune]") from error
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(

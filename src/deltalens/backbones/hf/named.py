@@ -217,7 +217,7 @@ class _Build:
         try:
             with torch.no_grad():
                 model(torch.empty(1, channels(config), *size, device="meta", dtype=next(model.parameters()).dtype))
-        except Exception:
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # how libraries refuse a size
             return False
         return True
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint
 from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
@@ -120,11 +119,8 @@ def _owner_forward(self: Beit, x: Tensor) -> Tensor:
     images, x = x, self.patch_embed(x)
     x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
     x = self.pos_drop(x if self.pos_embed is None else x + self.pos_embed)
-    settings: dict = {"shared_rel_pos_bias": self.rel_pos_bias() if self.rel_pos_bias is not None else None}
-    for i, block in enumerate(self.blocks):
-        settings |= {"keep": 1} if i == len(self.blocks) - 1 else {}
-        x = checkpoint(block, x, **settings) if self.grad_checkpointing else block(x, **settings)
-    return token_owner.logits(self, images, self.norm(x))
+    shared = {"shared_rel_pos_bias": self.rel_pos_bias() if self.rel_pos_bias is not None else None}
+    return token_owner.logits(self, images, self.norm(token_owner.class_row(self, x, lambda block: shared)))
 
 
 OWNER = token_owner.owner_family(

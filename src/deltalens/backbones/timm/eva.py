@@ -9,9 +9,7 @@ attention reads it as a layer. Merging changes of the output (SSF, RepAdapter) g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from timm.models import checkpoint
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
@@ -126,11 +124,8 @@ def _owner_forward(self: Eva, x: Tensor, attn_mask: Tensor | None = None, is_cau
     if masked or not token_owner.head_reads_class_row_only(self, Eva, (BLOCK, POST_NORM)):
         return token_owner.whole_forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
     images, (x, rope) = x, self._pos_embed(self.patch_embed(x))
-    x, last = self.norm_pre(x), len(self.blocks) - 1
-    for i, block in enumerate(self.blocks):
-        settings: dict[str, Any] = {"rope": rope[i] if self.rope_mixed and rope is not None else rope}
-        settings |= {"keep": 1} if i == last else {}
-        x = checkpoint(block, x, **settings) if self.grad_checkpointing else block(x, **settings)
+    each_its_own = self.rope_mixed and rope is not None
+    x = token_owner.class_row(self, self.norm_pre(x), lambda i: {"rope": rope[i] if each_its_own else rope})
     return token_owner.logits(self, images, self.norm(x))
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint
 from timm.models.vision_transformer_relpos import (
     RelPosAttention,
     RelPosBlock,
@@ -143,11 +142,8 @@ def _owner_forward(self: VisionTransformerRelPos, x: Tensor) -> Tensor:
         return token_owner.whole_forward(self, x)
     images, x = x, self.patch_embed(x)
     x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
-    settings: dict = {"shared_rel_pos": self.shared_rel_pos.get_bias() if self.shared_rel_pos is not None else None}
-    for i, block in enumerate(self.blocks):
-        settings |= {"keep": 1} if i == len(self.blocks) - 1 else {}
-        x = checkpoint(block, x, **settings) if self.grad_checkpointing else block(x, **settings)
-    return token_owner.logits(self, images, self.norm(x))
+    shared = {"shared_rel_pos": self.shared_rel_pos.get_bias() if self.shared_rel_pos is not None else None}
+    return token_owner.logits(self, images, self.norm(token_owner.class_row(self, x, lambda block: shared)))
 
 
 OWNER = token_owner.owner_family(

@@ -16,15 +16,17 @@ from deltalens.backbones.timm.windows import (
     add_pixels,
     block_forward,
     in_windows,
-    may_pad,
+    merging_forward,
+    parts,
     per_window,
     prompt_pairs,
+    readers,
 )
-from deltalens.sites.anatomy import Family, Part, Site, Tower
+from deltalens.sites.anatomy import Family, Site, Tower
 from deltalens.sites.attention import attention
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch
 from deltalens.sites.layout import ChannelsLast
-from deltalens.sites.swap import original_class, original_method
+from deltalens.sites.swap import original_class
 from deltalens.sites.weights import linear_rows
 
 
@@ -77,38 +79,18 @@ def _block_forward(self: SwinTransformerBlock, x: Tensor | MapAndPrompts) -> Ten
     return block_forward(self, x, branches, attend)
 
 
-def _parts(block: SwinTransformerBlock) -> dict[str, Part]:
-    width = block.attn.qkv.out_features // 3
-    parts = {name: Part("attn.qkv", (i * width, (i + 1) * width)) for i, name in enumerate("qkv")}
-    return parts | {"proj": Part("attn.proj"), "fc1": Part("mlp.fc1"), "fc2": Part("mlp.fc2")}
-
-
-def _width(block: SwinTransformerBlock) -> int:
-    return block.dim
-
-
 BLOCK = Family(
     name="deltalens.backbones.timm.swin:BLOCK",
     methods={"forward": _block_forward},
     slots=RESIDUAL_BLOCK_SLOTS | {"attention.prompts"},
-    parts=_parts,
-    width=_width,
+    parts=parts,
+    width=lambda block: block.dim,
     keys_values=prompt_keys_values,
-    readers=lambda block: (
-        {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block, block.input_resolution) else {"attention.pre": ("attn.qkv",)})
-    ),
+    readers=lambda block: readers(block, block.input_resolution),
 )
 
 
-def _merging_forward(self: PatchMerging, x: Tensor | MapAndPrompts) -> Tensor | MapAndPrompts:
-    merge = original_method(self, "forward")
-    if not isinstance(x, tuple):
-        return merge(x)
-    feature_map, prompts = x
-    return merge(feature_map), self.reduction(self.norm(prompts.repeat(1, 1, 4)))
-
-
-MERGING = Family(name="deltalens.backbones.timm.swin:MERGING", methods={"forward": _merging_forward})
+MERGING = Family(name="deltalens.backbones.timm.swin:MERGING", methods={"forward": merging_forward})
 
 
 def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:

@@ -10,6 +10,7 @@ itself, to add the biases of q and v in the same product; here the layer is call
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -31,12 +32,14 @@ from deltalens.backbones.timm.windows import (
     add_pixels,
     block_forward,
     in_windows,
-    may_pad,
+    parts,
     per_window,
+    post_norm_branches,
     prompt_pairs,
+    readers,
 )
-from deltalens.sites.anatomy import Family, Part, Site, Tower
-from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch
+from deltalens.sites.anatomy import Family, Site, Tower
+from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS
 from deltalens.sites.layout import ChannelsLast
 from deltalens.sites.swap import original_class, original_method
 from deltalens.sites.weights import linear_rows
@@ -113,38 +116,17 @@ def _block_forward(self: SwinTransformerV2Block, x: Tensor | MapAndPrompts) -> T
 
         return in_windows(self, read, carried, in_window)
 
-    def mlp(read: Tensor) -> Tensor:
-        return self.norm2(self.mlp(read.flatten(1, -2))).view(read.shape)  # as timm flattens it, bit for bit
-
-    def branches(attention_branch) -> tuple[Branch, Branch]:
-        return (
-            Branch("attention", itself, lambda read: self.norm1(attention_branch(read)), self.drop_path1),
-            Branch("mlp", itself, mlp, self.drop_path2),
-        )
-
-    return block_forward(self, x, branches, attend)
-
-
-def itself(x: Tensor) -> Tensor:
-    return x
-
-
-def _parts(block: SwinTransformerV2Block) -> dict[str, Part]:
-    width = block.attn.qkv.out_features // 3
-    parts = {name: Part("attn.qkv", (i * width, (i + 1) * width)) for i, name in enumerate("qkv")}
-    return parts | {"proj": Part("attn.proj"), "fc1": Part("mlp.fc1"), "fc2": Part("mlp.fc2")}
+    return block_forward(self, x, functools.partial(post_norm_branches, self), attend)
 
 
 BLOCK = Family(
     name="deltalens.backbones.timm.swin_v2:BLOCK",
     methods={"forward": _block_forward},
     slots=RESIDUAL_BLOCK_SLOTS | {"attention.prompts"},
-    parts=_parts,
+    parts=parts,
     width=lambda block: block.dim,
     keys_values=prompt_keys_values,
-    readers=lambda block: (
-        {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block, block.input_resolution) else {"attention.pre": ("attn.qkv",)})
-    ),
+    readers=lambda block: readers(block, block.input_resolution),
     before_merge=own_bias_before_fold,
 )
 

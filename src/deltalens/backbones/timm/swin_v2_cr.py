@@ -8,6 +8,7 @@ network hands maps (B, C, H, W) from stage to stage, with carried prompts beside
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -23,18 +24,21 @@ from timm.models.swin_transformer_v2_cr import (
 )
 from torch import Tensor, nn
 
-from deltalens.backbones.timm.swin_v2 import cosine_attention, itself
+from deltalens.backbones.timm.swin_v2 import cosine_attention
 from deltalens.backbones.timm.windows import (
     MapAndPrompts,
     add_pixels,
     block_forward,
     in_windows,
     map_of,
-    may_pad,
+    merging_forward,
+    parts,
+    post_norm_branches,
     prompt_pairs,
+    readers,
 )
-from deltalens.sites.anatomy import Family, Part, Site, Tower
-from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch
+from deltalens.sites.anatomy import Family, Site, Tower
+from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS
 from deltalens.sites.layout import ChannelsLast, Tokens
 from deltalens.sites.output import live, pooled, through_output
 from deltalens.sites.swap import original_class, original_method
@@ -61,48 +65,22 @@ def _block_forward(self: SwinTransformerV2CrBlock, x: Tensor | MapAndPrompts) ->
 
         return in_windows(self, read, carried, in_window)
 
-    def mlp(read: Tensor) -> Tensor:
-        return self.norm2(self.mlp(read.flatten(1, -2))).view(read.shape)  # as timm flattens it, bit for bit
-
-    def branches(attention_branch) -> tuple[Branch, Branch]:
-        return (
-            Branch("attention", itself, lambda read: self.norm1(attention_branch(read)), self.drop_path1),
-            Branch("mlp", itself, mlp, self.drop_path2),
-        )
-
-    x = block_forward(self, x, branches, attend)
+    x = block_forward(self, x, functools.partial(post_norm_branches, self), attend)
     return (self.norm3(x[0]), self.norm3(x[1])) if isinstance(x, tuple) else self.norm3(x)
-
-
-def _parts(block: SwinTransformerV2CrBlock) -> dict[str, Part]:
-    parts = {name: Part("attn.qkv", (i * block.dim, (i + 1) * block.dim)) for i, name in enumerate("qkv")}
-    return parts | {"proj": Part("attn.proj"), "fc1": Part("mlp.fc1"), "fc2": Part("mlp.fc2")}
-
-
-def _readers(block: SwinTransformerV2CrBlock) -> dict[str, tuple[str, ...]]:
-    return {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block, block.feat_size) else {"attention.pre": ("attn.qkv",)})
 
 
 BLOCK = Family(
     name="deltalens.backbones.timm.swin_v2_cr:BLOCK",
     methods={"forward": _block_forward},
     slots=RESIDUAL_BLOCK_SLOTS | {"attention.prompts"},
-    parts=_parts,
+    parts=parts,
     width=lambda block: block.dim,
     keys_values=prompt_keys_values,
-    readers=_readers,
+    readers=lambda block: readers(block, block.feat_size),
 )
 
 
 # ------------------------------------------------------------------ carriers of prompts between blocks
-def _merging_forward(self: PatchMerging, x: Tensor | MapAndPrompts) -> Tensor | MapAndPrompts:
-    merge = original_method(self, "forward")
-    if not isinstance(x, tuple):
-        return merge(x)
-    feature_map, prompts = x
-    return merge(feature_map), self.reduction(self.norm(prompts.repeat(1, 1, 4)))
-
-
 def _with_map(x: Tensor | MapAndPrompts, *axes: int) -> Tensor | MapAndPrompts:
     """The stream with the axes of its map permuted."""
     return (x[0].permute(axes), x[1]) if isinstance(x, tuple) else x.permute(axes)
@@ -141,7 +119,7 @@ def _forward_intermediates(self: SwinTransformerV2Cr, x: Tensor, *args, **kwargs
     return [map_of(tap) for tap in result]
 
 
-MERGING = Family(name="deltalens.backbones.timm.swin_v2_cr:MERGING", methods={"forward": _merging_forward})
+MERGING = Family(name="deltalens.backbones.timm.swin_v2_cr:MERGING", methods={"forward": merging_forward})
 STAGE = Family(name="deltalens.backbones.timm.swin_v2_cr:STAGE", methods={"forward": _stage_forward})
 OWNER = Family(
     name="deltalens.backbones.timm.swin_v2_cr:OWNER",

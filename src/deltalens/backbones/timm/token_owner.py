@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from deltalens.backbones.pixels import STEM, through_images
@@ -164,6 +165,16 @@ def forward_intermediates(
     with_prefix = return_prefix_tokens and bool(self.num_prefix_tokens)
     taken = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
     return taken if intermediates_only else (final, taken)
+
+
+def class_row(owner: nn.Module, x: Tensor, settings: Callable[[int], dict]) -> Tensor:
+    """The stream after all blocks, of the last one its first row only. settings: index of a block -> what its forward
+    gets besides."""
+    last = len(owner.blocks) - 1
+    for i, block in enumerate(owner.blocks):
+        given = settings(i) | ({"keep": 1} if i == last else {})
+        x = checkpoint(block, x, **given) if owner.grad_checkpointing else block(x, **given)
+    return x
 
 
 def owner_family(name: str, forward: Callable, **methods: Callable) -> Family:

@@ -1,4 +1,4 @@
-"""What timm's two Swin networks share: shifted windows on channels-last maps, and prompts carried beside the map.
+"""What timm's three Swin networks share: shifted windows on channels-last maps, and prompts carried beside the map.
 
 Prompts that only serve as keys and values are shared by all windows and visible everywhere, with zero bias. Prompts
 that live on (VPT-shallow, and the last block of VPT-deep, whose outputs the head pools) travel beside the map as the
@@ -17,10 +17,11 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from deltalens.backbones.pixels import IMAGE, STEM
-from deltalens.sites.anatomy import Family, Site, Tower
+from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.equation import Branch, residual_block
 from deltalens.sites.layout import Tokens
 from deltalens.sites.output import live, pooled, through_output
+from deltalens.sites.swap import original_method
 
 MapAndPrompts = tuple[Tensor, Tensor]
 
@@ -115,6 +116,43 @@ def may_pad(block: nn.Module, resolution: tuple[int, int]) -> bool:
     """Whether window attention may pad what it reads: qkv then reads zeros beside what comes out of `attention.pre`."""
     sizes = zip(resolution, block.window_size, strict=True)
     return getattr(block, "dynamic_mask", False) or any(size % window for size, window in sizes)
+
+
+def post_norm_branches(block: nn.Module, attend: Callable[[Tensor], Tensor]) -> tuple[Branch, Branch]:
+    """The branches of a Swin v2 block, x + norm(branch(x)): what the frozen branch reads is x itself."""
+
+    def mlp(read: Tensor) -> Tensor:
+        return block.norm2(block.mlp(read.flatten(1, -2))).view(read.shape)  # as timm flattens it, bit for bit
+
+    return (
+        Branch("attention", _itself, lambda read: block.norm1(attend(read)), block.drop_path1),
+        Branch("mlp", _itself, mlp, block.drop_path2),
+    )
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def parts(block: nn.Module) -> dict[str, Part]:
+    """The linear parts of a block of any of these networks."""
+    width = block.attn.qkv.out_features // 3
+    found = {name: Part("attn.qkv", (i * width, (i + 1) * width)) for i, name in enumerate("qkv")}
+    return found | {"proj": Part("attn.proj"), "fc1": Part("mlp.fc1"), "fc2": Part("mlp.fc2")}
+
+
+def readers(block: nn.Module, resolution: tuple[int, int]) -> dict[str, tuple[str, ...]]:
+    """Which layers read what comes out of `pre` slots: qkv too, unless the library pads the map behind that slot."""
+    return {"mlp.pre": ("mlp.fc1",)} | ({} if may_pad(block, resolution) else {"attention.pre": ("attn.qkv",)})
+
+
+def merging_forward(self: nn.Module, x: Tensor | MapAndPrompts) -> Tensor | MapAndPrompts:
+    """Patch merging as the library has it; prompts are tiled to 4 C channels, as published, and normed and reduced."""
+    merge = original_method(self, "forward")
+    if not isinstance(x, tuple):
+        return merge(x)
+    feature_map, prompts = x
+    return merge(feature_map), self.reduction(self.norm(prompts.repeat(1, 1, 4)))
 
 
 # ------------------------------------------------------------------ the network around the blocks
