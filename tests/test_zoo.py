@@ -65,7 +65,7 @@ RESULT = {
 def test_the_page_of_some_results():
     wrong = {**RESULT, "key": "timm/b", "methods": {"Mona": {"wrong": "it | broke"}}, "outcome": "Mona: it | broke"}
     text = page([wrong, RESULT])
-    assert "In this walk a model met up to 2 methods (Mona, LoRA); 2 of 2 models were compiled and exported." in text
+    assert "In this walk a model met up to 2 methods (Mona, LoRA); 0 of 2 models were compiled and exported." in text
     assert "| timm | 2 modules | 1 (50.0 %) | 0 | 1 |" in text
     assert "| `timm/a` | a_tiny | 64 | yes | fallback | 3 | 1 | 1 of 2 | yes | no |" in text
     assert "* `timm/b`: Mona: it \\| broke" in text
