@@ -8,7 +8,7 @@ from picture_folders import write_splits, write_tiny_backbone
 
 from deltalens.cli.main import main
 from deltalens.studies.grid import Grid
-from deltalens.studies.study import read_study
+from deltalens.studies.study_reader import read_study
 
 STUDY = """\
 title: Colours

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deltalens.studies.grid import Grid
-from deltalens.studies.study import read_study
+from deltalens.studies.study_reader import read_study
 from deltalens.studies.study_table import StudyTable, read_table
 
 METHODS = {  # label: (entry of the file, trained parameters of a ViT-S, points above the linear head)

@@ -11,7 +11,7 @@ from models import MODELS, images, randomize_adapter
 import deltalens as dl
 from deltalens.cli.recipes import recipe_files
 from deltalens.methods.mona_designs import EARLIER_DESIGNS
-from deltalens.studies.study import read_study
+from deltalens.studies.study_reader import read_study
 
 DESIGNS = pytest.mark.parametrize("design", EARLIER_DESIGNS)
 SWIN_T = [(96, 2), (192, 2), (384, 6), (768, 2)]  # width, blocks

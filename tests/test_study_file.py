@@ -16,7 +16,7 @@ from deltalens.data.memory import ImagesInMemory, keep_in_memory
 from deltalens.data.transforms import eval_resize, train_resize
 from deltalens.studies import trial
 from deltalens.studies.grid import Grid
-from deltalens.studies.study import read_study
+from deltalens.studies.study_reader import read_study
 
 # ------------------------------------------------------------------ the file
 WRONG = {

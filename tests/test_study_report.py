@@ -17,9 +17,9 @@ from deltalens.studies.figure import page_colours
 from deltalens.studies.plots import COLOURS, Curve, Point, curves, scatter
 from deltalens.studies.report import STYLE
 from deltalens.studies.results import count_text
-from deltalens.studies.study import read_study
 from deltalens.studies.study_details import read_details
 from deltalens.studies.study_latex import to_latex
+from deltalens.studies.study_reader import read_study
 from deltalens.studies.study_report import render_study_report
 from deltalens.studies.study_report_plots import mean_curve
 

@@ -11,7 +11,7 @@ from PIL import Image
 from deltalens.cli.main import main
 from deltalens.data.vtab1k import TASKS
 from deltalens.studies.grid import Grid
-from deltalens.studies.study import read_study
+from deltalens.studies.study_reader import read_study
 from deltalens.studies.study_table import read_table
 from deltalens.studies.vtab import total_parameters, vtab_summary
 

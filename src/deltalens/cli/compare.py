@@ -65,8 +65,9 @@ def run(args: Namespace) -> None:
     """Run the study, and print its table."""
     from deltalens.cli.sized_backbone import create_sized_backbone
     from deltalens.studies.benchmarks import threads
-    from deltalens.studies.grid import Grid, run_grid
-    from deltalens.studies.study import read_study
+    from deltalens.studies.carry_out import run_grid
+    from deltalens.studies.grid import Grid
+    from deltalens.studies.study_reader import read_study
     from deltalens.studies.trial import Workplace
     from deltalens.training.loaders import default_workers
 
