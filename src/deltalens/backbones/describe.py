@@ -6,7 +6,7 @@ import importlib
 
 from torch import nn
 
-from deltalens.backbones import classifier, hf, open_clip, timm, torchvision, unknown
+from deltalens.backbones import classifier, hf, open_clip, timm, torchvision, unknown, zero_shot
 from deltalens.backbones.hf.names import in_classifier
 from deltalens.backbones.timm.features import canonical_names
 from deltalens.sites.anatomy import Anatomy, Site, Tower, prefixed
@@ -46,7 +46,9 @@ def describe(model: nn.Module, backbone: str | None = None, blocks: str | None =
     if len(heads) > 1:  # one features tensor before one layer: several layers have no such place
         for tower in towers:
             tower.classifier = None
-    return Anatomy(model, towers, heads, [], canonical)
+    anatomy = Anatomy(model, towers, heads, [], canonical)
+    zero_shot.claim(model, anatomy)
+    return anatomy
 
 
 def _submodule(model: nn.Module, path: str | None) -> nn.Module:

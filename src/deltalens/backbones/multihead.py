@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.sites.anatomy import Family, Part
-from deltalens.sites.attention import attention
+from deltalens.sites.attention import Keep, attention, kept, kept_rows
 from deltalens.sites.slots import Slots
 from deltalens.sites.swap import original_class, original_method
 from deltalens.sites.weights import is_changed, linear_rows
@@ -78,12 +78,12 @@ def visible(mask: Tensor | None, heads: int) -> Tensor | None:
     return mask if mask.dim() == 2 else mask.unflatten(0, (-1, heads))
 
 
-def fitted_mask(mask: Tensor | None, q: Tensor, extra: int, keep: int | None) -> Tensor | None:
-    """The mask for queries q with `extra` further keys in front, which everyone sees, and the first `keep` queries."""
+def fitted_mask(mask: Tensor | None, q: Tensor, extra: int, keep: Keep | None) -> Tensor | None:
+    """The mask for queries q, those of `kept` alone, with `extra` further keys in front, which everyone sees."""
     if mask is None:
         return None
     mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-    mask = mask if keep is None or mask.shape[-2] == 1 else mask[..., :keep, :]
+    mask = mask if keep is None or mask.shape[-2] == 1 else kept_rows(mask, keep)
     return F.pad(mask, (extra, 0), value=True if mask.dtype == torch.bool else 0.0) if extra else mask
 
 
@@ -164,11 +164,11 @@ def self_attention(
     norm: Callable[[Tensor], Tensor],
     normed: Tensor,
     attn_mask: Tensor | None = None,
-    keep: int | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """The attention of a block's normed stream (B, N, C), whatever the module's own `batch_first`.
 
-    norm: what prompts pass before they become keys and values. attn_mask: the library's. keep: only this many queries.
+    norm: what prompts pass before they become keys and values. attn_mask: the library's. keep: only these queries.
     """
     prompts = [module(normed) for module in slots.live("attention.prompts")]
     if not prompts and not slots.live("attention.mask") and keep is None:
@@ -182,7 +182,7 @@ def self_attention(
         q, k, v = linear_rows(attn, normed, 0, 3 * width).chunk(3, -1)
         q = q.clone() if keys_values else q  # else backward would keep all of them beside the longer k and v
     else:
-        q = linear_rows(attn, normed[:, :keep], 0, width)
+        q = linear_rows(attn, kept(normed, keep), 0, width)
         k, v = linear_rows(attn, normed, width, 3 * width).chunk(2, -1)
     k, v = longer(keys_values, split_heads(k, heads), split_heads(v, heads))
     q = split_heads(q, heads)

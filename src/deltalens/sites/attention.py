@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Keep = int | Tensor  # the tokens of a block's output that somebody reads
+
+
+def kept(x: Tensor, keep: Keep) -> Tensor:
+    """The tokens of (B, N, C) that are read: the first `keep`, or, where keep is a tensor (B,), one of each sample at
+    that position, as (B, 1, C)."""
+    if isinstance(keep, int):
+        return x[:, :keep]
+    return x[torch.arange(len(x), device=x.device), keep][:, None]
+
+
+def kept_rows(mask: Tensor, keep: Keep) -> Tensor:
+    """The rows of a mask (N, S) or (B, heads or 1, N, S) that belong to the queries of `kept`."""
+    if isinstance(keep, int):
+        return mask[..., :keep, :]
+    if mask.dim() == 2:
+        return mask[keep][:, None, None]
+    mask = mask.expand(len(keep), -1, -1, -1)
+    return mask[torch.arange(len(keep), device=mask.device), :, keep][:, :, None]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, fused: bool) -> Tensor:

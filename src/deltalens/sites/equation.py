@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from deltalens.sites.attention import Keep, kept
 from deltalens.sites.layout import Layout
 from deltalens.sites.slots import Slots
 
@@ -38,12 +39,12 @@ class Branch(NamedTuple):
 
 
 def residual_block(
-    slots: Slots, layout: Layout, x: Tensor, branches: Sequence[Branch], keep: int | None = None
+    slots: Slots, layout: Layout, x: Tensor, branches: Sequence[Branch], keep: Keep | None = None
 ) -> Tensor:
     """Run a pre-norm block with its slots.
 
-    keep: compute only the first `keep` tokens of the output, for a head that reads no others. The first branch's
-    body (attention) then returns that many tokens; everything after it is pointwise, which the caller has checked.
+    keep: compute only these tokens of the output, for a head that reads no others (see `kept`). The first branch's
+    body (attention) then returns those tokens; everything after it is pointwise, which the caller has checked.
     """
     x = slots.tokens("tokens.in", x, layout)
     block_input, first_normed, new_tokens = x, None, []
@@ -52,9 +53,9 @@ def residual_block(
         update = slots.chain(
             f"{branch.name}.inner", branch.body(slots.chain(f"{branch.name}.pre", normed, layout)), layout
         )
-        if keep is not None:
-            x, normed, block_input = x[:, :keep], normed[:, :keep], block_input[:, :keep]
         if first_normed is None:
+            if keep is not None:
+                x, normed, block_input = kept(x, keep), kept(normed, keep), kept(block_input, keep)
             first_normed = normed
         delta, tokens = slots.parallel(f"{branch.name}.parallel", x, normed, layout)
         new_tokens += tokens

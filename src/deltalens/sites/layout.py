@@ -10,6 +10,7 @@ class           stream                   map
 `ChannelsLast`  (B, H, W, C)             the stream itself
 `ChannelsFirst` (B, C, H, W)             the stream, permuted
 `Sequence`      (B, N, C)                none: text, point clouds; a spatial module is an error
+`Words`         (B, N, C)                none: text, whose ends are known
 `PlainFirst`    (B, C, ...)              none: volumes and the like; a spatial module is an error
 ==============  =======================  =========================================================
 """
@@ -107,6 +108,18 @@ class Sequence(Layout):
 
     def insert(self, x, tokens):
         return _insert_after(x, tokens, self.prefix)
+
+
+class Words(Sequence):
+    """(n, L, C) embedded texts. `ends` (n,): the position in each text that its features are read from, recorded when a
+    pass begins, as a token grid is; None outside a classifier that is made of texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.ends: Tensor | None = None
+
+    def insert(self, x, tokens):
+        raise TypeError("texts take no extra tokens in front: mask and pooling count words from there")
 
 
 class PlainFirst(Sequence):

@@ -24,7 +24,7 @@ from deltalens.backbones.multihead import (
 )
 from deltalens.backbones.unknown import UNKNOWN_BLOCK
 from deltalens.sites.anatomy import Family, Part, Site, Tower
-from deltalens.sites.attention import attention
+from deltalens.sites.attention import Keep, attention, kept
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
 from deltalens.sites.slots import Slots
 from deltalens.sites.swap import original_class, original_method
@@ -32,14 +32,14 @@ from deltalens.sites.weights import is_changed, linear_rows
 
 
 # ------------------------------------------------------------------ blocks
-def _run(block: nn.Module, x: Tensor, attend, keep: int | None) -> Tensor:
+def _run(block: nn.Module, x: Tensor, attend, keep: Keep | None) -> Tensor:
     """Both branches, and no added tokens behind the last block. attend: normed stream -> update."""
     slots = block.delta
     branches = (
         Branch("attention", block.ln_1, lambda n: block.ls_1(attend(n)), nn.Identity()),
         Branch("mlp", block.ln_2, lambda n: block.ls_2(block.mlp(n)), nn.Identity()),
     )
-    x = residual_block(slots, slots.layout, x, branches, keep)
+    x = residual_block(slots, slots.layout, slots.tokens("words.in", x, slots.layout), branches, keep)
     leaves = slots.last and keep is None and not slots.live("tokens.kept")
     return slots.layout.trim(x) if leaves else x
 
@@ -50,7 +50,7 @@ def _block_forward(
     k_x: Tensor | None = None,
     v_x: Tensor | None = None,
     attn_mask: Tensor | None = None,
-    keep: int | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """k_x and v_x are None in self-attention blocks; open_clip ignores them there, too."""
     attn_mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
@@ -64,7 +64,7 @@ def _block_forward(
 
 
 def _custom_forward(
-    self: CustomResidualAttentionBlock, x: Tensor, attn_mask: Tensor | None = None, keep: int | None = None
+    self: CustomResidualAttentionBlock, x: Tensor, attn_mask: Tensor | None = None, keep: Keep | None = None
 ) -> Tensor:
     def attend(normed: Tensor) -> Tensor:
         return self.ln_attn(_custom_attention(self.delta, self, normed, attn_mask, keep))
@@ -87,7 +87,8 @@ def _readers(block: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 _VISION = RESIDUAL_BLOCK_SLOTS | {"attention.prompts", "attention.mask"}
-_TEXT = _VISION - {"tokens.in", "tokens.out"}  # positions of words are counted from the front, by mask and pooling
+# positions of words are counted from the front, by mask and pooling: nothing is inserted, words may be replaced
+_TEXT = _VISION - {"tokens.in", "tokens.out"} | {"words.in"}
 
 
 def _family(name: str, forward, slots: frozenset[str], keys_values) -> Family:
@@ -119,7 +120,7 @@ CUSTOM_TEXT_BLOCK = _family("CUSTOM_TEXT_BLOCK", _custom_forward, _TEXT, _custom
 
 # ------------------------------------------------------------------ open_clip's own attention
 def _custom_attention(
-    slots: Slots, block: CustomResidualAttentionBlock, normed: Tensor, attn_mask: Tensor | None, keep: int | None
+    slots: Slots, block: CustomResidualAttentionBlock, normed: Tensor, attn_mask: Tensor | None, keep: Keep | None
 ) -> Tensor:
     attn, prompts = block.attn, [module(normed) for module in slots.live("attention.prompts")]
     if not prompts and not slots.live("attention.mask") and keep is None:
@@ -129,14 +130,14 @@ def _custom_attention(
                    keep)  # fmt: skip
 
 
-def _attend(attn: Attention, x: Tensor, keys_values: list, mask: Tensor | None, keep: int | None) -> Tensor:
+def _attend(attn: Attention, x: Tensor, keys_values: list, mask: Tensor | None, keep: Keep | None) -> Tensor:
     """open_clip's Attention.forward, its projection with weight modules; mask as scaled_dot_product_attention's."""
     width, heads = x.shape[-1], attn.num_heads
     if keep is None:
         q, k, v = linear_rows(attn, x, 0, 3 * width).chunk(3, -1)
         q = q.clone() if keys_values else q  # else backward would keep all of them beside the longer k and v
     else:
-        q = linear_rows(attn, x[:, :keep], 0, width)
+        q = linear_rows(attn, kept(x, keep), 0, width)
         k, v = linear_rows(attn, x, width, 3 * width).chunk(2, -1)
     q, k, v = (split_heads(part, heads) for part in (q, k, v))
     q, k = attn.ln_q(q), attn.ln_k(k)

@@ -20,7 +20,7 @@ from deltalens.backbones.multihead import may_keep_class_row_only
 from deltalens.backbones.open_clip.blocks import BLOCK, CUSTOM_BLOCK, add_block
 from deltalens.backbones.unknown import CHANNELS_FIRST_EMBED, CHANNELS_FIRST_PIXELS
 from deltalens.sites.anatomy import Family, Site, Tower
-from deltalens.sites.layout import Sequence, Tokens
+from deltalens.sites.layout import Tokens, Words
 from deltalens.sites.output import live, pooled
 from deltalens.sites.swap import Swapped, original_class, original_method
 
@@ -132,7 +132,7 @@ def _image_tower(owner: VisionTransformer) -> Tower:
 
 
 def _text_tower(transformer: nn.Module, number: int) -> Tower:
-    tower = Tower(f"text{number}" if number else "text", Sequence())
+    tower = Tower(f"text{number}" if number else "text", Words())
     for i, block in enumerate(transformer.resblocks):
         add_block(tower, f"resblocks.{i}", block, text=True)
     return tower

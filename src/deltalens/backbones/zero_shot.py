@@ -1,0 +1,193 @@
+"""A classifier whose classes are texts: CLIP's zero-shot classifier, and what few-shot methods adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltalens.backbones.class_prompts import TEMPLATE, ClassPrompts, Tokenizer, class_prompts
+from deltalens.backbones.text_pass import Kept, TextPass, stamp
+from deltalens.backbones.two_towers import two_towers_of
+from deltalens.sites.anatomy import Anatomy, Family, Site
+from deltalens.sites.layout import Words
+from deltalens.sites.slots import Slots
+
+
+class ZeroShotClassifier(nn.Module):
+    """Images against class names, with an unmodified two-tower model (Radford et al., CLIP, ICML 2021).
+
+        logits = exp(logit_scale) * normalize(image(x)) @ normalize(text(class))^T     (+ logit_bias in SigLIP)
+
+    clip: a two-tower model of open_clip or transformers. tokenizer: texts -> token ids (n, L), padded as the model was
+    trained; open_clip.get_tokenizer's, or see `hf_tokenizer`. class_names: "_" is read as a space. templates: one text
+    with {} where the name goes, or several, whose normalised features are averaged (prompt ensembling).
+
+    The result is an ordinary classifier: `model(images)` gives logits (B, C), every task, trainer and command takes it,
+    and `deltalens.attach` adapts either tower, or both. Text features that nothing trains are computed once and kept;
+    they are computed anew when a weight or the classes change (`backbones/text_pass.py` says what else is saved).
+
+    Slots of the classifier, beside those of the towers' blocks (d: the text tower's width, D: of the shared space):
+
+    * `text.context`: f(embedded words (P, L, d), prompts, normalised image features (B, D)) -> (P, L, d), or
+      (B, P, L, d) from a module that says `reads_images = True`. A module may have a `template` of its own.
+    * `text.embed`: f(x (n, L, d) with positions, layout) -> x; `layout.ends` are the texts' ends. A module that writes
+      behind the end says how many words: `room = K`.
+    * `text.pool`: f(x (n, L, d) behind the last block, layout) -> (n, d), or (n, K, d) where `pool` of the image tower
+      reads K tokens, too: logits are then the mean over K pairs.
+    * `text.output`: f(text features) -> text features, before they are normalised.
+    * `output`: f(image features (B, D), images) -> image features, before they are normalised.
+    * `logits`: f(logits (B, C), normalised image features (B, D)) -> logits.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Tokenizer,
+        class_names: Sequence[str],
+        templates: str | Sequence[str] = TEMPLATE,
+    ):
+        super().__init__()
+        two_towers_of(clip)  # says what can be read
+        self.clip = clip
+        self.__dict__["tokenizer"] = tokenizer
+        self.__dict__["kept"] = Kept()
+        self.set_classes(class_names, templates)
+
+    def set_classes(self, class_names: Sequence[str], templates: str | Sequence[str] | None = None) -> None:
+        """Other classes, and other templates where these are given; adapters stay. ValueError as in `class_prompts`."""
+        templates = self.templates if templates is None else templates
+        templates = (templates,) if isinstance(templates, str) else tuple(templates)
+        prompts = self._write(tuple(class_names), templates)
+        self.templates, self.class_names, self.num_classes = templates, prompts.names, len(prompts.names)
+        self.kept.clear()
+
+    # ------------------------------------------------------------------ forward
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> logits (B, C)."""
+        features = self.image_features(images)
+        texts = self.text_features(features)
+        towers = two_towers_of(self.clip)
+        logits = towers.scale(self.clip) * _cosines(features, texts)
+        bias = towers.bias(self.clip)
+        logits = logits if bias is None else logits + bias
+        for module in self.live("logits"):
+            logits = module(logits, features)
+        return logits
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Normalised features (B, D); (B, K, D) where a `pool` reads K tokens."""
+        features = two_towers_of(self.clip).image(self.clip, images)
+        for module in self.live("output"):
+            features = module(features, images)
+        return F.normalize(features, dim=-1)
+
+    def text_features(self, image_features: Tensor | None = None) -> Tensor:
+        """Normalised features of the classes (C, D); (B, C, D) where they depend on the images, (C, K, D) with K pairs.
+
+        image_features: normalised, for contexts that read them.
+        """
+        return self.features_of(self.prompts(), image_features)
+
+    def features_of(self, prompts: ClassPrompts, image_features: Tensor | None = None) -> Tensor:
+        """The same for other prompts: several templates of a class are averaged."""
+        features = self._raw(prompts, image_features)
+        if prompts.count > 1:  # a template's features are normalised, then averaged
+            axis = 1 if self._reads_images() else 0
+            features = F.normalize(features, dim=-1).unflatten(axis, (len(prompts.names), prompts.count)).mean(axis + 1)
+        for module in self.live("text.output"):
+            features = module(features)
+        return F.normalize(features, dim=-1)
+
+    def _raw(self, prompts: ClassPrompts, image_features: Tensor | None) -> Tensor:
+        towers = two_towers_of(self.clip)
+        reading = towers.reading(self.clip)
+        if reading is not None:
+            return TextPass(self.clip, reading, self._slots(), self.layout, self.kept).features(prompts, image_features)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.clip.parameters()):
+            return towers.text(self.clip, prompts.ids)
+
+        def whole() -> Tensor:
+            with torch.no_grad():
+                return towers.text(self.clip, prompts.ids)
+
+        return self.kept.get("features", (prompts, stamp([self.clip])), whole)
+
+    # ------------------------------------------------------------------ texts
+    def prompts(self) -> ClassPrompts:
+        """The classes' texts on the model's device, written as the active adapter wants them."""
+        own = [module.template for module in self.live("text.context") if getattr(module, "template", None)]
+        return self.prompts_with((own[-1],) if own else self.templates)
+
+    def prompts_with(self, templates: Sequence[str]) -> ClassPrompts:
+        """The classes in other templates, on the model's device."""
+        templates = tuple(templates)
+        device = next(self.clip.parameters()).device
+        made_of = (self.class_names, templates, device)
+        return self.kept.get(f"prompts {templates}", made_of, lambda: self._write(self.class_names, templates).to(device))
+
+    def _write(self, names: tuple[str, ...], templates: tuple[str, ...]) -> ClassPrompts:
+        reading = two_towers_of(self.clip).reading(self.clip)
+        ends = (lambda ids: reading.ends(self.clip, ids)) if reading else (lambda ids: ids.argmax(-1))
+        return class_prompts(names, templates, self.tokenizer, ends)
+
+    # ------------------------------------------------------------------ adapters
+    def _slots(self) -> Slots | None:
+        return self._modules.get("delta")
+
+    def live(self, slot: str) -> list[nn.Module]:
+        """The active modules of a slot of the classifier."""
+        slots = self._slots()
+        return [] if slots is None else slots.live(slot)
+
+    @property
+    def layout(self) -> Words:
+        """The text tower's layout."""
+        return self.__dict__.get("delta_layout") or Words()
+
+    def _reads_images(self) -> bool:
+        return any(getattr(module, "reads_images", False) for module in self.live("text.context"))
+
+    def train(self, mode: bool = True) -> ZeroShotClassifier:
+        """nn.Module.train; what was kept is forgotten."""
+        self.kept.clear()
+        return super().train(mode)
+
+
+def _cosines(features: Tensor, texts: Tensor) -> Tensor:
+    """Normalised image features (B, D) with (C, D) or (B, C, D); (B, K, D) with (C, K, D), mean over the pairs."""
+    if features.dim() == 3:
+        return torch.einsum("bkd,ckd->bck", features, texts.to(features.dtype)).mean(-1)
+    if texts.dim() == 3:
+        return torch.einsum("bd,bcd->bc", features, texts.to(features.dtype))
+    return features @ texts.to(features.dtype).T
+
+
+SLOTS = frozenset({"text.context", "text.embed", "text.pool", "text.output", "output", "logits"})
+CLASSIFIER = Family(name="deltalens.backbones.zero_shot:CLASSIFIER", methods={}, slots=SLOTS)
+
+
+def claim(model: nn.Module, anatomy: Anatomy) -> None:
+    """Where the model is such a classifier, give its slots to the towers: those of texts to the text tower's owner,
+    those of images and logits to the image tower."""
+    if not isinstance(model, ZeroShotClassifier):
+        return
+    for tower in anatomy.towers:
+        width = tower.blocks[0].width
+        if isinstance(tower.layout, Words):
+            tower.owner = Site("", model, CLASSIFIER, width, tower=tower)
+        else:
+            tower.classifier = Site("", model, CLASSIFIER, width, tower=tower)
+
+
+def hf_tokenizer(tokenizer: Any, length: int) -> Tokenizer:
+    """A tokenizer of transformers as texts -> ids (n, length), padded to the full length as CLIP and SigLIP are
+    trained."""
+
+    def tokenize(texts: list[str]) -> Tensor:
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+    return tokenize
