@@ -65,3 +65,51 @@ def zero_shot(**options) -> nn.Module:
 
 def vectors(name: str) -> dict[str, Tensor]:
     return load_file(VECTORS / f"{name}.safetensors")
+
+
+# ------------------------------------------------------------------ transformers
+def _hf_layers(theirs: dict[str, Tensor], from_prefix: str, to_prefix: str, width: int) -> dict[str, Tensor]:
+    found = {}
+    for i in range(LAYERS):
+        old, new = f"{from_prefix}resblocks.{i}.", f"{to_prefix}encoder.layers.{i}."
+        for kind in ("weight", "bias"):
+            for part, rows in zip("qkv", theirs[f"{old}attn.in_proj_{kind}"].split(width), strict=True):
+                found[f"{new}self_attn.{part}_proj.{kind}"] = rows.clone()
+            found[f"{new}self_attn.out_proj.{kind}"] = theirs[f"{old}attn.out_proj.{kind}"]
+            for ours, name in (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1")):
+                found[f"{new}{name}.{kind}"] = theirs[f"{old}{ours}.{kind}"]
+            found[f"{new}mlp.fc2.{kind}"] = theirs[f"{old}mlp.c_proj.{kind}"]
+    return found
+
+
+def hf_model(**options) -> nn.Module:
+    """transformers' CLIPModel with the weights of `open_clip_model()`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    shared = {"num_hidden_layers": LAYERS, "hidden_act": "quick_gelu"}
+    text = {"hidden_size": TEXT_WIDTH, "intermediate_size": 4 * TEXT_WIDTH, "num_attention_heads": 1, "vocab_size": 30}
+    vision = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=shared | text | {"eos_token_id": 29, "bos_token_id": 28},
+        vision_config=shared | vision | {"image_size": 32, "patch_size": 16},
+        projection_dim=OUT,
+    )
+    model, theirs = CLIPModel._from_config(config, **options).eval(), open_clip_model().state_dict()
+    ours = _hf_layers(theirs, "transformer.", "text_model.", TEXT_WIDTH)
+    ours |= _hf_layers(theirs, "visual.transformer.", "vision_model.", WIDTH)
+    for kind in ("weight", "bias"):
+        for name, old in (("text_model.final_layer_norm", "ln_final"), ("vision_model.pre_layrnorm", "visual.ln_pre")):
+            ours[f"{name}.{kind}"] = theirs[f"{old}.{kind}"]
+        ours[f"vision_model.post_layernorm.{kind}"] = theirs[f"visual.ln_post.{kind}"]
+    embeddings = {
+        "text_model.embeddings.token_embedding.weight": theirs["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": theirs["positional_embedding"],
+        "vision_model.embeddings.class_embedding": theirs["visual.class_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": theirs["visual.conv1.weight"],
+        "vision_model.embeddings.position_embedding.weight": theirs["visual.positional_embedding"],
+        "text_projection.weight": theirs["text_projection"].T.contiguous(),
+        "visual_projection.weight": theirs["visual.proj"].T.contiguous(),
+        "logit_scale": theirs["logit_scale"],
+    }
+    model.load_state_dict(ours | embeddings)
+    return model

@@ -58,7 +58,9 @@ def class_prompts(
         raise ValueError(f"every class needs a name of its own, got {'none' if not names else repeated[0] + ' twice'}")
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"a template has {{}} where the name of the class goes, such as {TEMPLATE!r}: {template!r}")
+            raise ValueError(
+                f"a template has {{}} where the name of the class goes, such as {TEMPLATE!r}: {template!r}"
+            )
     if not templates:
         raise ValueError("no template was given")
     words = [name.replace("_", " ").strip() for name in names]

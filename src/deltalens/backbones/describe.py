@@ -21,13 +21,29 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 
-def describe(model: nn.Module, backbone: str | None = None, blocks: str | None = None) -> Anatomy:
+def describe(
+    model: nn.Module, backbone: str | None = None, blocks: str | None = None, only: str | None = None
+) -> Anatomy:
     """Find towers, head and everything outside the backbone.
 
     backbone: path of the submodule that is the backbone; what lies outside it counts as head. blocks: regular
-    expression of the block paths inside the backbone, for networks whose blocks are found wrongly or not at all.
-    Raises TypeError where no repeated blocks are found, AttributeError for an unknown path.
+    expression of the block paths inside the backbone, for networks whose blocks are found wrongly or not at all. only:
+    name of the one tower that is wanted ("vision", "text"); the others are left as they are. Raises TypeError where no
+    repeated blocks are found, AttributeError for an unknown path, ValueError for an unknown tower.
     """
+    anatomy = _describe(model, backbone, blocks)
+    if only is None:
+        return anatomy
+    chosen = [tower for tower in anatomy.towers if tower.name == only]
+    if not chosen:
+        names = ", ".join(tower.name for tower in anatomy.towers)
+        raise ValueError(f"{type(model).__name__} has no tower {only!r}; it has {names}")
+    anatomy.parts = tuple(tower.root for tower in chosen if tower.root)
+    anatomy.towers = chosen
+    return anatomy
+
+
+def _describe(model: nn.Module, backbone: str | None, blocks: str | None) -> Anatomy:
     body = _submodule(model, backbone)
     towers = _towers(body, blocks)
     if not towers:

@@ -16,11 +16,11 @@ from deltalens.sites.swap import original_class
 class TextReading:
     """The steps of a text tower, so that some of them can be left out or done once. Each takes the whole model.
 
-    parts: every module and parameter of the text side. tokens: the embedding layer. positions: (L_max, d), added to embedded tokens. blocks: in order. run: (model, block,
-    x (n, L, d), mask, keep) -> x; keep as in `kept`, only for blocks whose reading takes it (`takes_rows`). mask:
-    (model, L) -> additive (L, L) or None. causal: whether words see only what stands before them. ends: (model,
-    ids (n, L)) -> positions (n,) that the features are read from. finish: (model, rows (..., d)) -> features (..., D):
-    last norm and projection, which act on each row alone.
+    parts: every module and parameter of the text side. tokens: the embedding layer. positions: (L_max, d), added to
+    embedded tokens. blocks: in order. run: (model, block, x (n, L, d), mask, keep) -> x; keep as in `kept`, only for
+    blocks whose reading takes it (`takes_rows`). mask: (model, L) -> additive (L, L) or None. causal: whether words see
+    only what stands before them. ends: (model, ids (n, L)) -> positions (n,) that the features are read from. finish:
+    (model, rows (..., d)) -> features (..., D): last norm and projection, which act on each row alone.
     """
 
     parts: Callable[[nn.Module], list[nn.Module | nn.Parameter]]
@@ -39,8 +39,8 @@ class TextReading:
 class TwoTowers:
     """How a library's two-tower model is read.
 
-    image: (model, images (B, C, H, W)) -> features (B, D), not normalised. text: (model, ids (n, L)) -> features (n, D),
-    the library's own pass. scale, bias: what cosines are multiplied with, and what is added (SigLIP; else None).
+    image: (model, images (B, C, H, W)) -> features (B, D), not normalised. text: (model, ids (n, L)) -> features
+    (n, D), the library's own pass. scale, bias: what cosines are multiplied with, and what is added (SigLIP, or None).
     reading: the text tower's steps, None for towers that are not known inside: their texts are computed whole.
     """
 
@@ -56,7 +56,6 @@ READERS: dict[str, str] = {
     "open_clip.model": "deltalens.backbones.open_clip.two_towers",
     "transformers.models.clip.modeling_clip": "deltalens.backbones.hf.two_towers",
     "transformers.models.siglip.modeling_siglip": "deltalens.backbones.hf.two_towers",
-    "transformers.models.siglip2.modeling_siglip2": "deltalens.backbones.hf.two_towers",
 }
 
 
@@ -69,5 +68,5 @@ def two_towers_of(model: nn.Module) -> TwoTowers:
                 return found
     raise TypeError(
         f"{type(model).__name__} is no two-tower model that is known here: open_clip's CLIP and CustomTextCLIP, "
-        "transformers' CLIPModel, SiglipModel and Siglip2Model are"
+        "transformers' CLIPModel and SiglipModel are"
     )

@@ -127,7 +127,9 @@ class ZeroShotClassifier(nn.Module):
         templates = tuple(templates)
         device = next(self.clip.parameters()).device
         made_of = (self.class_names, templates, device)
-        return self.kept.get(f"prompts {templates}", made_of, lambda: self._write(self.class_names, templates).to(device))
+        return self.kept.get(
+            f"prompts {templates}", made_of, lambda: self._write(self.class_names, templates).to(device)
+        )
 
     def _write(self, names: tuple[str, ...], templates: tuple[str, ...]) -> ClassPrompts:
         reading = two_towers_of(self.clip).reading(self.clip)

@@ -30,6 +30,7 @@ def attach(
     num_classes: int | None = None,
     backbone: str | None = None,
     blocks: str | None = None,
+    tower: str | None = None,
 ) -> nn.Module:
     """Freeze a model, insert an adapter into it in place, and make that adapter active. Returns the same model.
 
@@ -37,7 +38,8 @@ def attach(
     num_classes: give the adapter a fresh head with this many classes, or fresh heads where the model has several
     (distilled networks); None copies the model's own head, which is then trained. backbone: path of the submodule to
     adapt; everything outside it is trained and saved like a head. blocks: regular expression of block paths, for
-    networks whose blocks are not found by themselves.
+    networks whose blocks are not found by themselves. tower: adapt only this tower of several ("vision" or "text" of a
+    CLIP); the others stay frozen.
 
     Nothing of the model is replaced: parameters keep their names, modules their classes (`isinstance` holds) and
     attributes. The
@@ -47,12 +49,12 @@ def attach(
     block does not offer the slot that a method needs. The model is unchanged after an error.
     """
     configs = list(config) if isinstance(config, (list, tuple)) else [config]
-    state = _check(model, configs, name, backbone, blocks)
+    state = _check(model, configs, name, backbone, blocks, tower)
     if state is not None:
-        backbone, blocks = state.backbone, state.blocks
-    anatomy = describe(model, backbone, blocks)
-    for tower in anatomy.towers:
-        _share_layout(tower)
+        backbone, blocks, tower = state.backbone, state.blocks, state.tower
+    anatomy = describe(model, backbone, blocks, tower)
+    for each in anatomy.towers:
+        _share_layout(each)
     placements = [_placements(method, anatomy) for method in configs]
     unfrozen = list(dict.fromkeys(path for method in configs for path in method.unfreeze(anatomy)))
     unfrozen += [path for path in anatomy.outside_tensors if path not in unfrozen]
@@ -72,6 +74,7 @@ def attach(
             {path: p.requires_grad for path, p in model.named_parameters()},
             class_count(model),
             plain_labels(model),
+            tower,
         )
         model.__dict__[KEY] = state
         for parameter in model.parameters():
@@ -84,8 +87,8 @@ def attach(
     for wrapping in wrappings:
         for path in wrapping.originals:
             weights.swap_caller(anatomy, path)
-    for tower in anatomy.towers:
-        _swap_owner(tower)
+    for each in anatomy.towers:
+        _swap_owner(each)
     _overlay_tensors(model, state, adapter, unfrozen)
     _overlay_heads(model, state, adapter, anatomy, num_classes)
     set_adapter(model, name)
@@ -109,7 +112,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 # ------------------------------------------------------------------ checks before anything changes
-def _check(model, configs, name, backbone, blocks) -> State | None:
+def _check(model, configs, name, backbone, blocks, tower) -> State | None:
     if not configs or not all(isinstance(config, Method) for config in configs):
         raise TypeError(
             f"attach takes a method configuration such as MonaConfig(), or a list of them, not {configs or 'nothing'}"
@@ -125,10 +128,10 @@ def _check(model, configs, name, backbone, blocks) -> State | None:
         return None
     if name in state.adapters:
         raise ValueError(f"there is already an adapter named {name!r}; pass another name= or delete_adapter first")
-    if (backbone or blocks) and (backbone, blocks) != (state.backbone, state.blocks):
+    if (backbone or blocks or tower) and (backbone, blocks, tower) != (state.backbone, state.blocks, state.tower):
         raise ValueError(
-            f"the first adapter was attached with backbone={state.backbone!r}, blocks={state.blocks!r}; further ones "
-            f"share that"
+            f"the first adapter was attached with backbone={state.backbone!r}, blocks={state.blocks!r}, "
+            f"tower={state.tower!r}; further ones share that"
         )
     return state
 

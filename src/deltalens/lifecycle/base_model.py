@@ -75,6 +75,7 @@ def base_model_block(model: nn.Module) -> dict[str, Any]:
         "class": type(model).__name__,
         "backbone": state_of(model).backbone,
         "blocks": state_of(model).blocks,
+        "tower": state_of(model).tower,
         **preprocessing_of(model),
         "fingerprint": fingerprint(model),
     }

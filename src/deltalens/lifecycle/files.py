@@ -78,8 +78,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     had_adapters = KEY in model.__dict__
     num_classes = config.get("num_classes") if _has_classifier(model, config) else None
     with without_fetching():  # the file holds every tensor
-        attach(model, methods, name, num_classes=num_classes, backbone=None if had_adapters else base.get("backbone"),
-               blocks=None if had_adapters else base.get("blocks"))  # fmt: skip
+        places = {} if had_adapters else {key: base.get(key) for key in ("backbone", "blocks", "tower")}
+        attach(model, methods, name, num_classes=num_classes, **places)
     try:
         with plain_layers(model):
             check_fingerprint(model, base.get("fingerprint") or {})
@@ -173,7 +173,7 @@ def _has_classifier(model: nn.Module, config: dict[str, Any]) -> bool:
     from deltalens.backbones.describe import describe
 
     base = config.get("base_model") or {}
-    return describe(model, base.get("backbone"), base.get("blocks")).head is not None
+    return describe(model, base.get("backbone"), base.get("blocks"), base.get("tower")).head is not None
 
 
 def _fitting(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

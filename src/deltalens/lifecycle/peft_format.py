@@ -130,7 +130,11 @@ def decode(
 
 def _split(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     lora, base = make_config(**_keywords(config["methods"][0])), config.get("base_model") or {}
-    anatomy = anatomy_of(model) if KEY in model.__dict__ else describe(model, base.get("backbone"), base.get("blocks"))
+    anatomy = (
+        anatomy_of(model)
+        if KEY in model.__dict__
+        else describe(model, base.get("backbone"), base.get("blocks"), base.get("tower"))
+    )
     taken: dict[str, int] = defaultdict(int)
     found = {}
     for path, part, rows in _parts(anatomy, lora):

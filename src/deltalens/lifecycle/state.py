@@ -40,7 +40,7 @@ class State:
     """Adapters by name, the active ones in order, and everything needed to give the backbone back.
 
     num_classes: what the plain model says. labels: the names of its classes both ways, as a transformers configuration
-    holds them, or None.
+    holds them, or None. tower: the one tower that is adapted, None for all.
     """
 
     backbone: str | None
@@ -48,6 +48,7 @@ class State:
     requires_grad: dict[str, bool]
     num_classes: int | None
     labels: tuple[dict, dict] | None = None
+    tower: str | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)

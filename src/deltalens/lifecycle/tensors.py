@@ -23,7 +23,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     """The anatomy of an adapted model, as attach saw it."""
     state = state_of(model)
     with plain_layers(model):
-        return describe(model, state.backbone, state.blocks)
+        return describe(model, state.backbone, state.blocks, state.tower)
 
 
 def whole(tensor: Tensor) -> Tensor:

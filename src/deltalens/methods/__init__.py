@@ -11,6 +11,7 @@ from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
 from deltalens.methods.lorand import LoRandConfig
 from deltalens.methods.mlp import MLPConfig
+from deltalens.methods.mma import MMAConfig
 from deltalens.methods.mona import MonaConfig, MonaLayer
 from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
@@ -33,6 +34,7 @@ __all__ = [
     "LoRAConfig",
     "LoRandConfig",
     "MLPConfig",
+    "MMAConfig",
     "Method",
     "MonaConfig",
     "MonaLayer",

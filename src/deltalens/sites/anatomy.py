@@ -112,6 +112,7 @@ class Site:
 class Tower:
     """One stream with its blocks and its layout.
 
+    root: path of the part of the model that the tower is made of.
     embed: the module that records the token grid, or None where the layout needs none.
     callers: modules that read the weights of their layers themselves, such as nn.MultiheadAttention, each with a
         reading that calls the layers; swapped when a layer in them is changed.
@@ -148,6 +149,7 @@ class Tower:
     image_size: tuple[int, int] | None = None
     resizable: str = ""
     blocks_count_tokens: bool = False
+    root: str = ""
 
     def add(
         self, path: str, module: nn.Module, family: Family, width: int, grid: tuple[int, int] | None = None
@@ -173,6 +175,7 @@ class Anatomy:
         a head. outside_tensors: paths of parameters outside the backbone that belong to a module around it.
     canonical: parameter path in this model -> path in the plain classifier of the same architecture, so that
         adapters travel between a classifier and its `features_only` form.
+    parts: paths of what is adapted where that is not all of the backbone: the towers that attach was given.
     """
 
     model: nn.Module
@@ -181,14 +184,18 @@ class Anatomy:
     outside: list[str] = field(default_factory=list)
     canonical: Callable[[str], str] = str
     outside_tensors: list[str] = field(default_factory=list)
+    parts: tuple[str, ...] = ()
 
     def blocks(self) -> list[Site]:
         return [block for tower in self.towers for block in tower.blocks]
 
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(path, parameter) of the backbone proper: no adapter, no head."""
+        """(path, parameter) of the backbone proper: no adapter, no head, and of the chosen towers only."""
         heads = tuple(path + "." for path in self.head_paths())
+        parts = tuple(path + "." for path in self.parts)
         for path, parameter in self.model.named_parameters():
+            if parts and not path.startswith(parts):
+                continue
             if "delta" not in path.split(".") and not path.startswith(heads) and path not in self.outside_tensors:
                 yield path, parameter
 
@@ -227,6 +234,8 @@ def require(site: Site, slot: str, method: str, model: nn.Module) -> None:
 def prefixed(prefix: str, towers: Iterable[Tower]) -> list[Tower]:
     """Towers of a submodule, with paths as seen from the whole model."""
     towers = list(towers)
+    for tower in towers:
+        tower.root = ".".join(part for part in (prefix, tower.root) if part)
     for site in {id(site): site for tower in towers for site in tower.sites()}.values():
         site.path = ".".join(part for part in (prefix, site.path) if part)
     return towers

@@ -194,7 +194,7 @@ def _heads(attn: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
 
 def _site(model: nn.Module, block: int) -> Site:
     state = state_of(model) if KEY in model.__dict__ else None
-    anatomy = describe(model, *((state.backbone, state.blocks) if state else ()))
+    anatomy = describe(model, *((state.backbone, state.blocks, state.tower) if state else ()))
     blocks = anatomy.towers[0].blocks
     if not -len(blocks) <= block < len(blocks):
         raise IndexError(f"{type(model).__name__} has {len(blocks)} blocks, numbered from 0; there is no block {block}")

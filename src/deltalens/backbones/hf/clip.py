@@ -1,7 +1,8 @@
-"""The vision towers of transformers' CLIP, SigLIP and SigLIP 2: pre-norm blocks, in CLIP with a class token.
+"""The towers of transformers' CLIP, SigLIP and SigLIP 2: pre-norm blocks, in CLIP's vision tower with a class token.
 
-In a two-tower model (CLIPModel, SiglipModel) the vision tower is adapted and the text tower left alone; with
-`backbone="vision_model"` names count from the vision tower, and everything else is trained like a head. SigLIP 2 takes
+In a two-tower model (CLIPModel, SiglipModel) both towers are adapted, or one with `tower="vision"`; with
+`backbone="vision_model"` names count from the vision tower, and everything else is trained like a head. SigLIP 2's text
+tower is left alone. Text towers take no further tokens in the stream, and no spatial modules. SigLIP 2 takes
 patches of images of different shapes with a mask: a plain sequence, so that spatial modules, tokens that live on
 (VPT-shallow) and prompts made of pixels are refused there.
 """
@@ -18,8 +19,11 @@ from transformers.models.siglip2 import modeling_siglip2 as siglip2
 
 from deltalens.backbones.hf.attention import KeysValues, attend, attention_family, keys_values
 from deltalens.backbones.hf.towers import Kind, Reading, classifier_family, identity, layer_parts, leave, readers
+from deltalens.backbones.unknown import UNKNOWN_BLOCK
 from deltalens.sites.anatomy import Family, Tower
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
+from deltalens.sites.layout import Words
+from deltalens.sites.swap import original_class
 
 
 def prompt_keys_values(block: nn.Module, prompts: Tensor) -> KeysValues:
@@ -35,6 +39,7 @@ def _block_forward(self: nn.Module, hidden_states: Tensor, attention_mask=None, 
         Branch("attention", self.layer_norm1, attention, identity),
         Branch("mlp", self.layer_norm2, self.mlp, identity),
     )
+    hidden_states = self.delta.tokens("words.in", hidden_states, self.delta.layout)
     return leave(self, residual_block(self.delta, self.delta.layout, hidden_states, branches))
 
 
@@ -48,11 +53,16 @@ def _attention(name: str, library) -> Family:
     )
 
 
-def _block(name: str, attention: Family, without: frozenset[str] = frozenset()) -> Family:
+_INSERTED = frozenset({"tokens.in", "tokens.out"})
+_SLOTS = RESIDUAL_BLOCK_SLOTS | {"attention.prompts", "attention.mask"}
+_TEXT = (_SLOTS - _INSERTED) | {"words.in"}  # words are counted from the front: none are inserted, some may be replaced
+
+
+def _block(name: str, attention: Family, slots: frozenset[str] = _SLOTS) -> Family:
     return Family(
         name=f"deltalens.backbones.hf.clip:{name}",
         methods={"forward": _block_forward},
-        slots=(RESIDUAL_BLOCK_SLOTS | {"attention.prompts", "attention.mask"}) - without,
+        slots=slots,
         parts=layer_parts("self_attn", "out_proj", {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}),
         width=lambda block: block.layer_norm1.normalized_shape[0],
         keys_values=prompt_keys_values,
@@ -66,7 +76,9 @@ SIGLIP_ATTENTION = _attention("SIGLIP_ATTENTION", siglip)
 SIGLIP2_ATTENTION = _attention("SIGLIP2_ATTENTION", siglip2)
 BLOCK = _block("BLOCK", ATTENTION)
 SIGLIP_BLOCK = _block("SIGLIP_BLOCK", SIGLIP_ATTENTION)
-SIGLIP2_BLOCK = _block("SIGLIP2_BLOCK", SIGLIP2_ATTENTION, frozenset({"tokens.in", "tokens.out"}))
+SIGLIP2_BLOCK = _block("SIGLIP2_BLOCK", SIGLIP2_ATTENTION, _SLOTS - _INSERTED)
+TEXT_BLOCK = _block("TEXT_BLOCK", ATTENTION, _TEXT)
+SIGLIP_TEXT_BLOCK = _block("SIGLIP_TEXT_BLOCK", SIGLIP_ATTENTION, _TEXT)
 
 
 def _mean_of_patches(model: nn.Module, outputs) -> Tensor:
@@ -127,7 +139,30 @@ KINDS = (
 )
 
 
+_TEXTS = (
+    (clip.CLIPTextModel, clip.CLIPEncoderLayer, clip.CLIPAttention, TEXT_BLOCK),
+    (siglip.SiglipTextModel, siglip.SiglipEncoderLayer, siglip.SiglipAttention, SIGLIP_TEXT_BLOCK),
+)
+
+
 def find_towers(model: nn.Module) -> Iterator[tuple[str, Tower]]:
-    """The vision towers of CLIP, SigLIP and SigLIP 2 models: bare, in a two-tower model, or in a classifier."""
+    """The vision towers of CLIP, SigLIP and SigLIP 2 models, bare, in a two-tower model, or in a classifier; and the
+    text towers of CLIP and SigLIP."""
     for kind in KINDS:
         yield from kind.find_towers(model)
+    for path, text in model.named_modules():
+        for cls, layer, attention, family in _TEXTS:
+            if isinstance(text, cls):
+                yield path, _text_tower(text, layer, attention, family)
+
+
+def _text_tower(text: nn.Module, layer: type, attention: type, family: Family) -> Tower:
+    tower = Tower("text", Words())
+    for i, block in enumerate(text.encoder.layers):
+        known = (
+            original_class(block).forward is layer.forward
+            and original_class(block.self_attn).forward is attention.forward
+        )
+        width = text.config.hidden_size
+        tower.add(f"encoder.layers.{i}", block, family if known else UNKNOWN_BLOCK, width)
+    return tower

@@ -185,7 +185,7 @@ class Kind:
         owner = model.get_submodule(owner_path)
         stem, config = stem_of(embeddings), owner.config
         tower = Tower("vision", Sequence() if stem is None else Tokens(self.prefix(embeddings)))
-        tower.class_token = self.class_token
+        tower.class_token, tower.root = self.class_token, owner_path
         grid = None
         if stem is not None:
             tower.patch_size, tower.image_size = tuple(stem[1].kernel_size), pair(config.image_size)

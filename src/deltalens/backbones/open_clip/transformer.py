@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from open_clip.transformer import CustomTransformer, Transformer, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -66,6 +67,17 @@ def _forward(self: VisionTransformer, x: Tensor):
     return features if self.proj is None else features @ self.proj
 
 
+def _embeds(self: VisionTransformer, images: Tensor) -> Tensor:
+    """open_clip's embedding; `embed` modules get the tokens with their positions, before the first norm."""
+    slots = self._modules.get("delta")
+    if not live(self, "embed"):
+        return original_method(self, "_embeds")(images)
+    x = self.conv1(images).flatten(2).transpose(1, 2)
+    first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    x = torch.cat([first, x], 1) + self.positional_embedding.to(x.dtype)
+    return self.ln_pre(slots.tokens("embed", self.patch_dropout(x), self.__dict__["delta_layout"]))
+
+
 def _pool(self: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
     """open_clip's pooling, or a `pool` module's. Tokens that adapters added are not returned."""
     layout = self.__dict__["delta_layout"]
@@ -107,11 +119,18 @@ def _forward_intermediates(
     return found
 
 
-_METHODS = {"forward": _forward, "_pool": _pool, "forward_intermediates": _forward_intermediates}
+_METHODS = {
+    "forward": _forward,
+    "_embeds": _embeds,
+    "_pool": _pool,
+    "forward_intermediates": _forward_intermediates,
+}
 OWNER = Family(
-    name="deltalens.backbones.open_clip.transformer:OWNER", methods=_METHODS, slots=frozenset({"pool"})
+    name="deltalens.backbones.open_clip.transformer:OWNER", methods=_METHODS, slots=frozenset({"embed", "pool"})
 )  # `pool` takes the place of the class token or the mean
-ATTENTIONAL_OWNER = Family(name="deltalens.backbones.open_clip.transformer:ATTENTIONAL_OWNER", methods=_METHODS)
+ATTENTIONAL_OWNER = Family(
+    name="deltalens.backbones.open_clip.transformer:ATTENTIONAL_OWNER", methods=_METHODS, slots=frozenset({"embed"})
+)
 
 
 # ------------------------------------------------------------------ towers
