@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltalens.backbones.class_prompts import TEMPLATE
 from deltalens.backbones.fetching import fetching
+from deltalens.backbones.preprocessing import record
 from deltalens.backbones.timm import named as timm_names
 from deltalens.backbones.timm.named import SHIPPED
+from deltalens.backbones.zero_shot import ZeroShotClassifier
 
 SOURCE_KEY = "_deltalens_source"
 LIBRARIES = ("timm", "hf", "torchvision", "open_clip")
@@ -50,6 +54,8 @@ def create_backbone(
     num_classes: int | None = None,
     pretrained: bool = True,
     checkpoint: str | os.PathLike | None = None,
+    class_names: Sequence[str] | None = None,
+    templates: str | Sequence[str] = TEMPLATE,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a classifier by the name of its backbone, and remember its source and its preprocessing.
@@ -59,8 +65,9 @@ def create_backbone(
     "deltalens/swin-mini", "deltalens/vit-mini", or a folder in the format of timm, transformers or open_clip.
     num_classes: classes of a fresh head; None for the head that the weights have, if any; 0 for features. checkpoint:
     a .safetensors or .pth file (read with weights_only=True) whose weights are loaded instead of the published ones;
-    its head is dropped where class counts differ. kwargs go to the model's constructor (drop_path_rate,
-    features_only...); img_size is understood for every library.
+    its head is dropped where class counts differ. class_names: of an open_clip or transformers model with two towers,
+    make the classifier whose classes are these texts (`ZeroShotClassifier`), in one or several templates. kwargs go to
+    the model's constructor (drop_path_rate, features_only...); img_size is understood for every library.
 
     Raises ValueError for an unknown name (with the nearest ones), FileNotFoundError for a missing checkpoint,
     ConnectionError where weights cannot be fetched, PermissionError for a gated repository, ImportError where the
@@ -78,8 +85,16 @@ def create_backbone(
     if checkpoint is not None and "local-dir:" in inner:
         raise ValueError(f"{name} is a folder with weights of its own: leave checkpoint= out, or name the architecture")
     weights = None if checkpoint is None else str(checkpoint)
+    if class_names is not None:
+        _check_texts(name, library, class_names, num_classes)
     with fetching(name):
-        model, full_name = _resolver(library).create(inner, num_classes, pretrained, weights, dict(kwargs))
+        if class_names is None:
+            model, full_name = _resolver(library).create(inner, num_classes, pretrained, weights, dict(kwargs))
+        else:
+            towers = _resolver(library).create_two_towers(inner, pretrained, weights, dict(kwargs))
+            full_name = towers.name
+            model = ZeroShotClassifier(towers.model, towers.tokenizer, class_names, templates)
+            record(model, towers.preprocessing)
     written = {key: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for key, v in kwargs.items()}
     source = Source(full_name, written, weights, pretrained or checkpoint is not None)
     model.__dict__[SOURCE_KEY] = source.to_dict()
@@ -89,6 +104,9 @@ def create_backbone(
 def source_of(model: nn.Module) -> Source | None:
     """The source of a model: as recorded by `create_backbone`, else as timm or transformers remember it."""
     recorded = model.__dict__.get(SOURCE_KEY)
+    if recorded is not None and isinstance(model, ZeroShotClassifier):
+        texts = {"class_names": list(model.class_names), "templates": list(model.templates)}
+        return Source(**{**recorded, "kwargs": {**recorded["kwargs"], **texts}})
     if recorded is not None:
         return Source(**{**recorded, "kwargs": {**recorded["kwargs"], **timm_names.constructor_options(model)}})
     known = timm_names.source_of(model)
@@ -125,6 +143,15 @@ def library_of(name: str) -> str | None:
 
 
 # ------------------------------------------------------------------ which library
+def _check_texts(name: str, library: str, class_names: Sequence[str], num_classes: int | None) -> None:
+    if library not in ("open_clip", "hf"):
+        raise ValueError(
+            f"{name} has no text tower: class_names are for open_clip/... and hf/... models with two towers"
+        )
+    if num_classes not in (None, len(class_names)):
+        raise ValueError(f"num_classes={num_classes} was given with {len(class_names)} class names")
+
+
 def _resolver(library: str) -> ModuleType:
     return importlib.import_module(f"deltalens.backbones.{library}.named")
 

@@ -110,8 +110,14 @@ class TextPass:
             x, lead = self._context(ids, prompts, image_features)
         else:
             first = self._untouched()
-            made_of = (prompts, which.start, length, first, stamp(self._below(first)), self._conditions())
-            x = self.kept.get("below", made_of, lambda: self._start(ids, first, mask))
+            below = self._below(first)
+            made_of = (prompts, which.start, length, first, stamp(below), self._conditions())
+            trained = any(p.requires_grad for part in below for p in _parameters(part))
+            x = (
+                self._start(ids, first, mask)
+                if trained
+                else self.kept.get("below", made_of, lambda: self._start(ids, first, mask))
+            )
             lead = x.shape[:1]
         self.layout.ends = ends if x.shape[0] == len(ends) else ends.repeat(x.shape[0] // len(ends))
         x = self.slots.tokens("text.embed", x, self.layout) if self.slots is not None else x
@@ -143,7 +149,7 @@ class TextPass:
         return [self.reading.tokens(self.model), self.reading.positions(self.model), *self.blocks[:first]]
 
     def _start(self, ids: Tensor, first: int, mask: Tensor | None) -> Tensor:
-        """What enters the first block that is touched. A graph is made where the embeddings are trained."""
+        """What enters the first block that is touched."""
         x = self._place(self._embed(ids))
         for block in self.blocks[:first]:
             x = self.reading.run(self.model, block, x, mask, None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltalens.backbones.class_prompts import Tokenizer
 from deltalens.sites.swap import original_class
 
 
@@ -49,6 +50,16 @@ class TwoTowers:
     scale: Callable[[nn.Module], Tensor]
     bias: Callable[[nn.Module], Tensor | None]
     reading: Callable[[nn.Module], TextReading | None]
+
+
+@dataclass(frozen=True)
+class NamedTwoTowers:
+    """What a library makes of a name: the model, its tokenizer, its image preprocessing, the full name."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    preprocessing: dict[str, Any]
+    name: str
 
 
 # module in which a model's class, or one that it is derived from, is defined -> the file that reads it

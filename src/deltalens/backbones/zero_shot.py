@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ class ZeroShotClassifier(nn.Module):
         logits = exp(logit_scale) * normalize(image(x)) @ normalize(text(class))^T     (+ logit_bias in SigLIP)
 
     clip: a two-tower model of open_clip or transformers. tokenizer: texts -> token ids (n, L), padded as the model was
-    trained; open_clip.get_tokenizer's, or see `hf_tokenizer`. class_names: "_" is read as a space. templates: one text
+    trained; open_clip.get_tokenizer's is one. class_names: "_" is read as a space. templates: one text
     with {} where the name goes, or several, whose normalised features are averaged (prompt ensembling).
 
     The result is an ordinary classifier: `model(images)` gives logits (B, C), every task, trainer and command takes it,
@@ -183,13 +182,3 @@ def claim(model: nn.Module, anatomy: Anatomy) -> None:
             tower.owner = Site("", model, CLASSIFIER, width, tower=tower)
         else:
             tower.classifier = Site("", model, CLASSIFIER, width, tower=tower)
-
-
-def hf_tokenizer(tokenizer: Any, length: int) -> Tokenizer:
-    """A tokenizer of transformers as texts -> ids (n, length), padded to the full length as CLIP and SigLIP are
-    trained."""
-
-    def tokenize(texts: list[str]) -> Tensor:
-        return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-
-    return tokenize

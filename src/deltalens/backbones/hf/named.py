@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from deltalens.backbones.checkpoint import load_weights, read_weights
+from deltalens.backbones.class_prompts import Tokenizer
 from deltalens.backbones.feature_classifier import FeatureClassifier
 from deltalens.backbones.fetching import missing_library
 from deltalens.backbones.hf.preprocessing import as_preprocessing, channels, image_size, load_processor
 from deltalens.backbones.preprocessing import record
+from deltalens.backbones.two_towers import NamedTwoTowers
 
 HUB_OPTIONS = ("revision", "subfolder")
 MODEL_OPTIONS = ("attn_implementation", "dtype")
@@ -60,6 +62,49 @@ def create(
         preprocessing["input_size"] = [channels(config), *_pair(size)]
     record(model, preprocessing)
     return model, f"hf/{name}"
+
+
+TWO_TOWERS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+
+
+def create_two_towers(name: str, pretrained: bool, checkpoint: str | None, options: dict[str, Any]) -> NamedTwoTowers:
+    """Both towers of a CLIP or SigLIP repository, with its tokenizer. options as in `create`, but img_size."""
+    _require()
+    import transformers
+
+    place = name.removeprefix("local-dir:")
+    said = place if place != name else f"hf/{place}"
+    hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    given = {"dtype": "float32", **{key: options.pop(key) for key in MODEL_OPTIONS if key in options}}
+    config = _config(place, said, options, hub)
+    if config.model_type not in TWO_TOWERS:
+        raise ValueError(
+            f"{said} is a {config.model_type}, which has no image and text tower that are known here; models of type "
+            f"{' or '.join(TWO_TOWERS)} have"
+        )
+    cls = getattr(transformers, TWO_TOWERS[config.model_type])
+    if pretrained and checkpoint is None:
+        with _without_report():
+            model, report = cls.from_pretrained(place, config=config, output_loading_info=True, **given, **hub)
+        _refuse_absent(report["missing_keys"], said, model)
+    else:
+        given["dtype"] = getattr(torch, given["dtype"]) if isinstance(given["dtype"], str) else given["dtype"]
+        model = cls._from_config(config, **given)
+    if checkpoint is not None:
+        load_weights(model, read_weights(checkpoint), set(), checkpoint)
+    words = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
+    length = config.text_config.max_position_embeddings
+    preprocessing = as_preprocessing(load_processor(place, config, **hub), config)
+    return NamedTwoTowers(model.eval(), texts_to_ids(words, length), preprocessing, f"hf/{name}")
+
+
+def texts_to_ids(tokenizer: Any, length: int) -> Tokenizer:
+    """A tokenizer of transformers as texts -> ids (n, length), padded to the full length as CLIP and SigLIP were."""
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+    return tokenize
 
 
 def source_of(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
@@ -192,12 +237,7 @@ class _Build:
                 **self.given,
             )
         absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-        absent = sorted(key for key in absent if cls is None or not _HEAD.search(key))
-        if absent:
-            raise ValueError(
-                f"the weights of {self.said} lack {len(absent)} tensors of {type(model).__name__}, such as "
-                f"{absent[0]}, which would be left random: they were made for another class"
-            )
+        _refuse_absent([key for key in absent if cls is None or not _HEAD.search(key)], self.said, model)
         return model
 
     def _random(self, cls: type[nn.Module] | None, config: Any) -> nn.Module:
@@ -266,3 +306,12 @@ def _resample(
         )
     given = table if table.dim() == 3 else table[None]
     return resample_abs_pos_embed(given, grids[1], grids[0], num_prefix_tokens=prefix).reshape(shape)
+
+
+def _refuse_absent(absent: Iterable[str], said: str, model: nn.Module) -> None:
+    absent = sorted(absent)
+    if absent:
+        raise ValueError(
+            f"the weights of {said} lack {len(absent)} tensors of {type(model).__name__}, such as {absent[0]}, which "
+            "would be left random: they were made for another class"
+        )

@@ -15,6 +15,7 @@ from torch import nn
 from deltalens.backbones.feature_classifier import FeatureClassifier
 from deltalens.backbones.fetching import missing_library
 from deltalens.backbones.preprocessing import record
+from deltalens.backbones.two_towers import NamedTwoTowers
 
 CONFIG = "open_clip_config.json"
 HUB, FOLDER = "hf-hub:", "local-dir:"
@@ -35,6 +36,20 @@ def create(
     model = FeatureClassifier(clip.visual, num_classes or 0, tuple(preprocessing["input_size"]))
     record(model, preprocessing)
     return model, f"open_clip/{name}"
+
+
+def create_two_towers(name: str, pretrained: bool, checkpoint: str | None, options: dict[str, Any]) -> NamedTwoTowers:
+    """Both towers of a model, with the tokenizer that belongs to it. options as in `create`."""
+    _require()
+    import open_clip
+
+    if "img_size" in options:
+        options["force_image_size"] = options.pop("img_size")
+    clip, name = _clip(name, pretrained, checkpoint, options)
+    place = name if name.startswith((HUB, FOLDER)) else name.partition("/")[0]
+    return NamedTwoTowers(
+        clip, open_clip.get_tokenizer(place), as_preprocessing(clip.visual.preprocess_cfg), f"open_clip/{name}"
+    )
 
 
 def as_preprocessing(config: dict[str, Any]) -> dict[str, Any]:
