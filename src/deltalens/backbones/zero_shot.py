@@ -25,6 +25,8 @@ class ZeroShotClassifier(nn.Module):
     trained; open_clip.get_tokenizer's is one. class_names: "_" is read as a space. templates: one text
     with {} where the name goes, or several, whose normalised features are averaged (prompt ensembling).
 
+    width: D, of the space that both share.
+
     The result is an ordinary classifier: `model(images)` gives logits (B, C), every task, trainer and command takes it,
     and `deltalens.attach` adapts either tower, or both. Text features that nothing trains are computed once and kept;
     they are computed anew when a weight or the classes change (`backbones/text_pass.py` says what else is saved).
@@ -55,6 +57,8 @@ class ZeroShotClassifier(nn.Module):
         self.__dict__["tokenizer"] = tokenizer
         self.__dict__["kept"] = Kept()
         self.set_classes(class_names, templates)
+        with torch.no_grad():
+            self.width = self.text_features().shape[-1]
 
     def set_classes(self, class_names: Sequence[str], templates: str | Sequence[str] | None = None) -> None:
         """Other classes, and other templates where these are given; adapters stay. ValueError as in `class_prompts`."""

@@ -4,7 +4,9 @@ from deltalens.methods.adapter import AdapterConfig
 from deltalens.methods.adaptformer import AdaptFormerConfig
 from deltalens.methods.base import Method, list_methods, make_config, method_class, register, setting
 from deltalens.methods.bitfit import BitFitConfig
+from deltalens.methods.cocoop import CoCoOpConfig
 from deltalens.methods.convpass import ConvpassConfig
+from deltalens.methods.coop import CoOpConfig
 from deltalens.methods.fact import FacTConfig
 from deltalens.methods.full import FullConfig
 from deltalens.methods.linear import LinearConfig
@@ -27,6 +29,8 @@ __all__ = [
     "AdaptFormerConfig",
     "AdapterConfig",
     "BitFitConfig",
+    "CoCoOpConfig",
+    "CoOpConfig",
     "ConvpassConfig",
     "FacTConfig",
     "FullConfig",
