@@ -69,12 +69,17 @@ class Run:
 
     def results(self) -> dict[str, Any] | None:
         """results.json of a finished run, None of another."""
-        return self.output.read_results() if self.output.finished else None
+        try:
+            return self.output.read_results()
+        except FileNotFoundError:  # also where another process begins the run anew just now
+            return None
 
     def failure(self) -> str | None:
         """Why the run failed, None where it did not."""
-        file = self.folder / FAILED
-        return json.loads(file.read_text(encoding="utf-8"))["message"] if file.is_file() else None
+        try:
+            return json.loads((self.folder / FAILED).read_text(encoding="utf-8"))["message"]
+        except FileNotFoundError:
+            return None
 
     def note_failure(self, error: Exception) -> None:
         """Leave a record of the error."""
