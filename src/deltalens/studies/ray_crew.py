@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
+import socket
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,16 +43,18 @@ class RayCrew:
 
     def _connect(self) -> None:
         local = self.address == "local"
+        address = os.environ.get("RAY_ADDRESS") or "auto" if self.address == "auto" else self.address
         path = os.environ.get("PYTHONPATH")
         options: dict[str, Any] = {"include_dashboard": False} if local else {}
         if path and not local:  # here workers get it anyway
             options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
         try:
-            self.ray.init(self.address, log_to_driver=False, logging_level="ERROR", **options)
+            _knock(address)
+            self.ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConnectionError(
-                f"--ray {self.address}: {reason} (ray start --head starts a cluster; --ray local needs none)"
+                f"there is no cluster for --ray {address}: {reason} (ray start --head starts a cluster; --ray local needs none)"
             ) from error
 
     def __exit__(self, *error: object) -> None:
@@ -99,6 +103,13 @@ def import_ray() -> Any:
             'the package ray is not installed: pip install "deltalens[ray]", or use --parallel alone on this machine'
         ) from None
     return ray
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody answers at HOST:PORT; Ray itself would wait for minutes."""
+    place = re.fullmatch(r"(?:ray://)?([^/]+):(\d+)", address)
+    if place:
+        socket.create_connection((place[1], int(place[2])), timeout=10).close()
 
 
 def cpus_each(cores: list[int], parallel: int) -> int:
