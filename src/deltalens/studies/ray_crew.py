@@ -54,7 +54,8 @@ class RayCrew:
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConnectionError(
-                f"there is no cluster for --ray {address}: {reason} (ray start --head starts a cluster; --ray local needs none)"
+                f"there is no cluster for --ray {address}: {reason} "
+                "(ray start --head starts one; --ray local needs none)"
             ) from error
 
     def __exit__(self, *error: object) -> None:
