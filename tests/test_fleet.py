@@ -160,6 +160,17 @@ def test_workers_that_never_begin_end_the_study(finished, place, tmp_path):
     assert len(crew.started) == 2
 
 
+def test_ranks_are_refused_and_workers_are_none(finished, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert compare(place, finished[0], tmp_path / "out") == 1
+    assert "one of several ranks" in capsys.readouterr().err
+    job = job_of(place, finished[0], tmp_path / "out", only=("Linear", "lr-0.03"), notes=tmp_path / "notes")
+    with monkeypatch.context() as environment:
+        environment.setattr(os, "environ", dict(os.environ, RANK="1"))
+        job.carry_out(Worker("a", "a-1"))  # as on the second machine of a job that has started Ray
+    assert results_of(tmp_path / "out").keys() == {"tiny/photos/Linear/lr-0.03"}
+
+
 # ------------------------------------------------------------------ locks
 def first_run(place, file, output):
     return next(grid_of(place, file, output).runs())

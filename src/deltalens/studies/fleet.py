@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from deltalens.studies.selection import matching, with_searches
 from deltalens.studies.study import Study
 from deltalens.studies.trial import MakeBackbone, Run, Workplace
 from deltalens.training.loaders import default_workers
+from deltalens.training.output import is_main_process
 
 LOOK = 1.0  # seconds between two looks at what the workers have done
 
@@ -57,7 +59,11 @@ class Job:
         return with_searches(grid, matching(grid, self.only))
 
     def carry_out(self, worker: Worker) -> None:
-        """Be one of several workers: do runs until none is left."""
+        """Be one of several workers: do runs until none is left. Each run is a training of one process, whatever part
+        of a SLURM job the process is in; Lightning would join them."""
+        for name in list(os.environ):
+            if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                del os.environ[name]
         grid = self.grid()
         with threads(self.threads):
             work(grid, self.workplace(), self.runs(grid), worker=worker)
@@ -91,9 +97,14 @@ def run_study(
     crew: who does it, `parallel` at a time; None for this process. Other processes may be at work in the same folder.
     show: gets a line for each run done.
 
-    Raises what makes all runs impossible: a missing folder of images, an unknown backbone; RuntimeError where workers
-    die before they have begun a run.
+    Raises what makes all runs impossible: a missing folder of images, an unknown backbone; ValueError in a process that
+    is not the first of its job; RuntimeError where workers die before they have begun a run.
     """
+    if not is_main_process():
+        raise ValueError(
+            "compare was started as one of several ranks (torchrun, srun): start single processes, such as a job array; "
+            "those with the same --output share the work"
+        )
     grid = job.grid()
     grid.check_unchanged()
     runs = job.runs(grid)
