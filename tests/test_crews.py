@@ -88,6 +88,7 @@ def test_workers_are_dealt_over_the_gpus(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------ Ray
+@pytest.mark.slow  # Ray takes ten seconds to start, and gives up after thirty where the processor is busy
 def test_a_crew_of_ray_says_who_ended_and_how(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     from deltalens.studies.ray_crew import RayCrew

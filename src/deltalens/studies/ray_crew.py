@@ -51,8 +51,10 @@ class RayCrew:
         try:
             _knock(address)
             self.ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises bare ones, too
             reason = str(error).strip().splitlines()[0]
+            if local:
+                raise ConnectionError(f"Ray does not start here: {reason}") from error
             raise ConnectionError(
                 f"there is no cluster for --ray {address}: {reason} "
                 "(ray start --head starts one; --ray local needs none)"
