@@ -102,7 +102,7 @@ def run_study(
     """
     if not is_main_process():
         raise ValueError(
-            "compare was started as one of several ranks (torchrun, srun): start single processes, such as a job array; "
+            "compare was started as one of several ranks (torchrun, srun): start single processes (a job array); "
             "those with the same --output share the work"
         )
     grid = job.grid()
