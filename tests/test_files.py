@@ -190,7 +190,7 @@ def test_pickle_is_never_read(saved):
     refused(saved, ValueError, "damaged")
 
 
-@pytest.mark.parametrize("writer", ["save_file", "model_card"])
+@pytest.mark.parametrize("writer", ["save", "model_card"])
 def test_interrupted_saving_keeps_the_old_adapter(saved, writer, monkeypatch):
     """A full disk or a kill while writing: the old files stay whole and no temporary file remains."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}

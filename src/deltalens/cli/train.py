@@ -138,6 +138,8 @@ def run(args: Namespace) -> None:
         _check_same_run(output, options)
         if output.finished:
             print(f"{output.folder} holds a finished run; there is nothing to resume")
+            if is_main_process():
+                output.tidy()
             _print_results(output.read_results(), output)
             return
     data = read_images(options)

@@ -64,6 +64,7 @@ def fit(
                 "the task's model has no adapter to save: call deltalens.attach first, or pass output=None"
             )
         if resume and not overwrite and place.finished:
+            place.tidy()
             return place.read_results()
     started = time.perf_counter()
     features: dict[str, Any] = {}
@@ -102,7 +103,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
     """(history rows, test metrics, device name, most memory of the GPU while training or None)."""
     import lightning.pytorch as pl
 
-    from deltalens.training.callbacks import History, KeepLast, StopOnBadLoss
+    from deltalens.training.callbacks import History, KeepLast, StopOnBadLoss, WholeCheckpoints
     from deltalens.training.module import PROGRESS, TaskModule
     from deltalens.training.progress import StepBar
 
@@ -128,6 +129,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         gradient_clip_val=settings.clip_grad or None,
         deterministic=settings.deterministic or None,
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         default_root_dir=place.folder if place else None,
         use_distributed_sampler=False,
         logger=False,
