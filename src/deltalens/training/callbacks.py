@@ -107,12 +107,14 @@ class History(pl.Callback):
     ):
         self.path, self.show, self.after_epoch = path, show, after_epoch
         self.rows: list[dict[str, float]] = []
+        self.earlier_seconds = 0.0  # of the epochs before a resumed run's own
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
+        self.earlier_seconds = sum(row["seconds"] for row in self.rows)
 
     def on_train_start(self, trainer, module) -> None:
         self._started = time.perf_counter()

@@ -50,9 +50,10 @@ def fit(
     computed in every epoch (see `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch:
     called with the row of every finished epoch, before its checkpoint is written; what it raises ends the training.
 
-    Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
-    "device", "machine", "finished" (date and time, UTC), "settings", "versions", "peak_memory_bytes" of training on a
-    GPU (None elsewhere), and "features" where they were kept.
+    Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds" (all
+    epochs and the last start; what a stop has lost does not count), "device", "machine", "finished" (date and time,
+    UTC), "settings", "versions", "peak_memory_bytes" of training on a GPU (None elsewhere), and "features" where they
+    were kept.
 
     Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays. Raises
     FeaturesCannotBeKept with cache_features where something is trained or random from the start.
@@ -68,7 +69,7 @@ def fit(
             return place.read_results()
     started = time.perf_counter()
     features: dict[str, Any] = {}
-    with quiet_lightning(), contextlib.ExitStack() as stack:
+    with quiet_lightning(), _determinism_restored(), contextlib.ExitStack() as stack:
         inputs = data
         if cache_features is not None:
             inputs, features["features"] = stack.enter_context(cached_features(task, data, settings, cache_features))
@@ -77,12 +78,16 @@ def fit(
             if config is not None:
                 place.write_config(config)
         history, test, device, peak = _train(task, inputs, settings, place, resume, after_epoch)
+    rows = history.rows
     results = {
-        "val": _metrics(history[-1], "val_"),
+        "val": _metrics(rows[-1], "val_"),
         "test": _metrics(test, "test_"),
         "parameters": _parameters(task.model),
         "data": _counts(data),
-        "seconds": {"total": time.perf_counter() - started, "training": sum(row["seconds"] for row in history)},
+        "seconds": {
+            "total": history.earlier_seconds + time.perf_counter() - started,
+            "training": sum(row["seconds"] for row in rows),
+        },
         "device": device,
         "machine": machine_text(device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -90,7 +95,7 @@ def fit(
         "settings": vars(settings),
         "versions": _versions(),
         **features,
-        "history": history,
+        "history": rows,
     }
     if place is not None and is_main_process():
         _describe(task, data, results)
@@ -100,7 +105,7 @@ def fit(
 
 
 def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool, after_epoch):
-    """(history rows, test metrics, device name, most memory of the GPU while training or None)."""
+    """(history, test metrics, device name, most memory of the GPU while training or None)."""
     import lightning.pytorch as pl
 
     from deltalens.training.callbacks import History, KeepLast, StopOnBadLoss, WholeCheckpoints
@@ -152,7 +157,18 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
     device = str(module.device)
     module.cpu()
     task.eval()
-    return history.rows, test, device, peak
+    return history, test, device, peak
+
+
+@contextlib.contextmanager
+def _determinism_restored() -> Iterator[None]:
+    """Lightning asks torch for deterministic algorithms in the whole process, and for good: take that back."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 @contextlib.contextmanager
