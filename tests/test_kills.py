@@ -89,23 +89,36 @@ def test_killed_before_every_change(name, place, undisturbed, tmp_path):
 SEED = 20261121
 
 
+@pytest.fixture(scope="module")
+def seconds(place, undisturbed):
+    """name of a command -> how long it takes, with the start of python."""
+    found = {}
+
+    def of(command: Command) -> float:
+        if command.name not in found:
+            folder, log = place / f"real-{command.name}", place / "real.txt"
+            code, found[command.name] = run_for(command.start(folder), None, log)
+            assert code == 0, log.read_text()
+            assert outcome(folder) == undisturbed(command)
+        return found[command.name]
+
+    return of
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", range(20))
-def test_killed_at_a_random_moment(kill, place, undisturbed, tmp_path):
+def test_killed_at_a_random_moment(kill, place, undisturbed, seconds, tmp_path):
     """Real commands, killed up to three times each after a time between nothing and a whole run."""
     draw = random.Random(SEED + kill)
     command = list(kills.commands(place).values())[kill % 4]
     expected = undisturbed(command)
-    log, whole = tmp_path / "log.txt", tmp_path / "whole"
-    _, seconds = run_for(command.start(whole), None, log)
-    assert outcome(whole) == expected
-    folder = tmp_path / "run"
+    folder, log = tmp_path / "run", tmp_path / "log.txt"
     words, delays = command.start(folder), []
     for _ in range(draw.randint(1, 3)):
-        delays.append(draw.uniform(0, 1.05 * seconds))
+        delays.append(draw.uniform(0, 1.05 * seconds(command)))
         code, _ = run_for(words, delays[-1], log)
         print(
-            f"seed {SEED + kill}: {command.name} after {delays[-1]:.2f} of {seconds:.2f} s: {code}, {leftovers(folder)}"
+            f"seed {SEED + kill}: {command.name} after {delays[-1]:.2f} of {seconds(command):.2f} s: {code}, {leftovers(folder)}"
         )
         check_whole(folder)
         words = command.again(folder)

@@ -122,21 +122,20 @@ def test_killed_between_two_draws(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("prune", ["halving", "median"])
-def test_killed_between_verdict_and_record(tmp_path, monkeypatch, prune):
-    """A trial that is to be pruned is pruned after the kill too, and judged by what the others had when it ran."""
-    expected = search(tmp_path / "whole", prune=prune, trials=7).run(builder())
+def test_killed_between_verdict_and_record(tmp_path):
+    """A trial that successive halving has ended, and marked as past that rung, is ended after the kill too."""
+    expected = search(tmp_path / "whole", prune="halving", trials=7).run(builder())
     assert "pruned" in {record.state for record in expected}
 
     def die(*words, **options):
         raise Interrupted
 
     for number in range(1, 8):
-        killed = search(tmp_path / "killed", prune=prune, trials=number)
+        killed = search(tmp_path / "killed", prune="halving", trials=number)
         killed.study.tell = die
         with pytest.raises(Interrupted):
             killed.run(builder())
-        found = search(tmp_path / "killed", prune=prune, trials=number).run(builder())
+        found = search(tmp_path / "killed", prune="halving", trials=number).run(builder())
     assert found == expected
 
 
