@@ -118,7 +118,8 @@ def test_killed_at_a_random_moment(kill, place, undisturbed, seconds, tmp_path):
         delays.append(draw.uniform(0, 1.05 * seconds(command)))
         code, _ = run_for(words, delays[-1], log)
         print(
-            f"seed {SEED + kill}: {command.name} after {delays[-1]:.2f} of {seconds(command):.2f} s: {code}, {leftovers(folder)}"
+            f"seed {SEED + kill}: {command.name} after {delays[-1]:.2f} of {seconds(command):.2f} s: {code}, "
+            f"left {leftovers(folder)}"
         )
         check_whole(folder)
         words = command.again(folder)

@@ -96,7 +96,7 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--compile", type=bool, default=False, help="torch.compile the model")
     add("--devices", type=int | str, default=1, help='number of devices, a list such as "0,2", or "auto"')
     add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
-    add("--deterministic", type=bool, default=False, help="deterministic algorithms, for bit-equal runs on a GPU")
+    add("--deterministic", type=bool, default=False, help="for bit-equal runs on a GPU or on several threads")
     add("--checkpoint-every-steps", type=int, default=0, help="checkpoint also within epochs, for very long ones")
 
 
