@@ -44,7 +44,8 @@ def fit(
     data: datasets with their transforms; validation, where there is one, is measured after every epoch and the last
     epoch's values are reported; test, where there is one, is measured once, at the end. output: a folder for the
     adapter (`task.model` must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing.
-    resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on the CPU bit for bit.
+    resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on one CPU thread
+    bit for bit, on several and on a GPU with `settings.deterministic`.
     See `Output.check` for what is refused. config: written to `config.yaml`. cache_features: a folder in which the
     features of a network that is frozen up to its last blocks or its head are kept and read from, instead of being
     computed in every epoch (see `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch:

@@ -15,9 +15,9 @@ class TrainingSettings:
     rate. warmup_epochs: length of the linear warm-up (fractions allowed); a cosine to zero follows. optimizer: adamw
     or sgd. clip_grad: largest norm of the gradient, 0 for no clipping. seed: of everything random. workers: loader
     processes. precision: 32, bf16 or 16 (mixed), 64. compile: torch.compile the model. devices: how many, or "0,2",
-    or "auto". accelerator: cpu, gpu, mps or auto. deterministic: torch's deterministic algorithms, needed on a GPU
-    and on several processor threads for bit-equal runs. checkpoint_every_steps: besides every epoch, 0 for never. progress: print a line per epoch,
-    and a bar on a terminal.
+    or "auto". accelerator: cpu, gpu, mps or auto. deterministic: torch's deterministic algorithms, needed for
+    bit-equal runs on a GPU and on several processor threads. checkpoint_every_steps: besides every epoch, 0 for never.
+    progress: print a line per epoch, and a bar on a terminal.
     """
 
     epochs: int = 10
