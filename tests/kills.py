@@ -28,6 +28,7 @@ PRELOADED = ["kills", "deltalens.cli.train", "deltalens.cli.tune", "deltalens.cl
 PRELOADED += ["deltalens.training.callbacks", "deltalens.studies.tune", "deltalens.studies.repeatable", "torchvision"]
 PRELOADED += ["jsonargparse", "alembic.command", "sqlalchemy.orm", "deltalens.studies.study_report"]
 
+COMMAND_LINE = "import sys; from deltalens.cli.main import main; sys.exit(main())"
 STUDY = """\
 title: Killed
 backbones: {model: MODEL, label: tiny}
@@ -101,7 +102,7 @@ def run_for(words: list[str], seconds: float | None, log: Path) -> tuple[int, fl
     started = time.monotonic()
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deltalens", *words],
+            [sys.executable, "-c", COMMAND_LINE, *words],
             stdout=output,
             stderr=output,
             start_new_session=True,
