@@ -104,7 +104,7 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--compile", type=bool, default=False, help="torch.compile the model")
     add("--devices", type=int | str, default=1, help='number of devices, a list such as "0,2", or "auto"')
     add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
-    add("--deterministic", type=bool, default=False, help="deterministic algorithms, for bit-equal runs on a GPU")
+    add("--deterministic", type=bool, default=False, help="for bit-equal runs on a GPU or on several threads")
     add("--checkpoint-every-steps", type=int, default=0, help="checkpoint also within epochs, for very long ones")
 
 
@@ -146,6 +146,8 @@ def run(args: Namespace) -> None:
         _check_same_run(output, options)
         if output.finished:
             print(f"{output.folder} holds a finished run; there is nothing to resume")
+            if is_main_process():
+                output.tidy()
             _print_results(output.read_results(), output)
             return
     data = read_images(options)
