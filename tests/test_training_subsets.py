@@ -24,7 +24,8 @@ FRACTIONS = st.lists(st.floats(0.01, 1, allow_nan=False), min_size=2, max_size=2
 @given(LABELS, FRACTIONS, st.integers(0, 5))
 def test_fractions_are_nested_and_hold_the_share_of_every_class(labels, fractions, seed):
     smaller, larger = (TrainingSubset(fraction, seed=seed).indices(labels) for fraction in fractions)
-    assert set(smaller) <= set(larger) and smaller == sorted(set(smaller))
+    assert set(smaller) <= set(larger)
+    assert smaller == sorted(set(smaller))
     for label in set(labels):
         count = labels.count(label)
         assert sum(labels[i] == label for i in larger) == max(1, round(fractions[1] * count))
@@ -57,11 +58,12 @@ def test_any_dataset_with_labels_in_its_items():
     splits = TrainingSubset(shots=2).take(Splits(items, items, ["a", "b"]))
     assert sorted(splits.train[i][1] for i in range(len(splits.train))) == [0, 0, 1, 1]
     arrays = ArrayDataset(torch.zeros(10, 1, 4, 4), [0, 1] * 5)
-    assert isinstance(TrainingSubset(0.5).of(arrays), ArrayDataset) and len(splits.val) == 10
+    assert isinstance(TrainingSubset(0.5).of(arrays), ArrayDataset)
+    assert len(splits.val) == 10
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"fraction": 0.0}, "must lie above 0 and not above 1, got 0"),
         ({"fraction": 1.5}, "must lie above 0 and not above 1, got 1.5"),
@@ -129,7 +131,7 @@ def test_a_study_file_makes_a_dataset_of_every_amount(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "entry, message",
+    ("entry", "message"),
     [
         ("{path: x, fractions: [0.1], shots: [1]}", r"line 4, datasets\.a\.shots: .*give one of them"),
         ("{path: x, fractions: 0.1}", r"datasets\.a\.fractions: expected a list of numbers such as \[0\.1"),

@@ -12,6 +12,7 @@ from deltalens.data.vtab1k import task_of
 from deltalens.studies.grid import Grid
 from deltalens.studies.markdown import markdown_table
 from deltalens.studies.results import percent_text, seconds_text
+from deltalens.studies.storage import storage_parts
 from deltalens.studies.study import Variant
 from deltalens.studies.trial import Run, score
 from deltalens.studies.vtab_table import vtab_parts
@@ -63,8 +64,8 @@ class Cell:
     seeds. lr: the chosen rate; at_edge: it is the smallest or largest candidate of a search. failures: messages, of
     the searches too. left: final runs that are neither finished nor failed. tested: accuracies are on test
     images. memory: most GPU memory of training in bytes, the mean over runs; None where runs were not on a GPU.
-    training_images: that a run was trained on. adapter_bytes: on disk with the head, the mean over runs; backbone_bytes,
-    model_bytes: of the plain backbone without and with the head; None where the results do not say it.
+    training_images: that a run was trained on. adapter_bytes: on disk with the head, the mean over runs;
+    backbone_bytes, model_bytes: of the plain backbone without and with the head; None where the results do not say.
     """
 
     backbone: str
@@ -154,6 +155,7 @@ class StudyTable:
         for backbone in dict.fromkeys(backbone for backbone, _ in pairs) if self.vtab_tasks else ():
             cells = [cell for cell in self.cells if cell.backbone == backbone]
             parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks)]
+        parts += storage_parts(self.cells, self.sources, bool(self.vtab_tasks))
         for backbone, dataset in pairs:
             cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
             parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
@@ -274,6 +276,11 @@ def measured_text(cells: Sequence[Cell]) -> str:
     """What the accuracies of these cells are: "test top-1", "validation mAP"."""
     part = "test" if all(cell.tested for cell in cells) else "validation"
     return f"{part} {'mAP' if any(cell.metric == 'mAP' for cell in cells) else 'top-1'}"
+
+
+def accuracy_title(cells: Sequence[Cell]) -> str:
+    """The axis of accuracies: "test accuracy, %"."""
+    return f"{measured_text(cells).replace('top-1', 'accuracy')}, %"
 
 
 def _description(grid: Grid) -> str:
