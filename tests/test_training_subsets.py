@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from picture_folders import write_pictures
 from study_fixtures import STUDY, compare, place, results_of, write_study  # noqa: F401
-from study_runs import study_text
 
 from deltalens.cli.main import main
 from deltalens.data import ArrayDataset, ReadOptions, Splits, TrainingSubset, read_data, read_part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -42,25 +42,26 @@ def adapter_bytes(directory: str | os.PathLike) -> int:
     return file.stat().st_size
 
 
-def plain_bytes(model: nn.Module) -> dict[str, int]:
-    """As in `stored_bytes`: "backbone" and "model"."""
-    backbone, heads = plain_tensors(model)
-    return {"backbone": safetensors_bytes(backbone), "model": safetensors_bytes(backbone | heads)}
+def plain_bytes(model: nn.Module, heads: Sequence[str] | None = None) -> dict[str, int]:
+    """As in `stored_bytes`: "backbone" and "model". heads: as in `plain_tensors`. TypeError for an element type that
+    safetensors lacks."""
+    backbone, head = plain_tensors(model, heads)
+    return {"backbone": safetensors_bytes(backbone), "model": safetensors_bytes(backbone | head)}
 
 
 @on_plain_layers
-def plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def plain_tensors(model: nn.Module, heads: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(tensors of the plain backbone, tensors of its heads) by name, shared ones once. What adapters inserted is left
-    out; a tensor that an adapter replaces is there in its place."""
-    prefixes = tuple(f"{path}." for path in state_of(model).heads)
-    seen, inserted = set(), wrapper_parameters(model)
-    backbone, heads = {}, {}
+    out; a tensor that an adapter replaces is there in its place. heads: paths; None for those of an adapted model."""
+    prefixes = tuple(f"{path}." for path in (state_of(model).heads if heads is None else heads))
+    seen = wrapper_parameters(model)
+    backbone, head = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if "delta" in name.split(".") or id(tensor) in seen | inserted:
+        if "delta" in name.split(".") or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        (heads if prefixes and name.startswith(prefixes) else backbone)[name] = tensor
-    return backbone, heads
+        (head if prefixes and name.startswith(prefixes) else backbone)[name] = tensor
+    return backbone, head
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:

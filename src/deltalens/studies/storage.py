@@ -135,7 +135,8 @@ def _of_cell(cell: Cell) -> StoredAdapter:
 
 # ------------------------------------------------------------------ texts
 def storage_table(rows: Sequence[StorageRow], with_parameters: bool = True) -> tuple[list[str], list[list[str]], str]:
-    """Header, a line for each row, and a note; backbone "none": the adapters hold it. with_parameters: the column of VPT's and Mona's papers, too."""
+    """Header, a line for each row, and a note. Backbone "none": the adapters hold it. with_parameters: the column of
+    VPT's and Mona's papers, too."""
     counts = {row.tasks for row in rows}
     number = str(counts.pop()) if len(counts) == 1 else "all"
     header = ["method", "backbone", "mean adapter", f"total, {number} tasks", f"% of {number} models"]

@@ -42,8 +42,8 @@ def image_panels(table: StudyTable) -> list[Panel]:
 
 
 def size_panels(table: StudyTable) -> list[Panel]:
-    """For every dataset of a study with several backbones: accuracy over the backbone's parameters, without a head. Of a
-    dataset in several amounts the largest is taken."""
+    """For every dataset of a study with several backbones: accuracy over the backbone's parameters, without a head. A
+    dataset in several amounts counts with its largest."""
     found, largest = [], largest_parts(table.sources)
     for dataset in dict.fromkeys(cell.dataset for cell in table.cells if cell.dataset in largest):
         cells = [cell for cell in table.cells if cell.dataset == dataset]
