@@ -1,6 +1,7 @@
 """Fewer training images: nested, stratified, the same for every method; on the command line and in studies."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,11 +9,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from picture_folders import write_pictures
-from study_fixtures import STUDY, compare, place, results_of, write_study  # noqa: F401
+from study_fixtures import compare, place, results_of, write_study  # noqa: F401
+from study_runs import study_text, table_of, write_study_folder
 
 from deltalens.cli.main import main
 from deltalens.data import ArrayDataset, ReadOptions, Splits, TrainingSubset, read_data, read_part
+from deltalens.studies import trial
+from deltalens.studies.study_details import Details
+from deltalens.studies.study_panels import image_panels, panel_plot, size_panels
+from deltalens.studies.study_plots import method_numbers, write_plots
 from deltalens.studies.study_reader import read_study
+from deltalens.studies.study_report import render_study_report
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 FRACTIONS = st.lists(st.floats(0.01, 1, allow_nan=False), min_size=2, max_size=2).map(sorted)
@@ -145,3 +152,91 @@ def test_mistakes_in_amounts_are_named(entry, message, tmp_path):
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_study(tmp_path / "study.yaml")
+
+
+SHOTS = """\
+backbones: {model: MODEL, label: tiny}
+shots: [2, 4]
+datasets:
+  photos: {protocol: PROTOCOL}
+methods: {Linear: linear, LoRA: {method: lora, r: 2}}
+seeds: [0, 1]
+lr: {relative: [1, 0.1]}
+training: {epochs: 1, batch_size: 8, warmup_epochs: 0, min_crop: 1, hflip: 0}
+"""
+
+
+@pytest.mark.parametrize("protocol", ["val", "trainval"])
+def test_a_study_trains_on_the_same_parts_with_every_method_and_goes_on(place, tmp_path, monkeypatch, protocol):  # noqa: F811
+    seen = {}
+
+    def fit(task, data, settings, folder, **options):
+        images = [tuple(image.flatten()[:40].tolist()) for image in data.train.images]
+        seen[folder.relative_to(tmp_path / "out/runs/tiny").as_posix()] = (set(images), len(images), data)
+        return trained(task, data, settings, folder, **options)
+
+    trained = trial.fit
+    monkeypatch.setattr(trial, "fit", fit)
+    file = write_study(place, tmp_path, SHOTS.replace("PROTOCOL", protocol))
+    assert compare(place, file, tmp_path / "out", "--cache-features", str(tmp_path / "features")) == 0
+    small, large = (
+        {path: found for path, found in seen.items() if path.startswith(f"photos-{shots}-")} for shots in (2, 4)
+    )
+    for found, shots in ((small, 2), (large, 4)):
+        assert {count for _, count, _ in found.values()} == {3 * shots}
+        stages = [[p for p in found if ("lr-" in p) == search] for search in (True, False)]
+        assert all(len({frozenset(found[path][0]) for path in paths}) == 1 for paths in stages)
+    assert all(small[path][0] < large[path.replace("photos-2-", "photos-4-")][0] for path in small)
+    assert {len(data.val) for path, (_, _, data) in seen.items() if "lr-" in path} == {12}
+    runs = results_of(tmp_path / "out")
+    assert {r["data"]["test"] for path, r in runs.items() if "seed" in path} == {18}
+    assert all("features" in found for path, found in runs.items() if "Linear/lr" in path)
+    before = len(seen)
+    lost = next(path for path in runs if path.endswith("4-shots/LoRA/seed-1"))
+    (tmp_path / "out/runs" / lost / "results.json").unlink()
+    assert compare(place, file, tmp_path / "out") == 0
+    assert len(seen) == before  # the one that was lost is trained again, in the same folder
+    again = results_of(tmp_path / "out")
+    assert again[lost]["test"] == runs[lost]["test"]
+    plots = {path.name for path in (tmp_path / "out/plots").iterdir()}
+    assert {"tiny-photos-training-images.svg", "tiny-storage.svg"} <= plots
+    changed = write_study(place, tmp_path, file.read_text() + "split: {seed: 3}\n")
+    assert compare(place, changed, tmp_path / "out") == 1
+
+
+def test_curves_over_images_and_over_the_size_of_the_backbone(tmp_path):
+    grid = write_study_folder(tmp_path, study_text(extra="fractions: [0.25, 0.5, 1]"))
+    table = table_of(grid)
+    numbers = method_numbers(table.cells)
+    panels = image_panels(table)
+    assert [panel.title for panel in panels][:2] == ["ViT-S, flowers", "ViT-S, pets"]
+    assert len(panels) == 6
+    drawn = panel_plot(panels[0], numbers)
+    means = [c for c in table.cells if c.backbone == "ViT-S" and c.variant.label == "Full" and "flowers@" in c.dataset]
+    assert [c.training_images for c in means] == [1020, 2040, 4080]
+    for cell in means:
+        assert f"Full, {cell.training_images:,}: {100 * cell.mean:.1f} %" in drawn
+    assert drawn.count('class="c4 line"') == 4  # its curve, and a bar of the deviation at each place
+    sizes = size_panels(table)
+    assert sizes[0].title == "flowers@100%: ViT-S 21.7 M, Swin-T 27.5 M"
+    assert len(sizes) == 3
+    mona = next(c for c in sizes[0].cells if c.variant.label == "Mona" and c.backbone == "Swin-T")
+    assert f"Mona, 27.5 M: {100 * mona.mean:.1f} %" in panel_plot(sizes[0], numbers)
+    page = render_study_report(table, grid.study, Details())
+    assert "Accuracy against training images" in page
+    assert "Accuracy against the size of the backbone" in page
+    names = {file.name for file in write_plots(table, tmp_path / "plots", "x")}
+    assert {"ViT-S-flowers-training-images.svg", "flowers-100-backbones.svg"} <= names
+
+
+def test_a_study_of_whole_sets_on_one_backbone_has_no_such_curves(tmp_path):
+    table = table_of(write_study_folder(tmp_path, study_text(backbones=["ViT-S"])))
+    assert image_panels(table) == size_panels(table) == []
+
+
+def test_places_on_the_axis_are_logarithmic(tmp_path):
+    table = table_of(write_study_folder(tmp_path, study_text(backbones=["ViT-S"], extra="fractions: [0.25, 0.5, 1]")))
+    drawn = panel_plot(image_panels(table)[0], method_numbers(table.cells))
+    marks = [float(x) for x in re.findall(r'x="([\d.]+)" y="\d+" text-anchor="middle">[\d,]+<', drawn)]
+    assert len(marks) == 3
+    assert marks[1] - marks[0] == pytest.approx(marks[2] - marks[1], abs=0.2)  # twice as many, and twice again
