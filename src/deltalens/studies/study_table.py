@@ -155,10 +155,10 @@ class StudyTable:
         for backbone in dict.fromkeys(backbone for backbone, _ in pairs) if self.vtab_tasks else ():
             cells = [cell for cell in self.cells if cell.backbone == backbone]
             parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks)]
-        parts += storage_parts(self.cells, self.sources, bool(self.vtab_tasks))
         for backbone, dataset in pairs:
             cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
             parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
+        parts += storage_parts(self.cells, self.sources, bool(self.vtab_tasks))
         return "\n\n".join(parts) + "\n"
 
 
