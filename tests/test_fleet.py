@@ -316,10 +316,11 @@ def test_a_failed_run_alone_is_tried_again(finished, place, tmp_path):
 
     output = tmp_path / "out"
     shutil.copytree(finished[1], output)
-    runs = {f"{run.folder.parent.name}/{run.folder.name}": run for run in grid_of(place, finished[0], output).runs()}
+    grid = grid_of(place, finished[0], output)
+    runs = {f"{run.folder.parent.name}/{run.folder.name}": run for run in grid.runs()}
     for name in ("Linear/seed-1", "LoRA-+-biases/seed-1"):
         shutil.rmtree(runs[name].folder)
-        runs[name].note_failure(RuntimeError("it rained"))
+        runs[name].note_failure(RuntimeError("it rained"), grid.chosen(runs[name].cell))
     assert compare(place, finished[0], output, "--only", "Linear", "--retry-failed") == 0
     assert runs["Linear/seed-1"].output.finished
     assert runs["LoRA-+-biases/seed-1"].failure() == "it rained"

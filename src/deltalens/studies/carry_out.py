@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from deltalens.studies import attempts
 from deltalens.studies.attempts import Worker
@@ -51,22 +50,12 @@ def work(
 def reopen(grid: Grid, runs: Sequence[Run]) -> None:
     """Forget the failures of runs, so that they are tried again. One that somebody works on is left to them."""
     locks = RunLocks(grid.output)
-    for run in runs:
-        if grid.state(run) != "failed":
-            continue
+    for run in [run for run in runs if grid.state(run) == "failed"]:  # all of them before the first is open again
         with locks.hold(run) as held:
-            if held and grid.state(run) == "failed":
-                run.forget_failure()
+            if held and run.failure() is not None:
                 attempts.end(run)
                 run.output.checkpoint.unlink(missing_ok=True)
-
-
-def is_due(grid: Grid, run: Run) -> bool:
-    """Whether a run is to be done: it is open, or it was finished with another rate than its searches now say."""
-    if run.failure() is not None:
-        return False
-    results = run.results()
-    return results is None or _is_stale(results, _rate(grid, run))
+                run.forget_failure()  # last: a run that is open goes on from its checkpoint
 
 
 def can_be_done(grid: Grid, run: Run) -> bool:
@@ -74,52 +63,40 @@ def can_be_done(grid: Grid, run: Run) -> bool:
     return run.stage == "search" or all(grid.state(search) != "open" for search in grid.searches[run.cell])
 
 
-def _rate(grid: Grid, run: Run) -> float | None:
-    return run.rate if run.stage == "search" else grid.chosen_rate(run.cell)
-
-
-def _is_stale(results: dict[str, Any], rate: float | None) -> bool:
-    return results["settings"]["lr"] != rate
-
-
 def _do(grid: Grid, workplace: Workplace, run: Run, worker: Worker | None) -> bool:
     """Do a run, whose lock is held, where it is to be done. Whether it was."""
-    if not is_due(grid, run):
+    if grid.state(run) == "failed":
+        return False
+    if grid.state(run) == "finished":
         _tidy(grid, run)
         return False
+    candidate = run.candidate if run.stage == "search" else grid.chosen(run.cell)
     refused = attempts.begin(run, worker)
     try:
         if refused is not None:
             raise RuntimeError(refused)
-        _train(grid, workplace, run)
+        if candidate is None:
+            reasons = "; ".join(dict.fromkeys(each.failure() or "" for each in grid.searches[run.cell]))
+            raise RuntimeError(f"every trial of the search failed: {reasons}")
+        run.forget_failure()  # of other values
+        trained = grid.search_of(run, candidate)
+        if trained is not None and trained.has_adapter():
+            workplace.test_trained(run, trained)
+        else:
+            workplace.train(run, candidate.values, again=not run.goes_on_with(candidate.values))
     except Exception as error:  # whatever goes wrong in one run, the others are done
-        run.note_failure(error)
+        run.note_failure(error, candidate)
+    else:
+        _tidy(grid, run)
     finally:
         attempts.end(run)
-    _tidy(grid, run)
     return True
 
 
-def _train(grid: Grid, workplace: Workplace, run: Run) -> None:
-    rate, results = _rate(grid, run), run.results()
-    if rate is None:
-        reasons = "; ".join(dict.fromkeys(each.failure() or "" for each in grid.searches[run.cell]))
-        raise RuntimeError(f"every learning rate failed: {reasons}")
-    earlier = run.output.read_config() or {}
-    trained = next((each for each in grid.searches[run.cell] if each.rate == rate), None)
-    same_training = trained is not None and run.seed == trained.seed and not run.joined
-    if run.stage == "final" and same_training and trained.has_adapter():
-        workplace.test_trained(run, trained, rate)
-    else:
-        stale = results is not None and _is_stale(results, rate)
-        workplace.train(run, rate, again=stale or earlier.get("lr", rate) != rate)
-
-
 def _tidy(grid: Grid, run: Run) -> None:
-    """Drop what nobody will ask for: notes of what was done before a kill, adapters of final runs where the study does
-    not keep them, and those of searches once the final run is there that takes one of them over."""
-    if not run.output.finished:
-        return
+    """Drop what nobody will ask for: what a kill has left of a finished run, adapters of final runs where the study
+    does not keep them, and those of searches once the final run is there that takes one of them over."""
+    run.output.tidy()
     attempts.end(run)
     if run.stage == "final":
         if not grid.study.keep_adapters:

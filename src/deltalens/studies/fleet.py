@@ -13,7 +13,7 @@ from typing import Protocol
 from deltalens.studies import attempts
 from deltalens.studies.attempts import Worker
 from deltalens.studies.benchmarks import threads
-from deltalens.studies.carry_out import is_due, reopen, work
+from deltalens.studies.carry_out import reopen, work
 from deltalens.studies.grid import Grid
 from deltalens.studies.progress import Progress
 from deltalens.studies.selection import matching, with_searches
@@ -112,7 +112,7 @@ def run_study(
         reopen(grid, matching(grid, job.only))
     workplace = job.workplace()
     workplace.check([run for run in runs if grid.state(run) == "open"])
-    due = [run for run in runs if is_due(grid, run)]
+    due = [run for run in runs if grid.state(run) == "open"]
     if crew is not None and due:
         count = min(parallel, len(due))
         progress = Progress(grid, runs, count, show)

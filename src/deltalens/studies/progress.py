@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from deltalens.studies.carry_out import is_due
+from deltalens.studies.candidates import values_text
 from deltalens.studies.grid import Grid
 from deltalens.studies.results import seconds_text
 from deltalens.studies.trial import Run, score
@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, grid: Grid, runs: Sequence[Run], workers: int = 1, show: Callable[[str], None] = print):
         self.grid, self.runs, self.workers, self.show = grid, runs, workers, show
         self.started = time.monotonic()
-        self.open = [run for run in runs if is_due(grid, run)]
+        self.open = [run for run in runs if grid.state(run) == "open"]
         self.seconds: dict[tuple[str, ...], list[float]] = {}
         opened = {run.folder for run in self.open}
         for run in grid.runs():
@@ -31,11 +31,11 @@ class Progress:
         """Show what has been done since the last look."""
         places = {run.folder: number for number, run in enumerate(self.runs, 1)}
         for run in list(self.open):
-            if not is_due(self.grid, run):
+            if self.grid.state(run) != "open":
                 self.open.remove(run)
                 self._remember(run)
                 place = f"[{places[run.folder]:>{len(str(len(self.runs)))}}/{len(self.runs)}]"
-                self.show(f"{place} {run.describe()}: {outcome_text(run)} | {self._time_text()}")
+                self.show(f"{place} {run.describe()}: {outcome_text(self.grid, run)} | {self._time_text()}")
 
     def left(self) -> float | None:
         """Seconds that the open runs will take; None where no run is finished to tell by."""
@@ -62,13 +62,14 @@ class Progress:
         return elapsed if left is None else f"{elapsed}, about {duration_text(left)} left"
 
 
-def outcome_text(run: Run) -> str:
-    """What came out of a run: its accuracy, the chosen rate and the time, or why it failed."""
-    if (failure := run.failure()) is not None:
-        return f"failed: {failure}"
+def outcome_text(grid: Grid, run: Run) -> str:
+    """What came out of a run: its accuracy, the chosen values and the time, or why it failed."""
+    if grid.state(run) == "failed":
+        return f"failed: {run.failure()}"
     results = run.results()
     part = "test" if results["test"] else "val"
-    chosen = "" if run.stage == "search" else f", lr {results['settings']['lr']:g}"
+    candidate = None if run.stage == "search" else grid.chosen(run.cell)
+    chosen = "" if candidate is None else f", {values_text(candidate.shown)}"
     return f"{part} {100 * score(results[part]):.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
 
 
