@@ -85,12 +85,17 @@ class Run:
 
     def results(self) -> dict[str, Any] | None:
         """results.json of a finished run, None of another."""
-        return self.output.read_results() if self.output.finished else None
+        try:
+            return self.output.read_results()
+        except FileNotFoundError:  # also where another process begins the run anew just now
+            return None
 
     def failure(self) -> str | None:
         """Why the run failed, None where it did not."""
-        file = self.folder / FAILED
-        return json.loads(file.read_text(encoding="utf-8"))["message"] if file.is_file() else None
+        try:
+            return json.loads((self.folder / FAILED).read_text(encoding="utf-8"))["message"]
+        except FileNotFoundError:
+            return None
 
     def done_with(self, values: Values | None) -> bool:
         """Whether the finished or failed run was one of these values. Runs of earlier versions searched the rate only,
@@ -98,7 +103,10 @@ class Run:
         results = self.results()
         if results is not None:
             return results.get("values", {"lr": results["settings"]["lr"]}) == values
-        return json.loads((self.folder / FAILED).read_text(encoding="utf-8")).get("values", values) == values
+        try:
+            return json.loads((self.folder / FAILED).read_text(encoding="utf-8")).get("values", values) == values
+        except FileNotFoundError:  # another process begins the run anew just now
+            return False
 
     def goes_on_with(self, values: Values) -> bool:
         """Whether what the folder holds of a run that was stopped was trained with these values."""

@@ -75,7 +75,10 @@ class Output:
         """What config.yaml holds, or None where there is none."""
         import yaml
 
-        return yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.is_file() else None
+        try:
+            return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # also where another process begins the run anew just now
+            return None
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json and drop the checkpoint, which a finished run does not need."""
