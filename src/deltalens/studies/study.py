@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from deltalens.methods import FullConfig, Method
+from deltalens.studies.published import Published
 from deltalens.training.optim import default_learning_rate
 from deltalens.training.settings import TrainingSettings
 
@@ -111,7 +112,8 @@ class Study:
     rates: factors on every method's base rate; with more than one the best is chosen on the validation images.
     fixed_rate: the base rate of all methods that name none, in the place of their defaults. reference: the row that the
     report's test compares the others with; without one full fine-tuning, else the first row. scatter: the datasets on
-    the axes of the report's plot of two tasks; without them the first two.
+    the axes of the report's plot of two tasks; without them the first two. published: numbers of papers, to be shown
+    beside.
     """
 
     title: str
@@ -127,6 +129,7 @@ class Study:
     x_title: str = "x"
     reference: str | None = None
     scatter: tuple[str, str] | None = None
+    published: tuple[Published, ...] = ()
 
     @property
     def reference_label(self) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from deltalens.data.formats import PROTOCOLS
 from deltalens.data.splits import stratified_split
 from deltalens.methods import Method, make_config
+from deltalens.studies.published import read_published
 from deltalens.studies.study import (
     OWN_RATE,
     BackboneEntry,
@@ -27,7 +28,7 @@ from deltalens.studies.study_yaml import Document, Place
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
 DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download")
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
-FIELDS += ("reference", "scatter")
+FIELDS += ("reference", "scatter", "published")
 
 
 def read_study(path: str | os.PathLike, datasets: Mapping[str, str] | None = None) -> Study:
@@ -69,7 +70,7 @@ class _Reader:
             scatter=tuple(top["scatter"]) if isinstance(top.get("scatter"), list) else top.get("scatter"),
         )
         self._check_report(study)
-        return study
+        return replace(study, published=read_published(self.document, top.get("published"), study))
 
     def _check_report(self, study: Study) -> None:
         """The fields that name rows and datasets."""

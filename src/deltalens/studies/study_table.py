@@ -11,6 +11,15 @@ from dataclasses import dataclass, field, fields
 from deltalens.data.vtab1k import task_of
 from deltalens.studies.grid import Grid
 from deltalens.studies.markdown import markdown_table
+from deltalens.studies.published import Published
+from deltalens.studies.published_table import (
+    only_published,
+    overview_columns,
+    published_columns,
+    published_note,
+    published_rows,
+    published_runs,
+)
 from deltalens.studies.results import percent_text, seconds_text
 from deltalens.studies.study import Variant
 from deltalens.studies.trial import Run, score
@@ -120,13 +129,16 @@ class StudyTable:
     cells: list[Cell]
     description: str
     vtab_tasks: dict[str, str] = field(default_factory=dict)  # dataset -> task, where all datasets are VTAB-1k's
+    published: tuple[Published, ...] = ()
 
     # ------------------------------------------------------------------ texts
     def to_csv(self) -> str:
         text = io.StringIO()
-        writer = csv.DictWriter(text, [each.name for each in fields(RunRow)], lineterminator="\n")
+        names = [each.name for each in fields(RunRow)] + (["published"] if self.published else [])
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(vars(row) for row in self.rows)
+        writer.writerows(published_runs(self.published))
         return text.getvalue()
 
     def to_markdown(self) -> str:
@@ -136,16 +148,17 @@ class StudyTable:
         if len(pairs) > 1:
             header, body = overview(self.cells)
             lines = [[label, *(text for text, _ in line)] for label, line in body.items()]
+            lines += [[label, *line] for label, line in published_rows(self.published, overview_columns(pairs))]
             parts += [
                 f"## {'Test' if all(cell.tested for cell in self.cells) else 'Validation'} accuracy, %",
                 markdown_table(["method", *header], lines),
             ]
         for backbone in dict.fromkeys(backbone for backbone, _ in pairs) if self.vtab_tasks else ():
             cells = [cell for cell in self.cells if cell.backbone == backbone]
-            parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks)]
+            parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks, self.published)]
         for backbone, dataset in pairs:
             cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
-            parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
+            parts += [f"## {backbone}, {dataset}", _pair_table(cells, self.published), *_notes(cells)]
         return "\n\n".join(parts) + "\n"
 
 
@@ -177,7 +190,7 @@ def read_table(grid: Grid) -> StudyTable:
     rows = [_row(grid, run) for run in grid.runs()]
     by_folder = {row.folder: row for row in rows}
     cells = [_cell(grid, [by_folder[_folder(grid, run)] for run in finals], finals) for finals in grid.finals.values()]
-    return StudyTable(grid.study.title, rows, cells, _description(grid), _vtab_tasks(grid))
+    return StudyTable(grid.study.title, rows, cells, _description(grid), _vtab_tasks(grid), grid.study.published)
 
 
 def _vtab_tasks(grid: Grid) -> dict[str, str]:
@@ -271,12 +284,15 @@ def _description(grid: Grid) -> str:
         f"{training.weight_decay:g}; seeds {', '.join(map(str, study.seeds))}. Learning rate: {tried}. Test images are "
         "looked at once, after the last epoch. Top-1 accuracy in per cent: mean ± sample standard deviation over seeds."
         + together
+        + (f" {noted}" if (noted := published_note(study.published)) else "")
     )
 
 
 # ------------------------------------------------------------------ tables
-def _pair_table(cells: Sequence[Cell]) -> str:
-    header = ["method", measured_text(cells), "trained", "with head", "% of backbone", "lr", "seconds"]
+def _pair_table(cells: Sequence[Cell], published: Sequence[Published]) -> str:
+    columns = published_columns(published, cells[0].backbone, cells[0].dataset)
+    rest = ["trained", "with head", "% of backbone", "lr", "seconds"]
+    header = ["method", measured_text(cells), *(name for name, _ in columns), *rest]
     body = []
     for cell in cells:
         counted = cell.adapter_parameters is not None
@@ -284,6 +300,7 @@ def _pair_table(cells: Sequence[Cell]) -> str:
             [
                 cell.variant.label,
                 cell.accuracy_text(),
+                *(numbers.get(cell.variant.label, "") for _, numbers in columns),
                 f"{cell.adapter_parameters:,}" if counted else "",
                 f"{cell.with_head:,}" if counted else "",
                 percent_text(cell.percent) if counted else "",
@@ -291,6 +308,8 @@ def _pair_table(cells: Sequence[Cell]) -> str:
                 "" if cell.seconds is None else seconds_text(cell.seconds).removesuffix(" s"),
             ]
         )
+    for label in only_published(columns, [cell.variant.label for cell in cells]):
+        body.append([label, "", *(numbers.get(label, "") for _, numbers in columns), *["" for _ in rest]])
     return markdown_table(header, body)
 
 
