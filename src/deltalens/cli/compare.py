@@ -30,7 +30,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=FOLDER",
-        help="a folder of images and its name, beside or instead of those in the study file; may be repeated",
+        help="a folder of images and its name, beside or instead of those in the study file; may be repeated. A FOLDER "
+        "alone is that of all datasets of the file that have none",
     )
     add("--dry-run", action="store_true", help="list the runs and their number, and stop")
     add(
@@ -108,14 +109,16 @@ def study_file(name: str) -> Path:
 
 
 def read_data(words: list[str]) -> dict[str, str]:
-    """NAME=FOLDER words as a mapping."""
+    """NAME=FOLDER words as a mapping; a FOLDER alone has the name ""."""
     found: dict[str, str] = {}
     for word in words:
         name, equals, folder = word.partition("=")
-        if not (name and equals and folder):
+        if not equals:
+            name, folder = "", word
+        elif not (name and folder):
             raise ValueError(f"--data takes NAME=FOLDER, such as --data flowers=/data/flowers, got {word!r}")
         if name in found:
-            raise ValueError(f"--data names {name!r} twice")
+            raise ValueError(f"--data names {name!r} twice" if name else "--data has two folders without a name")
         found[name] = folder
     return found
 

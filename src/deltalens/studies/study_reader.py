@@ -23,6 +23,7 @@ from deltalens.studies.study import (
     Variant,
     folder_name,
 )
+from deltalens.studies.study_base import read_with_base
 from deltalens.studies.study_yaml import Document, Place
 
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
@@ -32,14 +33,15 @@ FIELDS += ("reference", "scatter", "published")
 
 
 def read_study(path: str | os.PathLike, datasets: Mapping[str, str] | None = None) -> Study:
-    """Read and check a study file. datasets: name -> folder, in the place of, or beside, those of the file.
+    """Read and check a study file. datasets: name -> folder, in the place of, or beside, those of the file; the name ""
+    stands for all datasets of the file that have no folder.
 
     Raises ValueError that names line and field and says what is allowed, FileNotFoundError for a missing file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no study file at {path}")
-    return _Reader(Document(path)).study(dict(datasets or {}))
+    return _Reader(read_with_base(path)).study(dict(datasets or {}))
 
 
 class _Reader:
@@ -108,12 +110,15 @@ class _Reader:
 
     def _datasets(self, value: Any, given: dict[str, str]) -> tuple[DatasetEntry, ...]:
         entries = self.document.mapping(value, ("datasets",))
+        common, waiting = given.pop("", None), False  # for those that have no folder
         found: dict[str, DatasetEntry] = {}
         for name, entry in entries.items():
             place: Place = ("datasets", name)
             entry = {"path": entry} if isinstance(entry, str) else {} if entry is None else entry
             entry = self.document.mapping(entry, place, DATASET_FIELDS)
             folder = given.pop(name, entry.get("path"))
+            if folder is None:
+                folder, waiting = common, True
             if folder is None:
                 raise self.document.error(place, f"has no path; write one here or give --data {name}=FOLDER")
             for key in ("min_crop", "hflip"):
@@ -130,6 +135,10 @@ class _Reader:
                 self.document.text(entry.get("format", "auto"), (*place, "format")),
                 protocol,
                 self.document.flag(entry.get("download", False), (*place, "download")),
+            )
+        if common is not None and not waiting:
+            raise ValueError(
+                f"--data takes NAME=FOLDER, got {common!r}: no dataset of {self.document.path} waits for a folder"
             )
         found |= {name: DatasetEntry(name, folder) for name, folder in given.items()}
         if not found:
