@@ -32,7 +32,7 @@ def study_text(methods=METHODS, backbones=BACKBONES, datasets=DATASETS, seeds=(0
     return "\n".join(lines) + "\n"
 
 
-def results(run, accuracy: float, tested: bool = True, memory: int | None = None, methods=METHODS) -> dict:
+def results(run, accuracy: float, values, tested: bool = True, memory: int | None = None, methods=METHODS) -> dict:
     """What a run's results.json holds, as far as tables and reports read it."""
     rng = np.random.default_rng(zlib.crc32(str(run.folder.relative_to(run.folder.parents[3])).encode()))
     shape = 1 - 0.6 * np.exp(-np.arange(1, EPOCHS + 1) / 3) + rng.normal(0, 0.006, EPOCHS)
@@ -47,7 +47,8 @@ def results(run, accuracy: float, tested: bool = True, memory: int | None = None
         "test": {"accuracy": accuracy} if tested and run.stage == "final" else {},
         "parameters": share,
         "seconds": {"training": seconds, "total": seconds + 4},
-        "settings": {"lr": run.rate or 0.003},
+        "settings": {"lr": values["lr"]},
+        "values": dict(values),
         "machine": "Linux x86_64, 8 CPU cores",
         "finished": f"2026-03-0{1 + run.seed % 9}T10:00:00+00:00",
         "versions": {"deltalens": "0.1.0", "torch": "2.9"},
@@ -72,9 +73,11 @@ def write_study_folder(folder: Path, text: str | None = None, accuracy=made_up_a
     for run in grid.runs():
         value = accuracy(run)
         if isinstance(value, str):
-            run.note_failure(RuntimeError(value))
+            run.note_failure(RuntimeError(value), run.candidate or grid.chosen(run.cell))
         elif value is not None:
-            run.output.write_results(results(run, value, **options))
+            candidate = run.candidate or grid.chosen(run.cell)
+            values = candidate.values if candidate else {"lr": 0.003}
+            run.output.write_results(results(run, value, values, **options))
     return grid
 
 

@@ -103,6 +103,8 @@ def _builder(options: dict[str, Any], methods: list, data):
     """The function that makes the run of a trial from its values."""
     from dataclasses import replace
 
+    from deltalens.studies.search_space import with_values
+
     def build(values):
         chosen = with_values(methods, values)
         own = {name: value for name, value in values.items() if not name.startswith("method.")}
@@ -112,24 +114,6 @@ def _builder(options: dict[str, Any], methods: list, data):
         return task, replace(data, test=None), settings, run_options
 
     return build
-
-
-def with_values(methods: list, values: dict[str, Any]) -> list:
-    """The methods with the `method.<setting>` values of a trial. ValueError where none of them has such a setting."""
-    from dataclasses import fields, replace
-
-    found = list(methods)
-    for name, value in values.items():
-        setting = name.removeprefix("method.")
-        if setting == name:
-            continue
-        having = [i for i, method in enumerate(found) if setting in {field.name for field in fields(method)}]
-        if not having:
-            names = ", ".join(method.name for method in found)
-            raise ValueError(f"the search space names {name}, and {names} has no setting {setting!r}")
-        for i in having:
-            found[i] = replace(found[i], **{setting: value})
-    return found
 
 
 # ------------------------------------------------------------------ files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from deltalens.studies.candidates import values_text
 from deltalens.studies.grid import Grid
 from deltalens.studies.results import seconds_text
 from deltalens.studies.trial import Run, Workplace, score
@@ -36,31 +37,28 @@ def run_grid(
 
 def _do(grid: Grid, workplace: Workplace, run: Run) -> str | None:
     """Do a run where it is to be done. What came out, or None where there was nothing to do."""
-    rate = run.rate if run.stage == "search" else grid.chosen_rate(run.cell)
-    if run.failure() is not None:
+    if grid.state(run) == "failed":
         return None
-    results = run.results()
-    stale = results is not None and results["settings"]["lr"] != rate  # a search has chosen another rate since
-    if results is not None and not stale:
+    if grid.state(run) == "finished":
         _tidy(grid, run)
         return None
+    candidate = run.candidate if run.stage == "search" else grid.chosen(run.cell)
     try:
-        if rate is None:
+        if candidate is None:
             reasons = "; ".join(dict.fromkeys(each.failure() or "" for each in grid.searches[run.cell]))
-            raise RuntimeError(f"every learning rate failed: {reasons}")
-        earlier = run.output.read_config() or {}
-        trained = next((each for each in grid.searches[run.cell] if each.rate == rate), None)
-        same_training = trained is not None and run.seed == trained.seed and not run.joined
-        if run.stage == "final" and same_training and trained.has_adapter():
-            results = workplace.test_trained(run, trained, rate)
+            raise RuntimeError(f"every trial of the search failed: {reasons}")
+        run.forget_failure()  # of other values
+        trained = grid.search_of(run, candidate)
+        if trained is not None and trained.has_adapter():
+            results = workplace.test_trained(run, trained)
         else:
-            results = workplace.train(run, rate, again=stale or earlier.get("lr", rate) != rate)
+            results = workplace.train(run, candidate.values, again=not run.goes_on_with(candidate.values))
     except Exception as error:  # whatever goes wrong in one run, the others are done
-        run.note_failure(error)
+        run.note_failure(error, candidate)
         return f"failed: {run.failure()}"
     _tidy(grid, run)
     part = "test" if results["test"] else "val"
-    chosen = "" if run.stage == "search" else f", lr {rate:g}"
+    chosen = "" if run.stage == "search" else f", {values_text(candidate.shown)}"
     return f"{part} {100 * score(results[part]):.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
 
 

@@ -204,7 +204,8 @@ def _folder(grid: Grid, run: Run) -> str:
 
 
 def _row(grid: Grid, run: Run) -> RunRow:
-    results = run.results() or {}
+    state = grid.state(run)
+    results = (run.results() if state == "finished" else None) or {}
     test, parameters, seconds = (results.get(key) or {} for key in ("test", "parameters", "seconds"))
     return RunRow(
         stage=run.stage,
@@ -213,7 +214,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
         method=run.variant.label,
         seed=run.seed,
         lr=results["settings"]["lr"] if results else run.rate,
-        status=grid.state(run),
+        status=state,
         val_accuracy=score(results.get("val") or {}),
         test_accuracy=score(test),
         test_mean_class_accuracy=test.get("mean_class_accuracy"),
@@ -226,7 +227,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
         x=run.variant.x,
         curve=run.variant.curve,
         folder=_folder(grid, run),
-        message=None if results else run.failure(),
+        message=run.failure() if state == "failed" else None,
         metric=next((name for name in ("accuracy", "mAP") if name in (test or results.get("val") or {})), None),
         peak_memory_bytes=results.get("peak_memory_bytes"),
     )

@@ -35,6 +35,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     config: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
     cache_features: str | os.PathLike | None = None,
     after_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
@@ -45,10 +46,11 @@ def fit(
     epoch's values are reported; test, where there is one, is measured once, at the end. output: a folder for the
     adapter (`task.model` must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing.
     resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on the CPU bit for bit.
-    See `Output.check` for what is refused. config: written to `config.yaml`. cache_features: a folder in which the
-    features of a network that is frozen up to its last blocks or its head are kept and read from, instead of being
-    computed in every epoch (see `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch:
-    called with the row of every finished epoch, before its checkpoint is written; what it raises ends the training.
+    See `Output.check` for what is refused. config: written to `config.yaml`. facts: written into the results as they
+    are. cache_features: a folder in which the features of a network that is frozen up to its last blocks or its head
+    are kept and read from, instead of being computed in every epoch (see `deltalens.training.feature_cache`); nothing
+    may be augmented then. after_epoch: called with the row of every finished epoch, before its checkpoint is written;
+    what it raises ends the training.
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
     "device", "machine", "finished" (date and time, UTC), "settings", "versions", "peak_memory_bytes" of training on a
@@ -89,6 +91,7 @@ def fit(
         "settings": vars(settings),
         "versions": _versions(),
         **features,
+        **(facts or {}),
         "history": history,
     }
     if place is not None and is_main_process():
