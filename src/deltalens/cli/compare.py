@@ -127,6 +127,8 @@ def _list(grid: Grid) -> None:
     for run in grid.runs():
         state = grid.state(run)
         print(run.describe() + ("" if state == "open" else f" ({state})"))
+    if grid.study.left_out:
+        print(f"left out, since no folder was given: {', '.join(grid.study.left_out)}")
     counts = grid.counts()
     print(f"{sum(counts.values())} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}")
 

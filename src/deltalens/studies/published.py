@@ -11,8 +11,9 @@ part of a mean, a rank, a test, or the choice of the best.
       not_run:                                  # rows that the study does not run
         Adapter+: {flowers102: 99.59}
 
-Scores are in per cent. A dataset of the study is named as it is there; `mean` is that over all of its datasets, and
-`Natural`, `Specialized`, `Structured` are the group means of VTAB-1k. Several sources are a list of such mappings.
+Scores are in per cent. A dataset of the study is named as it is there; `mean` is that over all of its datasets (not
+shown where some are left out), and `Natural`, `Specialized`, `Structured` are the group means of VTAB-1k. Several
+sources are a list of such mappings.
 """
 
 from __future__ import annotations
@@ -87,11 +88,13 @@ def _read_one(document: Document, value: Any, place: Place, study: Study) -> Pub
     if not scores and not others:
         raise document.error(place, "has no numbers; name them under scores, row: {dataset: number}")
     columns = _columns(study)
+    gone = {*study.left_out, MEAN} if study.left_out else set()
     found = [
         score
         for part, rows in (("scores", scores), ("not_run", others))
         for label, row in rows.items()
         for score in _row(document, label, row, (*place, part, label), columns)
+        if score.column not in gone
     ]
     note = entry.get("note")
     return Published(
@@ -106,7 +109,7 @@ def _read_one(document: Document, value: Any, place: Place, study: Study) -> Pub
 def _columns(study: Study) -> list[str]:
     """What scores may be of."""
     tasks = all(task_of(dataset.format, dataset.path) for dataset in study.datasets)
-    names = [dataset.name for dataset in study.datasets]
+    names = [*(dataset.name for dataset in study.datasets), *study.left_out]
     return [*names, *(GROUPS if tasks else ()), *([MEAN] if len(names) > 1 else [])]
 
 

@@ -28,7 +28,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Document:
     if not isinstance(content, dict) or BASE not in content:
         return document
     chain, several = (*above, path.resolve()), isinstance(content[BASE], list)
-    merged: Any = {}
+    below: Any = {}
     lines: dict[Place, tuple[Path, int]] = {}
     for index, name in enumerate(content[BASE] if several else [content[BASE]]):
         place: Place = (BASE, index) if several else (BASE,)
@@ -36,9 +36,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> Document:
         if found.resolve() in chain:
             raise document.error(place, f"{found} builds on this file itself")
         base = _read(found, chain)
-        merged, lines = _merged(merged, base.content), lines | base.lines
+        below, lines = merged(below, base.content), lines | base.lines
     own = {key: value for key, value in content.items() if key != BASE}
-    document.content, document.lines = _merged(merged, own), lines | document.lines
+    document.content, document.lines = merged(below, own), lines | document.lines
     return document
 
 
@@ -53,7 +53,8 @@ def _base_file(document: Document, name: str, place: Place) -> Path:
     raise document.error(place, f"there is no file {beside}, nor a study {name!r} in the package; it has {near}")
 
 
-def _merged(base: Any, own: Any) -> Any:
+def merged(base: Any, own: Any) -> Any:
+    """own on top of base: mappings field by field, null takes a field away."""
     if not isinstance(base, dict) or not isinstance(own, dict):
         return own
     result = dict(base)
@@ -61,5 +62,5 @@ def _merged(base: Any, own: Any) -> Any:
         if value is None and key in result:
             del result[key]
         else:
-            result[key] = _merged(base.get(key), value)
+            result[key] = merged(base.get(key), value)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from deltalens.studies.study import (
     Variant,
     folder_name,
 )
-from deltalens.studies.study_base import read_with_base
+from deltalens.studies.study_base import merged, read_with_base
 from deltalens.studies.study_fields import SHARES, TRAINING, check_share, check_training, plain_fields, training_fields
 from deltalens.studies.study_yaml import Document, Place
 
@@ -34,7 +35,7 @@ BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "op
 DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download")
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
 FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published")
-ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone")  # beside a method and its settings
+ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone", "datasets")  # beside a method and its settings
 OF_BACKBONES = ("img_size", "pretrained", "checkpoint", "model", "num_classes")
 
 
@@ -55,6 +56,7 @@ class _Reader:
 
     def __init__(self, document: Document):
         self.document = document
+        self.left_out: list[str] = []  # datasets without a folder, where others were given one
 
     def study(self, given: dict[str, str]) -> Study:
         top = self.document.mapping(self.document.content, (), FIELDS)
@@ -78,14 +80,21 @@ class _Reader:
             datasets=self._datasets(top.get("datasets") or {}, given),
             reference=top.get("reference"),
             scatter=tuple(top["scatter"]) if isinstance(top.get("scatter"), list) else top.get("scatter"),
+            left_out=tuple(self.left_out),
         )
         self._check_report(study)
+        self._check_datasets_of_rows(study)
         for variant in study.variants:
             check_training(
                 self.document, study.training_of(variant), variant.training, ("methods", variant.label, "training")
             )
         check_rows(self.document, study)
         return replace(study, published=read_published(self.document, top.get("published"), study))
+
+    def _check_datasets_of_rows(self, study: Study) -> None:
+        known = [*(dataset.name for dataset in study.datasets), *study.left_out]
+        for variant in study.variants:
+            self.document.mapping(dict(variant.datasets), ("methods", variant.label, "datasets"), known)
 
     def _check_report(self, study: Study) -> None:
         """The fields that name rows and datasets."""
@@ -124,6 +133,7 @@ class _Reader:
     def _datasets(self, value: Any, given: dict[str, str]) -> tuple[DatasetEntry, ...]:
         entries = self.document.mapping(value, ("datasets",))
         common, waiting = given.pop("", None), False  # for those that have no folder
+        some = bool(given)
         found: dict[str, DatasetEntry] = {}
         for name, entry in entries.items():
             place: Place = ("datasets", name)
@@ -132,6 +142,9 @@ class _Reader:
             folder = given.pop(name, entry.get("path"))
             if folder is None:
                 folder, waiting = common, True
+            if folder is None and some:
+                self.left_out.append(name)
+                continue
             if folder is None:
                 raise self.document.error(place, f"has no path; write one here or give --data {name}=FOLDER")
             for key in SHARES:
@@ -155,6 +168,11 @@ class _Reader:
             raise ValueError(
                 f"--data takes NAME=FOLDER, got {common!r}: no dataset of {self.document.path} waits for a folder"
             )
+        for name in given:
+            if near := difflib.get_close_matches(name, self.left_out, n=1):
+                raise ValueError(
+                    f"--data {name}=...: {self.document.path} has no dataset {name}; did you mean {near[0]}?"
+                )
         found |= {name: DatasetEntry(name, folder) for name, folder in given.items()}
         if not found:
             raise ValueError(f"{self.document.path} names no datasets: give each as --data NAME=FOLDER")
@@ -163,9 +181,21 @@ class _Reader:
 
     def _variants(self, value: Any) -> tuple[Variant, ...]:
         entries = self.document.mapping(value, ("methods",))
-        found = {label: self._variant(label, entry, ("methods", label)) for label, entry in entries.items()}
+        found = {label: self._row_on_all(label, entry, ("methods", label)) for label, entry in entries.items()}
         self._distinct_folders(found, ("methods",))
         return tuple(found.values())
+
+    def _row_on_all(self, label: str, entry: Any, place: Place) -> Variant:
+        """A row, with what is different on single datasets."""
+        if not isinstance(entry, dict) or "datasets" not in entry:
+            return self._variant(label, entry, place)
+        own = self.document.mapping(entry["datasets"], (*place, "datasets"))
+        common = {key: each for key, each in entry.items() if key != "datasets"}
+        found = {}
+        for name, different in own.items():
+            here: Place = (*place, "datasets", name)
+            found[name] = self._variant(label, merged(common, self.document.mapping(different, here)), here)
+        return replace(self._variant(label, common, place), datasets=found)
 
     def _variant(self, label: str, entry: Any, place: Place) -> Variant:
         own: dict[str, Any] = {}
