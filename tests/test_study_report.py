@@ -223,7 +223,7 @@ def test_searches_are_counted_apart_and_linked(tmp_path):
     html = page_of(grid)
     page = Page(html)
     assert "2 final runs, and 4 that choose learning rates." in page.text
-    assert "best of 2 (0.5, 1 times" in page.text
+    assert "Search: 2 trials for every method (grid: lr 0.5, 1 times the method's own)." in page.text
     assert table_rows(section(html, "ViT-S, pets"))["Mona"][4] == "0.003 *"
     assert 'href="runs/ViT-S/pets/Mona/lr-0.0015/">ViT-S, pets, Mona, search, lr 0.0015</a>: diverged' in html
 

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.grid import Grid
 from deltalens.studies.plots import colour
+from deltalens.studies.protocol import counted, searches_rates_only
 from deltalens.studies.published_table import only_published, overview_columns, published_columns, published_rows
 from deltalens.studies.report import NO_NETWORK, STYLE
 from deltalens.studies.results import bytes_text, percent_text, seconds_text
@@ -18,7 +19,7 @@ from deltalens.studies.study import Study
 from deltalens.studies.study_details import Details, read_details
 from deltalens.studies.study_plots import method_numbers
 from deltalens.studies.study_report_plots import MOST_TASKS, curve_figures, parameter_figures, rank_figure, task_figures
-from deltalens.studies.study_table import RunRow, StudyTable, measured_text, overview
+from deltalens.studies.study_table import EDGE, RunRow, StudyTable, measured_text, overview, rates_only
 from deltalens.studies.vtab_table import published_vtab_rows, vtab_rows
 
 PAIRED = {
@@ -89,7 +90,8 @@ def grid_text(study: Study, table: StudyTable) -> str:
     sizes = {"method": study.variants, "backbone": study.backbones, "dataset": study.datasets, "seed": study.seeds}
     product = " × ".join(counted(len(entries), name) for name, entries in sizes.items())
     searches = sum(row.stage == "search" for row in table.rows)
-    chosen = f", and {searches} that choose learning rates" if searches else ""
+    what = "learning rates" if searches_rates_only(study) else "settings"
+    chosen = f", and {searches} that choose {what}" if searches else ""
     return f"{product}: {counted(len(table.rows) - searches, 'final run')}{chosen}."
 
 
@@ -99,11 +101,6 @@ def _split_text(study: Study) -> str:
         f"Folders without validation or test images are split once for all runs, by seed {split.seed}: "
         f"{100 * split.val_fraction:g} % for validation, {100 * split.test_fraction:g} % for the test."
     )
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 run", "2 runs"."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 # ------------------------------------------------------------------ tables
@@ -184,7 +181,8 @@ def _task_table(table: StudyTable, task: tuple[str, str], numbers: dict[str, int
     best = max((cell.mean for cell in cells if cell.mean is not None), default=None)
     with_memory = any(cell.memory is not None for cell in cells)
     columns = published_columns(table.published, *task)
-    rest = ["Trained parameters", "With head", "% of backbone", "Learning rate", "Time for training"]
+    rest = ["Trained parameters", "With head", "% of backbone"]
+    rest += ["Learning rate" if rates_only(cells) else "Settings", "Time for training"]
     rest += ["GPU memory"] if with_memory else []
     header = ["Method", measured_text(cells).capitalize() + ", %", *(name.capitalize() for name, _ in columns), *rest]
     body = []
@@ -197,11 +195,11 @@ def _task_table(table: StudyTable, task: tuple[str, str], numbers: dict[str, int
             f"{cell.adapter_parameters:,}" if counted_ else "",
             f"{cell.with_head:,}" if counted_ else "",
             percent_text(cell.percent) if counted_ else "",
-            "" if cell.lr is None else f"{cell.lr:g}" + (" *" if cell.at_edge else ""),
+            escape(cell.settings_text()) if cell.chosen else "",
             "" if cell.seconds is None else seconds_text(cell.seconds),
         ]
         body.append(line + ([bytes_text(cell.memory) if cell.memory is not None else ""] if with_memory else []))
-    note = "* the smallest or largest rate that was tried" if any(cell.at_edge for cell in cells) else ""
+    note = f"* {EDGE}" if any(cell.at_edge for cell in cells) else ""
     others = only_published(columns, [cell.variant.label for cell in cells])
     body += [
         [escape(label), "", *(known.get(label, "") for _, known in columns), *[""] * len(rest)] for label in others
@@ -297,7 +295,7 @@ def _failures(rows: Sequence[RunRow]) -> str:
 
 
 def _link(row: RunRow) -> str:
-    what = f"search, lr {row.lr:g}" if row.stage == "search" and row.lr is not None else f"seed {row.seed}"
+    what = f"search, {row.settings}" if row.stage == "search" else f"seed {row.seed}"
     text = f"{row.backbone}, {row.dataset}, {row.method}, {what}"
     return f'<a href="{escape(quote(row.folder, safe="/+="))}/">{escape(text)}</a>'
 
@@ -312,12 +310,12 @@ def _run_list(rows: Sequence[RunRow]) -> str:
             row.status,
             per_cent(row.val_accuracy),
             per_cent(row.test_accuracy),
-            "" if row.lr is None else f"{row.lr:g}",
+            escape(row.settings or ""),
             "" if row.training_seconds is None else seconds_text(row.training_seconds),
         ]
         for row in rows
     ]
-    header = ["Run", "State", "Validation, %", "Test, %", "Learning rate", "Training"]
+    header = ["Run", "State", "Validation, %", "Test, %", "Settings", "Training"]
     content = f"<details><summary>{counted(len(rows), 'run')}</summary>\n{html_table(header, body)}\n</details>"
     return _section("Runs", "Each leads to its folder, beside this page. runs.csv holds the same.", content)
 

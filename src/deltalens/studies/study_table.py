@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from deltalens.data.vtab1k import task_of
+from deltalens.studies.candidates import Values, value_text, values_text
 from deltalens.studies.grid import Grid
 from deltalens.studies.markdown import markdown_table
+from deltalens.studies.protocol import protocol_text
 from deltalens.studies.published import Published
 from deltalens.studies.published_table import (
     only_published,
@@ -21,7 +23,7 @@ from deltalens.studies.published_table import (
     published_runs,
 )
 from deltalens.studies.results import percent_text, seconds_text
-from deltalens.studies.study import Variant
+from deltalens.studies.study import Study, Variant
 from deltalens.studies.trial import Run, score
 from deltalens.studies.vtab_table import vtab_parts
 
@@ -29,7 +31,7 @@ from deltalens.studies.vtab_table import vtab_parts
 @dataclass(frozen=True)
 class RunRow:
     """One run, a line of runs.csv. Accuracies are fractions (metric says of what: "accuracy", or "mAP" where images
-    have several labels); what is not known is None."""
+    have several labels); settings: "lr 0.003, weight_decay 0.01", what was searched; what is not known is None."""
 
     stage: str
     backbone: str
@@ -53,6 +55,7 @@ class RunRow:
     message: str | None
     metric: str | None = None
     peak_memory_bytes: int | None = None
+    settings: str | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -65,9 +68,10 @@ class Cell:
     """One method on one backbone and dataset: its final runs together.
 
     accuracies: on the test images (validation where there is no test), of the finished runs, in the order of the
-    seeds. lr: the chosen rate; at_edge: it is the smallest or largest candidate of a search. failures: messages, of
-    the searches too. left: final runs that are neither finished nor failed. tested: accuracies are on test
-    images. memory: most GPU memory of training in bytes, the mean over runs; None where runs were not on a GPU.
+    seeds. chosen: values by name, what the search varies, else the rate; edges: the names at an edge of the search.
+    failures: messages, of the searches too. left: final runs that are neither finished nor failed. tested: accuracies
+    are on test images. memory: most GPU memory of training in bytes, the mean over runs; None where runs were not on a
+    GPU.
     """
 
     backbone: str
@@ -77,8 +81,8 @@ class Cell:
     adapter_parameters: int | None
     head_parameters: int | None
     percent: float | None
-    lr: float | None
-    at_edge: bool
+    chosen: Values
+    edges: frozenset[str]
     seconds: float | None
     failures: tuple[str, ...]
     left: int
@@ -86,6 +90,21 @@ class Cell:
     metric: str | None = None
     tested: bool = True
     memory: float | None = None
+
+    @property
+    def lr(self) -> float | None:
+        """The chosen rate; None where there is no result, or where it was not searched."""
+        return self.chosen.get("lr")
+
+    @property
+    def at_edge(self) -> bool:
+        return bool(self.edges)
+
+    def settings_text(self) -> str:
+        """ "0.003 *" where only the rate is of interest, else "lr 0.003 *, weight_decay 0.01"."""
+        if list(self.chosen) == ["lr"]:
+            return value_text(self.lr) + (" *" if self.at_edge else "")
+        return values_text(self.chosen, self.edges)
 
     @property
     def with_head(self) -> int | None:
@@ -190,7 +209,8 @@ def read_table(grid: Grid) -> StudyTable:
     rows = [_row(grid, run) for run in grid.runs()]
     by_folder = {row.folder: row for row in rows}
     cells = [_cell(grid, [by_folder[_folder(grid, run)] for run in finals], finals) for finals in grid.finals.values()]
-    return StudyTable(grid.study.title, rows, cells, _description(grid), _vtab_tasks(grid), grid.study.published)
+    study = grid.study
+    return StudyTable(study.title, rows, cells, study_text(study), _vtab_tasks(grid), study.published)
 
 
 def _vtab_tasks(grid: Grid) -> dict[str, str]:
@@ -205,6 +225,7 @@ def _folder(grid: Grid, run: Run) -> str:
 
 def _row(grid: Grid, run: Run) -> RunRow:
     state = grid.state(run)
+    candidate = run.candidate or (grid.chosen(run.cell) if state == "finished" else None)
     results = (run.results() if state == "finished" else None) or {}
     test, parameters, seconds = (results.get(key) or {} for key in ("test", "parameters", "seconds"))
     return RunRow(
@@ -230,6 +251,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
         message=run.failure() if state == "failed" else None,
         metric=next((name for name in ("accuracy", "mAP") if name in (test or results.get("val") or {})), None),
         peak_memory_bytes=results.get("peak_memory_bytes"),
+        settings=values_text(candidate.shown) if candidate else None,
     )
 
 
@@ -237,10 +259,10 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
     run = finals[0]
     done = [row for row in rows if row.status == "finished"]
     searches = grid.searches[run.cell]
-    failures = [f"lr {each.rate:g}: {each.failure()}" for each in searches if grid.state(each) == "failed"]
+    failed = [each for each in searches if grid.state(each) == "failed"]
+    failures = [f"{values_text(each.candidate.shown)}: {each.failure()}" for each in failed]
     failures += [f"seed {row.seed}: {row.message}" for row in rows if row.status == "failed"]
-    lr = done[0].lr if done else None
-    rates = [each.rate for each in searches]
+    chosen = grid.chosen(run.cell) if done else None
     peaks = [row.peak_memory_bytes for row in done if row.peak_memory_bytes is not None]
     return Cell(
         backbone=run.backbone.label,
@@ -250,8 +272,8 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
         adapter_parameters=done[0].adapter_parameters if done else None,
         head_parameters=done[0].head_parameters if done else None,
         percent=done[0].percent if done else None,
-        lr=lr,
-        at_edge=bool(rates) and lr in (min(rates), max(rates)),
+        chosen=chosen.shown if chosen else {},
+        edges=chosen.edges if chosen else frozenset(),
         seconds=statistics.fmean(row.training_seconds for row in done) if done else None,
         failures=tuple(failures),
         left=sum(row.status == "open" for row in rows),
@@ -262,37 +284,30 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
     )
 
 
+def rates_only(cells: Sequence[Cell]) -> bool:
+    """Whether no search of these cells has chosen anything but the rate."""
+    return all(name == "lr" for cell in cells for name in cell.chosen)
+
+
+EDGE = "at the edge of what was searched; the best may lie beyond"
+
+
 def measured_text(cells: Sequence[Cell]) -> str:
     """What the accuracies of these cells are: "test top-1", "validation mAP"."""
     part = "test" if all(cell.tested for cell in cells) else "validation"
     return f"{part} {'mAP' if any(cell.metric == 'mAP' for cell in cells) else 'top-1'}"
 
 
-def _description(grid: Grid) -> str:
-    study, training = grid.study, grid.study.training
-    factors = ", ".join(f"{factor:g}" for factor in sorted(study.rates))
-    if len(study.rates) > 1:
-        tried = (
-            f"best of {len(study.rates)} ({factors} times the method's own) on the validation images after the last "
-        )
-        tried += "epoch, with the first seed"
-    else:
-        tried = f"{study.fixed_rate:g}" if study.fixed_rate else "the method's own default"
-    joined = [dataset.name for dataset in study.datasets if dataset.protocol == "trainval"]
-    together = f" Final runs on {', '.join(joined)} train on training and validation images together." if joined else ""
-    return (
-        f"{training.epochs} epochs, batches of {training.batch_size}, {training.optimizer}, weight decay "
-        f"{training.weight_decay:g}; seeds {', '.join(map(str, study.seeds))}. Learning rate: {tried}. Test images are "
-        "looked at once, after the last epoch. Top-1 accuracy in per cent: mean ± sample standard deviation over seeds."
-        + together
-        + (f" {noted}" if (noted := published_note(study.published)) else "")
-    )
+def study_text(study: Study) -> str:
+    """How the study was made, what was left out of it, and where published numbers are from."""
+    left_out = f"Left out, since no folder was given: {', '.join(study.left_out)}." if study.left_out else ""
+    return " ".join(text for text in (protocol_text(study), left_out, published_note(study.published)) if text)
 
 
 # ------------------------------------------------------------------ tables
 def _pair_table(cells: Sequence[Cell], published: Sequence[Published]) -> str:
     columns = published_columns(published, cells[0].backbone, cells[0].dataset)
-    rest = ["trained", "with head", "% of backbone", "lr", "seconds"]
+    rest = ["trained", "with head", "% of backbone", "lr" if rates_only(cells) else "settings", "seconds"]
     header = ["method", measured_text(cells), *(name for name, _ in columns), *rest]
     body = []
     for cell in cells:
@@ -305,7 +320,7 @@ def _pair_table(cells: Sequence[Cell], published: Sequence[Published]) -> str:
                 f"{cell.adapter_parameters:,}" if counted else "",
                 f"{cell.with_head:,}" if counted else "",
                 percent_text(cell.percent) if counted else "",
-                "" if cell.lr is None else f"{cell.lr:g}" + (" *" if cell.at_edge else ""),
+                cell.settings_text() if cell.chosen else "",
                 "" if cell.seconds is None else seconds_text(cell.seconds).removesuffix(" s"),
             ]
         )
@@ -317,6 +332,6 @@ def _pair_table(cells: Sequence[Cell], published: Sequence[Published]) -> str:
 def _notes(cells: Sequence[Cell]) -> list[str]:
     notes = []
     if any(cell.at_edge for cell in cells):
-        notes.append("\\* the smallest or largest rate that was tried")
+        notes.append("\\* " + EDGE)
     failed = [f"- {cell.variant.label}, {message}" for cell in cells for message in cell.failures]
     return notes + (["Failed:\n\n" + "\n".join(failed)] if failed else [])

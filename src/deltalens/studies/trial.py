@@ -271,6 +271,7 @@ class Workplace:
             return keep_in_memory(files, resize)
 
         splits = splits.joined() if run.joined else splits
+        train = prepared(splits.train, augment, shrink)
         known = kept.pop(run.joined, (None, None))[1]  # with other training images
         val, test = splits.val, splits.test
         if val is not None:
@@ -278,10 +279,7 @@ class Workplace:
         if test is not None:
             others = [each.test for _, each in kept.values()] + ([known.test] if known else [])
             test = others[0] if others else prepared(test, judge, fit_in)  # the same images, decoded already
-        kept[run.joined] = (
-            augmentation,
-            replace(splits, train=prepared(splits.train, augment, shrink), val=val, test=test),
-        )
+        kept[run.joined] = (augmentation, replace(splits, train=train, val=val, test=test))
         return kept[run.joined][1]
 
 
