@@ -9,6 +9,7 @@ import yaml
 from study_fixtures import compare, grid_of, results_of, write_study
 
 import deltalens as dl
+from deltalens.cli.main import main
 from deltalens.studies import trial
 from deltalens.studies.study_table import read_table
 from deltalens.training.callbacks import NonFiniteLossError
@@ -80,9 +81,9 @@ def test_the_table_says_what_was_done(searched, place):
     table = (output / "table.md").read_text()
     assert (
         "Protocol: published, methods may have the settings of their papers. 1 epoch, batches of 8, adamw, weight "
-        "decay 0.0001, warm-up of 0 and a cosine to 0 % of the rate; seeds 0, 1. Search: 3 trials for LoRA (random: base_lr "
-        "0.01 to 1, r 1, 2, hflip 0, 0.5; fixed: optimizer sgd); none for Mona (learning rate: 0.002). Trials were "
-        "trained on the training images with the first seed, and the best on the validation images after the last "
+        "decay 0.0001, warm-up of 0 and a cosine to 0 % of the rate; seeds 0, 1. Search: 3 trials for LoRA (random: "
+        "base_lr 0.01 to 1, r 1, 2, hflip 0, 0.5; fixed: optimizer sgd); none for Mona (learning rate: 0.002). Trials "
+        "were trained on the training images with the first seed, and the best on the validation images after the last "
         "epoch was chosen. With settings of their own: Mona (lr 0.002, weight_decay 0.05, min_lr 0.1, no_decay [bias], "
         "batch_size 4, hflip 0, drop_rate 0.1, no search)."
     ) in table
@@ -136,6 +137,7 @@ def trained(monkeypatch):
 
     class Trained(list):
         bad: set[float] = set()
+        bad_folders: set[str] = set()
         stop_after = math.inf
 
     found = Trained()
@@ -144,7 +146,7 @@ def trained(monkeypatch):
         if len(found) >= found.stop_after:
             raise KeyboardInterrupt
         found.append((run.variant.label, run.folder.name, values["lr"]))
-        if values["lr"] in found.bad:
+        if values["lr"] in found.bad or run.folder.name in found.bad_folders:
             raise NonFiniteLossError("the loss became nan")
         run.output.prepare(overwrite=again, resume=not again)
         run.output.write_config(trial.run_config(self.study, run, values))
@@ -211,6 +213,19 @@ def test_a_loss_that_is_not_finite_is_a_trial_that_lost(place, tmp_path, trained
     assert "- Linear, lr 0.01, weight_decay 0: the loss became nan" in (output / "table.md").read_text()
 
 
+def test_failures_are_tried_again_when_asked(place, tmp_path, trained):
+    trained.bad, trained.bad_folders = {1e-4}, {"seed-1"}
+    file, output = study_file(place, tmp_path, "[1e-4, 1e-2]"), tmp_path / "out"
+    assert compare(place, file, output) == 0
+    assert grid_of(place, file, output).counts() == {"finished": 6, "failed": 6, "open": 0}
+    trained.clear()
+    trained.bad, trained.bad_folders = set(), set()
+    assert compare(place, file, output, "--retry-failed") == 0
+    assert [name for label, name, _ in trained if label == "Mona"] == [
+        "lr-0.0001,weight_decay-0", "lr-0.0001,weight_decay-0.1", "seed-1",
+    ]  # fmt: skip
+
+
 def test_where_all_trials_failed_another_search_helps(place, tmp_path, trained):
     trained.bad = {1.0}
     file, output = study_file(place, tmp_path, "[1]"), tmp_path / "out"
@@ -245,3 +260,23 @@ def test_a_folder_of_an_earlier_version_is_finished(place, tmp_path, trained):
     assert trained == []
     younger = write_study(place, tmp_path, text + "training: {min_lr: 0.1}\n")
     assert compare(place, younger, output) == 1  # what the earlier version did not know had its default
+
+
+# ------------------------------------------------------------------ the same settings on the command line
+def test_rates_of_papers_as_options_of_train(place, tmp_path, capsys):
+    words = ["train", "--model", str(place / "model"), "--method", "linear", "--data", str(place / "photos")]
+    words += ["--epochs", "1", "--batch-size", "8", "--output"]
+    own = ["--base-lr", "0.8", "--min-lr", "0.01", "--no-decay", "[bias, norm]"]
+    assert main([*words, str(tmp_path / "a"), *own]) == 0
+    settings = json.loads((tmp_path / "a/results.json").read_text())["settings"]
+    assert (settings["lr"], settings["min_lr"], settings["no_decay"]) == (0.8 * 8 / 256, 0.01, ["bias", "norm"])
+    config = str(tmp_path / "a/config.yaml")
+    assert main(["train", "--config", config, "--output", str(tmp_path / "b")]) == 0
+    assert json.loads((tmp_path / "b/results.json").read_text())["settings"] == settings
+    assert main(["train", "--config", config, "--base-lr", "0.4", "--output", str(tmp_path / "c")]) == 1
+    assert "say --lr or --base-lr, not both: got 0.025 and 0.4" in capsys.readouterr().err
+    tune = ["tune", *words[1:], str(tmp_path / "d"), "--base-lr", "0.8", "--trials", "2", "--space"]
+    (tmp_path / "grid.yaml").write_text("sampler: grid\nspace: {lr: {relative: [0.1, 1]}}\n")
+    assert main([*tune, str(tmp_path / "grid.yaml")]) == 0
+    rates = {float(row["lr"]) for row in csv.DictReader((tmp_path / "d/trials.csv").open(newline=""))}
+    assert sorted(rates) == pytest.approx([0.0025, 0.025])

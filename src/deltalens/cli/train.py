@@ -86,9 +86,17 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--epochs", type=int, default=20, help="passes over the training images")
     add("--batch-size", type=int, default=64, help="images a step, over all devices together")
     add("--lr", type=float | None, default=None, help="peak learning rate; by default the method's own")
+    add("--base-lr", type=float | None, default=None, help="instead of --lr: the rate for 256 images a step")
     add("--weight-decay", type=float, default=1e-4, help="on matrices of linear and convolution layers only")
-    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up; a cosine to zero follows")
-    add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum")
+    add(
+        "--no-decay",
+        type=list[str] | None,
+        default=None,
+        help='decay all that is trained but what has one of these texts in its path, such as "[norm, bias]"',
+    )
+    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up; a cosine follows")
+    add("--min-lr", type=float, default=0.0, help="where the cosine ends, as a share of the rate: 0.01 for 1 per cent")
+    add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum 0.9")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 for no clipping")
     add("--seed", type=int, default=0, help="of everything random: split, initialisation, order, augmentation, dropout")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
@@ -163,14 +171,29 @@ def settled(options: dict[str, Any], methods: list) -> dict[str, Any]:
     """The options with everything written out that was left to a default of the methods or the machine."""
     from deltalens.cli.method_options import method_entries
     from deltalens.training.loaders import default_workers
-    from deltalens.training.optim import default_learning_rate
 
-    lr, workers = options.get("lr"), options.get("workers")
+    workers = options.get("workers")
     return options | {
         "method": method_entries(methods),
-        "lr": default_learning_rate(methods) if lr is None else lr,
+        "lr": settled_rate(options, methods),
+        "base_lr": None,
         "workers": default_workers() if workers is None else workers,
     }
+
+
+def settled_rate(options: dict[str, Any], methods: list) -> float:
+    """The learning rate that --lr, --base-lr, or neither asks for. ValueError for both."""
+    from deltalens.studies.search_space import rate_of
+    from deltalens.training.optim import default_learning_rate
+
+    lr, base_lr = options.get("lr"), options.get("base_lr")
+    if lr is not None and base_lr is not None:
+        raise ValueError(
+            f"say --lr or --base-lr, not both: got {lr:g} and {base_lr:g} (--lr null takes a recipe's back)"
+        )
+    if base_lr is not None:
+        return rate_of(base_lr, options["batch_size"])
+    return default_learning_rate(methods) if lr is None else lr
 
 
 def settings_of(options: dict[str, Any]):

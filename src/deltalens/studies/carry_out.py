@@ -22,10 +22,9 @@ def run_grid(
     grid.check_unchanged()
     runs = list(grid.runs())
     if retry_failed:
-        for run in runs:
-            if grid.state(run) == "failed":
-                run.forget_failure()
-                run.output.checkpoint.unlink(missing_ok=True)
+        for run in [run for run in runs if grid.state(run) == "failed"]:  # all of them before the first is open again
+            run.forget_failure()
+            run.output.checkpoint.unlink(missing_ok=True)
     workplace.check([run for run in runs if grid.state(run) == "open"])
     clock = Clock(grid, runs)
     for number, run in enumerate(runs, 1):

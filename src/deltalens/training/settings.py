@@ -58,6 +58,8 @@ class TrainingSettings:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= self.min_lr <= 1:
             raise ValueError(f"min_lr is a share of lr, between 0 and 1, got {self.min_lr}")
+        if isinstance(self.no_decay, str):
+            raise ValueError(f"no_decay must be a list of texts, or None, got {self.no_decay!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.optimizer not in ("adamw", "sgd"):
