@@ -1,9 +1,12 @@
 """Studies that build on another, one folder for all datasets, and how recipes are found."""
 
+from pathlib import Path
+
 import pytest
 
 from deltalens.cli.compare import read_data
 from deltalens.cli.main import main
+from deltalens.studies.grid import Grid
 from deltalens.studies.recipe_files import recipe_files
 from deltalens.studies.study_reader import read_study
 
@@ -62,6 +65,41 @@ def test_mistakes_are_named_in_their_file(text, tmp_path):
     own = write(tmp_path, own=text, base=BASE, circle="base: own.yaml\n", wrong=wrong)
     with pytest.raises(ValueError, match=WRONG[text]):
         read_study(own, {"a": "x"})
+
+
+def test_the_example_of_the_page(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/studies.md").read_text()
+    (tmp_path / "trial.yaml").write_text(page.partition("<!-- base -->\n```yaml\n")[2].partition("```")[0])
+    study = read_study(tmp_path / "trial.yaml", {"": "photos"})
+    assert (study.seeds, study.training.epochs, study.training.clip_grad) == ((0,), 10, 5)
+    assert "Full" not in [variant.label for variant in study.variants]
+    assert "LoRA" in [variant.label for variant in study.variants]
+
+
+ROWS = {
+    "datasets: {a: {r: 9}, b: {training: {epochs: 4}, alpha: 2}}": None,
+    "datasets: {z: {r: 9}}": r"own.yaml, line 2, methods\.LoRA\.datasets\.z: .*allowed: a, b",
+    "datasets: {a: {k: 9}}": r"own.yaml, line 2, methods\.LoRA\.datasets\.a\.k: lora has no setting 'k'",
+    "datasets: {a: 9}": r"methods\.LoRA\.datasets\.a: expected a mapping",
+}
+
+
+@pytest.mark.parametrize("text", ROWS)
+def test_a_row_may_differ_on_single_datasets(text, tmp_path):
+    own = write(tmp_path, base=BASE, own=f"base: base.yaml\nmethods: {{LoRA: {{{text}}}}}\n")
+    if ROWS[text]:
+        with pytest.raises(ValueError, match=ROWS[text]):
+            read_study(own, {"": "x"})
+        return
+    study = read_study(own, {"": "x"})
+    runs = {run.dataset.name: run for run in Grid(study, tmp_path).runs() if run.variant.label == "LoRA"}
+    settings = {name: (run.variant.methods[0].r, run.variant.methods[0].alpha) for name, run in runs.items()}
+    assert settings == {"a": (9, 8), "b": (4, 2)}
+    epochs = {name: study.training_of(run.variant, run.dataset).epochs for name, run in runs.items()}
+    assert epochs == {"a": 3, "b": 4}
+    (tmp_path / "own.yaml").write_text((tmp_path / "own.yaml").read_text() + "protocol: fair\n")
+    with pytest.raises(ValueError, match=r"methods\.LoRA\.datasets: under protocol: fair"):
+        read_study(own, {"": "x"})
 
 
 def test_one_folder_for_all(tmp_path, capsys):
