@@ -267,6 +267,21 @@ def test_datasets_without_a_folder_are_left_out(tmp_path, capsys):
     assert "has no dataset cbu; did you mean cub?" in capsys.readouterr().err
 
 
+def test_the_example_of_the_page(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/recipes.md").read_text()
+    text = "# mine.yaml" + page.partition("```yaml\n# mine.yaml")[2].partition("```")[0]
+    (tmp_path / "mine.yaml").write_text(text)
+    study = read_study(tmp_path / "mine.yaml", {"mine": "photos"})
+    assert [(d.name, d.format, d.hflip) for d in study.datasets] == [("mine", "auto", 0)]
+    assert ([b.label for b in study.backbones], study.published, study.search.trials) == (["Swin-T"], (), 6)
+    assert len(list(Grid(study, tmp_path).runs())) == 11 * (6 + 1)
+    runs = {n: len(list(Grid(study_of(n), tmp_path).runs())) for n in ("mona/pets", "mona/pets-published")}
+    assert runs == {"mona/pets": 165, "mona/pets-published": 33}
+    counts = [len(list(Grid(study_of(n), tmp_path).runs())) for n in ("vpt/vtab1k", "vpt/vtab1k-published")]
+    assert counts == [19 * 171, 6137]
+    assert all(f" {count} " in page for count in (165, 33, 171, 6137))
+
+
 # ------------------------------------------------------------------ a fair and a published one, run
 SMALL = """\
 base: {name}

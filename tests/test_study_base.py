@@ -50,7 +50,7 @@ def test_fields_are_merged_and_taken_away(tmp_path):
 WRONG = {
     "base: none": r"own.yaml, line 1, base: there is no file .*none, nor a study 'none' in the package; it has ",
     "base: own.yaml": r"own.yaml, line 1, base: .*builds on this file itself",
-    "base: [1]": r"line 1, base: expected text",
+    "base: [base.yaml, 1]": r"line 1, base\.1: expected text",
     "base: circle.yaml": r"circle.yaml, line 1, base: .*own.yaml builds on this file itself",
     "title: t\nbase: base.yaml\nmethods: {A: liner}": r"own.yaml, line 3, methods\.A\.method: unknown method",
     "base: wrong.yaml\ntitle: t": r"wrong.yaml, line 4, training\.epoch: .*did you mean epochs",
