@@ -16,6 +16,7 @@ from deltalens.data import (
     train_transform,
 )
 from deltalens.data.image_folder import read_image
+from deltalens.data.transforms import train_resize
 from deltalens.training.loaders import evaluation_loader, training_loader
 
 PREPROCESSING = {

@@ -76,6 +76,14 @@ def test_the_example_of_the_page(tmp_path):
     assert "LoRA" in [variant.label for variant in study.variants]
 
 
+def test_a_search_space_lies_beside_the_file_that_names_it(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    own = write(tmp_path, base=BASE + "search: {space: rates.yaml}\n", own="base: ../base.yaml\n")
+    (tmp_path / "rates.yaml").write_text("sampler: grid\nspace: {lr: [0.1, 0.2]}\n")
+    study = read_study(own.rename(tmp_path / "deeper" / "own.yaml"), {"": "x"})
+    assert [c.values["lr"] for c in study.candidates(study.variants[0])] == [0.1, 0.2]
+
+
 ROWS = {
     "datasets: {a: {r: 9}, b: {training: {epochs: 4}, alpha: 2}}": None,
     "datasets: {z: {r: 9}}": r"own.yaml, line 2, methods\.LoRA\.datasets\.z: .*allowed: a, b",

@@ -77,7 +77,7 @@ def _named_space(document: Document, entry: Mapping[str, Any], place: Place) -> 
 
 
 def _space_file(document: Document, name: str, place: Place) -> Path:
-    beside, known = document.path.parent / name, recipe_files("tune")
+    beside, known = document.file_of(place).parent / name, recipe_files("tune")
     if beside.is_file():
         return beside
     if name in known:

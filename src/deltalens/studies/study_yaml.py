@@ -65,13 +65,20 @@ class Document:
     def error(self, place: Place, message: str) -> ValueError:
         """An error at an entry: "study.yaml, line 7, methods.Mona: message". An entry that is not there is placed where
         it should be."""
-        known = place
-        while known not in self.lines and known:
-            known = known[:-1]
-        path, line = self.lines.get(known, (self.path, None))
+        path, line = self._where(place)
         at = f", line {line}" if line else ""
         field = f", {'.'.join(map(str, place))}" if place else ""
         return ValueError(f"{path}{at}{field}: {message}")
+
+    def file_of(self, place: Place) -> Path:
+        """The file in which an entry stands."""
+        return self._where(place)[0]
+
+    def _where(self, place: Place) -> tuple[Path, int | None]:
+        known = place
+        while known not in self.lines and known:
+            known = known[:-1]
+        return self.lines.get(known, (self.path, None))
 
     def mapping(self, value: Any, place: Place, allowed: Iterable[str] | None = None) -> dict[str, Any]:
         """The value as a mapping with text keys, all of them allowed."""
