@@ -14,9 +14,9 @@ def recipe_files(command: str | None = None) -> dict[str, Path]:
     A recipe in a folder is called folder/name. Files whose name begins with _ are parts of others, and no recipes.
     """
     folder = Path(str(files("deltalens.studies") / "recipes"))
-    paths = sorted(path for path in folder.rglob("*.yaml") if not path.name.startswith("_"))
+    paths = (path for path in folder.rglob("*.yaml") if not path.name.startswith("_"))
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
-    return {name: path for name, path in found.items() if command in (None, command_of(path))}
+    return {name: found[name] for name in sorted(found) if command in (None, command_of(found[name]))}
 
 
 def command_of(path: Path) -> str:
