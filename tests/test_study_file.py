@@ -109,13 +109,13 @@ STUDIES = recipe_files("compare")
 @pytest.mark.parametrize("name", [name for name in STUDIES if "/" not in name])  # the others: test_recipes.py
 def test_studies_in_the_package_are_valid(name):
     study = read_study(STUDIES[name], {"d": "."})
-    assert [dataset.path for dataset in study.datasets] == ["."]
+    assert {(dataset.source, dataset.path) for dataset in study.datasets} == {("d", ".")}
     assert summary(STUDIES[name]).endswith(f"deltalens compare {name} --data NAME=FOLDER --output DIR")
 
 
 def test_studies_and_training_recipes_are_kept_apart(capsys):
-    single = {name for name in STUDIES if "/" not in name}
-    assert single == {"methods", "mona-ablations", "prompt-depth", "prompt-length", "vpt-locations"}
+    varied = {"data-fraction", "model-size", "mona-ablations", "prompt-depth", "prompt-length", "vpt-locations"}
+    assert {name for name in STUDIES if "/" not in name} == {"methods", *varied}
     assert set(recipe_files("train")) == set(recipe_files()) - set(STUDIES) - set(recipe_files("tune"))
     assert main(["train", "--recipe", "methods", "--data", "d", "--output", "o"]) == 2
 

@@ -134,13 +134,15 @@ def _list(grid: Grid) -> None:
 
 
 def _write_table(grid: Grid) -> None:
-    from deltalens.lifecycle.atomic import write_text
+    from deltalens.lifecycle.atomic import remove_leftovers, write_text
     from deltalens.studies.study_latex import to_latex
     from deltalens.studies.study_plots import write_plots
     from deltalens.studies.study_report import write_study_report
     from deltalens.studies.study_table import read_table
 
     table = read_table(grid)
+    for folder in (grid.output, grid.output / "plots"):
+        remove_leftovers(folder)
     write_text(grid.output / "table.md", table.to_markdown())
     write_text(grid.output / "table.tex", to_latex(table))
     write_text(grid.output / "runs.csv", table.to_csv())

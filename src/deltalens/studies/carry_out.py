@@ -23,8 +23,8 @@ def run_grid(
     runs = list(grid.runs())
     if retry_failed:
         for run in [run for run in runs if grid.state(run) == "failed"]:  # all of them before the first is open again
-            run.forget_failure()
             run.output.checkpoint.unlink(missing_ok=True)
+            run.forget_failure()  # last: a run that is open goes on from its checkpoint
     workplace.check([run for run in runs if grid.state(run) == "open"])
     clock = Clock(grid, runs)
     for number, run in enumerate(runs, 1):
@@ -63,7 +63,8 @@ def _do(grid: Grid, workplace: Workplace, run: Run) -> str | None:
 
 def _tidy(grid: Grid, run: Run) -> None:
     """Drop adapters that nobody will ask for: those of searches once the first final run is there, and of final runs
-    where the study does not keep them."""
+    where the study does not keep them. And what a kill has left of a finished run."""
+    run.output.tidy()
     if run.stage == "final":
         if not grid.study.keep_adapters:
             run.drop_adapter()

@@ -13,7 +13,7 @@ part of a mean, a rank, a test, or the choice of the best.
 
 Scores are in per cent. A dataset of the study is named as it is there; `mean` is that over all of its datasets (not
 shown where some are left out), and `Natural`, `Specialized`, `Structured` are the group means of VTAB-1k. Several
-sources are a list of such mappings.
+sources are a list of such mappings. Numbers of a dataset stand beside the whole of it, not beside a part.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _read_one(document: Document, value: Any, place: Place, study: Study) -> Pub
     if not scores and not others:
         raise document.error(place, "has no numbers; name them under scores, row: {dataset: number}")
     columns = _columns(study)
-    gone = {*study.left_out, MEAN} if study.left_out else set()
+    parts = any(each.source != each.name for each in study.datasets)
+    gone = {*study.left_out, MEAN} if study.left_out or parts else set()
     found = [
         score
         for part, rows in (("scores", scores), ("not_run", others))
@@ -109,7 +110,7 @@ def _read_one(document: Document, value: Any, place: Place, study: Study) -> Pub
 def _columns(study: Study) -> list[str]:
     """What scores may be of."""
     tasks = all(task_of(dataset.format, dataset.path) for dataset in study.datasets)
-    names = [*(dataset.name for dataset in study.datasets), *study.left_out]
+    names = [*dict.fromkeys(name for each in study.datasets for name in (each.source, each.name)), *study.left_out]
     return [*names, *(GROUPS if tasks else ()), *([MEAN] if len(names) > 1 else [])]
 
 

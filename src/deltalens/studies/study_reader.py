@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -30,11 +30,12 @@ from deltalens.studies.study import (
 from deltalens.studies.study_base import merged, read_with_base
 from deltalens.studies.study_fields import SHARES, TRAINING, check_share, check_training, plain_fields, training_fields
 from deltalens.studies.study_yaml import Document, Place
+from deltalens.studies.training_amounts import AMOUNTS, read_amounts, with_amounts
 
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
-DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download")
+DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download", *AMOUNTS)
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
-FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published")
+FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published", *AMOUNTS)
 ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone", "datasets")  # beside a method and its settings
 OF_BACKBONES = ("img_size", "pretrained", "checkpoint", "model", "num_classes")
 
@@ -64,20 +65,21 @@ class _Reader:
             if not top.get(name):
                 raise self.document.error((), f"{name} is missing; a study has {', '.join(FIELDS)}")
         said, lr, base_lr = self._training(top, ())
+        split = self._split(top.get("split") or {})
         study = Study(
             title=self.document.text(top.get("title", self.document.path.stem), ("title",)),
             backbones=self._backbones(top["backbones"]),
             variants=self._variants(top["methods"]),
             seeds=self._seeds(top.get("seeds", [0, 1, 2])),
             training=replace(Training(), **said),
-            split=self._split(top.get("split") or {}),
+            split=split,
             search=self._search(top),
             lr=lr,
             base_lr=base_lr,
             protocol=self._protocol(top.get("protocol")),
             keep_adapters=self.document.flag(top.get("keep_adapters", True), ("keep_adapters",)),
             x_title=self.document.text(top.get("x_title", "x"), ("x_title",)),
-            datasets=self._datasets(top.get("datasets") or {}, given),
+            datasets=self._datasets(top.get("datasets") or {}, given, top, split.seed),
             reference=top.get("reference"),
             scatter=tuple(top["scatter"]) if isinstance(top.get("scatter"), list) else top.get("scatter"),
             left_out=tuple(self.left_out),
@@ -92,7 +94,7 @@ class _Reader:
         return replace(study, published=read_published(self.document, top.get("published"), study))
 
     def _check_datasets_of_rows(self, study: Study) -> None:
-        known = [*(dataset.name for dataset in study.datasets), *study.left_out]
+        known = [*dict.fromkeys(dataset.source for dataset in study.datasets), *study.left_out]
         for variant in study.variants:
             self.document.mapping(dict(variant.datasets), ("methods", variant.label, "datasets"), known)
 
@@ -130,11 +132,14 @@ class _Reader:
         self._distinct_folders(found, ("backbones",))
         return tuple(found.values())
 
-    def _datasets(self, value: Any, given: dict[str, str]) -> tuple[DatasetEntry, ...]:
+    def _datasets(
+        self, value: Any, given: dict[str, str], top: Mapping[str, Any], seed: int
+    ) -> tuple[DatasetEntry, ...]:
+        amounts = read_amounts(self.document, top, (), seed)
         entries = self.document.mapping(value, ("datasets",))
         common, waiting = given.pop("", None), False  # for those that have no folder
         some = bool(given)
-        found: dict[str, DatasetEntry] = {}
+        found: list[DatasetEntry] = []
         for name, entry in entries.items():
             place: Place = ("datasets", name)
             entry = {"path": entry} if isinstance(entry, str) else {} if entry is None else entry
@@ -155,7 +160,7 @@ class _Reader:
                 raise self.document.error(
                     (*place, "protocol"), f"expected {' or '.join(DATA_PROTOCOLS)}, got {protocol!r}"
                 )
-            found[name] = DatasetEntry(
+            whole = DatasetEntry(
                 name,
                 self.document.text(folder, place),
                 entry.get("min_crop"),
@@ -164,6 +169,7 @@ class _Reader:
                 protocol,
                 self.document.flag(entry.get("download", False), (*place, "download")),
             )
+            found += with_amounts(whole, read_amounts(self.document, entry, place, seed) or amounts)
         if common is not None and not waiting:
             raise ValueError(
                 f"--data takes NAME=FOLDER, got {common!r}: no dataset of {self.document.path} waits for a folder"
@@ -173,11 +179,12 @@ class _Reader:
                 raise ValueError(
                     f"--data {name}=...: {self.document.path} has no dataset {name}; did you mean {near[0]}?"
                 )
-        found |= {name: DatasetEntry(name, folder) for name, folder in given.items()}
+        for name, folder in given.items():
+            found += with_amounts(DatasetEntry(name, folder), amounts)
         if not found:
             raise ValueError(f"{self.document.path} names no datasets: give each as --data NAME=FOLDER")
-        self._distinct_folders(found, ("datasets",))
-        return tuple(found.values())
+        self._distinct_folders([dataset.name for dataset in found], ("datasets",))
+        return tuple(found)
 
     def _variants(self, value: Any) -> tuple[Variant, ...]:
         entries = self.document.mapping(value, ("methods",))
@@ -254,11 +261,11 @@ class _Reader:
             first = min((key for key in settings if named[key]), key=lambda key: named[key].start(), default="method")
             raise self.document.error((*place, first), str(error)) from error
 
-    def _distinct_folders(self, names: Mapping[str, Any], place: Place) -> None:
-        folders: dict[str, str] = {}
-        for name in names:
-            other = folders.setdefault(folder_name(name), name)
-            if other != name:
+    def _distinct_folders(self, names: Iterable[str], place: Place) -> None:
+        folders: dict[str, tuple[int, str]] = {}
+        for number, name in enumerate(names):
+            first, other = folders.setdefault(folder_name(name), (number, name))
+            if first != number:
                 raise self.document.error(
                     (*place, name), f"{name!r} and {other!r} would share the folder {folder_name(name)!r}"
                 )

@@ -235,9 +235,9 @@ class Workplace:
         return replace(training.settings(values["lr"], run.seed, self.workers), accelerator=self.accelerator)
 
     def _splits(self, dataset: DatasetEntry) -> Splits:
-        if dataset.name not in self._read:
+        if dataset.source not in self._read:
             split = self.study.split
-            self._read[dataset.name] = read_data(
+            self._read[dataset.source] = read_data(
                 dataset.path,
                 dataset.format,
                 options=ReadOptions(
@@ -248,9 +248,9 @@ class Workplace:
                     download=dataset.download,
                 ),
             )
-            if dataset.protocol == "trainval" and self._read[dataset.name].test is None:
-                raise ValueError(f"{dataset.name} has no test images, and the protocol trainval leaves none for val")
-        return self._read[dataset.name]
+            if dataset.protocol == "trainval" and self._read[dataset.source].test is None:
+                raise ValueError(f"{dataset.source} has no test images, and the protocol trainval leaves none for val")
+        return self._read[dataset.source]
 
     def _data(self, run: Run, preprocessing: dict[str, Any], training: Training) -> Splits:
         """The dataset with its transforms for this backbone, and train and val together where the run asks for it."""
@@ -270,7 +270,7 @@ class Workplace:
             files.transform, files.mode = transform, mode
             return keep_in_memory(files, resize)
 
-        splits = splits.joined() if run.joined else splits
+        splits = run.dataset.subset.take(splits.joined() if run.joined else splits)
         train = prepared(splits.train, augment, shrink)
         known = kept.pop(run.joined, (None, None))[1]  # with other training images
         val, test = splits.val, splits.test
@@ -294,6 +294,7 @@ def run_config(study: Study, run: Run, values: Values) -> dict[str, Any]:
     return {
         "backbone": backbone | {"options": dict(run.backbone_options)},
         "dataset": run.dataset.name,
+        **({} if run.dataset.subset.whole else {"training_subset": asdict(run.dataset.subset)}),
         "format": run.dataset.format,
         "protocol": run.dataset.protocol,
         "methods": [json.loads(json.dumps(method.to_dict())) for method in study.methods_of(run.variant, values)],

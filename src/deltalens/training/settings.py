@@ -17,8 +17,9 @@ class TrainingSettings:
     path has one of these texts in it; None for matrices of linear and convolution layers only. clip_grad: largest norm
     of the gradient, 0 for no clipping. seed: of everything random. workers: loader processes. precision: 32, bf16 or 16
     (mixed), 64. compile: torch.compile the model. devices: how many, or "0,2", or "auto". accelerator: cpu, gpu, mps or
-    auto. deterministic: torch's deterministic algorithms, needed on a GPU for bit-equal runs. checkpoint_every_steps:
-    besides every epoch, 0 for never. progress: print a line per epoch, and a bar on a terminal.
+    auto. deterministic: torch's deterministic algorithms, needed for bit-equal runs on a GPU and on several processor
+    threads. checkpoint_every_steps: besides every epoch, 0 for never. progress: print a line per epoch, and a bar on a
+    terminal.
     """
 
     epochs: int = 10
