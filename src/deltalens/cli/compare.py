@@ -31,7 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=FOLDER",
-        help="a folder of images and its name, beside or instead of those in the study file; may be repeated",
+        help="a folder of images and its name, beside or instead of those in the study file; may be repeated. A FOLDER "
+        "alone is that of all datasets of the file that have none",
     )
     add(
         "--only",
@@ -160,14 +161,16 @@ def study_file(name: str) -> Path:
 
 
 def read_data(words: list[str]) -> dict[str, str]:
-    """NAME=FOLDER words as a mapping."""
+    """NAME=FOLDER words as a mapping; a FOLDER alone has the name ""."""
     found: dict[str, str] = {}
     for word in words:
         name, equals, folder = word.partition("=")
-        if not (name and equals and folder):
+        if not equals:
+            name, folder = "", word
+        elif not (name and folder):
             raise ValueError(f"--data takes NAME=FOLDER, such as --data flowers=/data/flowers, got {word!r}")
         if name in found:
-            raise ValueError(f"--data names {name!r} twice")
+            raise ValueError(f"--data names {name!r} twice" if name else "--data has two folders without a name")
         found[name] = folder
     return found
 
@@ -184,6 +187,8 @@ def _list(job: Job, parallel: int) -> None:
         counts[state] += 1
         remark = "in work" if state == "open" and locks.held_elsewhere(run) else state
         print(run.describe() + ("" if remark == "open" else f" ({remark})"))
+    if grid.study.left_out:
+        print(f"left out, since no folder was given: {', '.join(grid.study.left_out)}")
     print(f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}")
     left = Progress(grid, runs, parallel).left()
     if counts["open"] and left is not None:

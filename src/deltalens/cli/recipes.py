@@ -1,19 +1,25 @@
-"""YAML files that come with the package: settings of `deltalens train --recipe NAME`, studies of `deltalens compare
-NAME`, search spaces of `deltalens tune --space NAME`."""
+"""`--recipe NAME`: a YAML file that comes with the package, in the place of `--config FILE`."""
 
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 
-from deltalens.studies.recipe_files import recipe_files
+from deltalens.studies.recipe_files import command_of, recipe_files, summary
 
-__all__ = ["recipe_files", "summary", "translate"]
+COMMANDS = {
+    "train": "for deltalens train --recipe NAME",
+    "compare": "for deltalens compare NAME",
+    "tune": "for deltalens tune --space NAME",
+}
 
 
-def summary(path: Path) -> str:
-    """The comment in a recipe's first line."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+def listing(names: list[str]) -> list[str]:
+    """Lines that show these recipes, those of each command together."""
+    known, lines = recipe_files(), []
+    for command, said in COMMANDS.items():
+        members = [name for name in names if command_of(known[name]) == command]
+        lines += [f"{said}:", *(f"  {name:<26} {summary(known[name])}" for name in members)] if members else []
+    return lines
 
 
 def translate(argv: list[str]) -> list[str]:

@@ -39,6 +39,7 @@ class Grid:
         for name in (backbone.label, dataset.name, variant.label):
             place /= folder_name(name)
         study, cell = self.study, (backbone.label, dataset.name, variant.label)
+        variant = variant.on(dataset.source)
         candidates = study.candidates(variant)
         searched = len(candidates) > 1
         self.searches[cell] = [

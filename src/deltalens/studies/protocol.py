@@ -117,6 +117,7 @@ def _own_text(variant: Variant) -> str:
     said: dict[str, Any] = {name: value for name in ("lr", "base_lr") if (value := getattr(variant, name)) is not None}
     said |= {**variant.training, **variant.backbone}
     texts = [f"{name} {_setting_text(value)}" for name, value in said.items()]
+    texts += ["settings for single datasets"] if variant.datasets else []
     return ", ".join(texts + (["its own search"] if variant.search else ["no search"] if variant.own_search else []))
 
 

@@ -77,7 +77,7 @@ def _named_space(document: Document, entry: Mapping[str, Any], place: Place) -> 
 
 
 def _space_file(document: Document, name: str, place: Place) -> Path:
-    beside, known = document.path.parent / name, recipe_files("tune")
+    beside, known = document.file_of(place).parent / name, recipe_files("tune")
     if beside.is_file():
         return beside
     if name in known:
@@ -111,8 +111,9 @@ def _check_value(document: Document, name: str, value: Any, place: Place) -> Non
 def check_rows(document: Document, study: Study) -> None:
     """Every row can be trained with every candidate, says nothing that its search chooses, and keeps to a fair
     protocol. ValueError at the place that is wrong."""
-    for variant in study.variants:
-        place: Place = ("methods", variant.label)
+    rows: list[tuple[Place, Variant]] = [(("methods", variant.label), variant) for variant in study.variants]
+    rows += [((*place, "datasets", name), each) for place, row in rows for name, each in row.datasets.items()]
+    for place, variant in rows:
         if study.protocol == "fair" and variant.own_fields:
             raise document.error(
                 (*place, variant.own_fields[0]),

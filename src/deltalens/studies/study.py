@@ -11,6 +11,7 @@ from typing import Any, Literal
 from deltalens.data.subsets import TrainingSubset
 from deltalens.methods import FullConfig, Method
 from deltalens.studies.candidates import Candidate, SearchPlan, Values, draw_candidates
+from deltalens.studies.published import Published
 from deltalens.studies.search_space import METHOD, RATES, rate_of, with_values
 from deltalens.training.optim import default_learning_rate
 from deltalens.training.settings import TrainingSettings
@@ -59,7 +60,8 @@ class Variant:
 
     x, curve: where this row lies in the plot of curves. lr: in the place of the method's own default rate; or base_lr,
     for 256 images a step. training: in the place of fields of the study's training. own_search: search, which may be
-    None, stands in the place of the study's. backbone: more options for the backbone's constructor.
+    None, stands in the place of the study's. backbone: more options for the backbone's constructor. datasets: the row
+    as it is on single datasets, where it differs.
     """
 
     label: str
@@ -72,6 +74,11 @@ class Variant:
     own_search: bool = False
     search: SearchPlan | None = None
     backbone: Mapping[str, Any] = field(default_factory=dict)
+    datasets: Mapping[str, Variant] = field(default_factory=dict)
+
+    def on(self, dataset: str) -> Variant:
+        """The row as it is on that dataset."""
+        return self.datasets.get(dataset, self)
 
     @property
     def own_fields(self) -> list[str]:
@@ -82,6 +89,7 @@ class Variant:
             "training": bool(self.training),
             "search": self.own_search,
             "backbone": bool(self.backbone),
+            "datasets": bool(self.datasets),
         }
         return [name for name, own in said.items() if own]
 
@@ -139,7 +147,8 @@ class Study:
     (for 256 images a step): of all methods that name none, in the place of their defaults. protocol: "fair" where all
     methods are treated alike, "published" where each has its paper's settings. reference: the row that the report's
     test compares the others with; without one full fine-tuning, else the first row. scatter: the datasets on the axes
-    of the report's plot of two tasks; without them the first two.
+    of the report's plot of two tasks; without them the first two. published: numbers of papers, to be shown beside.
+    left_out: datasets of the file that no folder was given for.
     """
 
     title: str
@@ -157,6 +166,8 @@ class Study:
     x_title: str = "x"
     reference: str | None = None
     scatter: tuple[str, str] | None = None
+    published: tuple[Published, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def reference_label(self) -> str:

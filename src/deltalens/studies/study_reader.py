@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from deltalens.data.formats import PROTOCOLS as DATA_PROTOCOLS
 from deltalens.data.splits import stratified_split
 from deltalens.methods import Method, make_config
 from deltalens.studies.candidates import SearchPlan
+from deltalens.studies.published import read_published
 from deltalens.studies.search_reader import check_rows, read_search, relative_search
 from deltalens.studies.search_space import RATES
 from deltalens.studies.study import (
@@ -25,6 +27,7 @@ from deltalens.studies.study import (
     Variant,
     folder_name,
 )
+from deltalens.studies.study_base import merged, read_with_base
 from deltalens.studies.study_fields import SHARES, TRAINING, check_share, check_training, plain_fields, training_fields
 from deltalens.studies.study_yaml import Document, Place
 from deltalens.studies.training_amounts import AMOUNTS, read_amounts, with_amounts
@@ -32,20 +35,21 @@ from deltalens.studies.training_amounts import AMOUNTS, read_amounts, with_amoun
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
 DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download", *AMOUNTS)
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
-FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", *AMOUNTS)
-ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone")  # beside a method and its settings
+FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published", *AMOUNTS)
+ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone", "datasets")  # beside a method and its settings
 OF_BACKBONES = ("img_size", "pretrained", "checkpoint", "model", "num_classes")
 
 
 def read_study(path: str | os.PathLike, datasets: Mapping[str, str] | None = None) -> Study:
-    """Read and check a study file. datasets: name -> folder, in the place of, or beside, those of the file.
+    """Read and check a study file. datasets: name -> folder, in the place of, or beside, those of the file; the name ""
+    stands for all datasets of the file that have no folder.
 
     Raises ValueError that names line and field and says what is allowed, FileNotFoundError for a missing file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no study file at {path}")
-    return _Reader(Document(path)).study(dict(datasets or {}))
+    return _Reader(read_with_base(path)).study(dict(datasets or {}))
 
 
 class _Reader:
@@ -53,6 +57,7 @@ class _Reader:
 
     def __init__(self, document: Document):
         self.document = document
+        self.left_out: list[str] = []  # datasets without a folder, where others were given one
 
     def study(self, given: dict[str, str]) -> Study:
         top = self.document.mapping(self.document.content, (), FIELDS)
@@ -77,14 +82,21 @@ class _Reader:
             datasets=self._datasets(top.get("datasets") or {}, given, top, split.seed),
             reference=top.get("reference"),
             scatter=tuple(top["scatter"]) if isinstance(top.get("scatter"), list) else top.get("scatter"),
+            left_out=tuple(self.left_out),
         )
         self._check_report(study)
+        self._check_datasets_of_rows(study)
         for variant in study.variants:
             check_training(
                 self.document, study.training_of(variant), variant.training, ("methods", variant.label, "training")
             )
         check_rows(self.document, study)
-        return study
+        return replace(study, published=read_published(self.document, top.get("published"), study))
+
+    def _check_datasets_of_rows(self, study: Study) -> None:
+        known = [*dict.fromkeys(dataset.source for dataset in study.datasets), *study.left_out]
+        for variant in study.variants:
+            self.document.mapping(dict(variant.datasets), ("methods", variant.label, "datasets"), known)
 
     def _check_report(self, study: Study) -> None:
         """The fields that name rows and datasets."""
@@ -125,12 +137,19 @@ class _Reader:
     ) -> tuple[DatasetEntry, ...]:
         amounts = read_amounts(self.document, top, (), seed)
         entries = self.document.mapping(value, ("datasets",))
+        common, waiting = given.pop("", None), False  # for those that have no folder
+        some = bool(given)
         found: list[DatasetEntry] = []
         for name, entry in entries.items():
             place: Place = ("datasets", name)
             entry = {"path": entry} if isinstance(entry, str) else {} if entry is None else entry
             entry = self.document.mapping(entry, place, DATASET_FIELDS)
             folder = given.pop(name, entry.get("path"))
+            if folder is None:
+                folder, waiting = common, True
+            if folder is None and some:
+                self.left_out.append(name)
+                continue
             if folder is None:
                 raise self.document.error(place, f"has no path; write one here or give --data {name}=FOLDER")
             for key in SHARES:
@@ -151,6 +170,15 @@ class _Reader:
                 self.document.flag(entry.get("download", False), (*place, "download")),
             )
             found += with_amounts(whole, read_amounts(self.document, entry, place, seed) or amounts)
+        if common is not None and not waiting:
+            raise ValueError(
+                f"--data takes NAME=FOLDER, got {common!r}: no dataset of {self.document.path} waits for a folder"
+            )
+        for name in given:
+            if near := difflib.get_close_matches(name, self.left_out, n=1):
+                raise ValueError(
+                    f"--data {name}=...: {self.document.path} has no dataset {name}; did you mean {near[0]}?"
+                )
         for name, folder in given.items():
             found += with_amounts(DatasetEntry(name, folder), amounts)
         if not found:
@@ -160,9 +188,21 @@ class _Reader:
 
     def _variants(self, value: Any) -> tuple[Variant, ...]:
         entries = self.document.mapping(value, ("methods",))
-        found = {label: self._variant(label, entry, ("methods", label)) for label, entry in entries.items()}
+        found = {label: self._row_on_all(label, entry, ("methods", label)) for label, entry in entries.items()}
         self._distinct_folders(found, ("methods",))
         return tuple(found.values())
+
+    def _row_on_all(self, label: str, entry: Any, place: Place) -> Variant:
+        """A row, with what is different on single datasets."""
+        if not isinstance(entry, dict) or "datasets" not in entry:
+            return self._variant(label, entry, place)
+        own = self.document.mapping(entry["datasets"], (*place, "datasets"))
+        common = {key: each for key, each in entry.items() if key != "datasets"}
+        found = {}
+        for name, different in own.items():
+            here: Place = (*place, "datasets", name)
+            found[name] = self._variant(label, merged(common, self.document.mapping(different, here)), here)
+        return replace(self._variant(label, common, place), datasets=found)
 
     def _variant(self, label: str, entry: Any, place: Place) -> Variant:
         own: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from deltalens.studies.grid import Grid
 from deltalens.studies.plots import colour
 from deltalens.studies.plots_storage import storage_plot
 from deltalens.studies.protocol import counted, searches_rates_only
+from deltalens.studies.published_table import only_published, overview_columns, published_columns, published_rows
 from deltalens.studies.report import NO_NETWORK, STYLE
 from deltalens.studies.results import bytes_text, percent_text, seconds_text
 from deltalens.studies.significance import LEVEL, Comparisons, PairedTest, compare_with, rank_methods, tasks_of
@@ -29,7 +30,7 @@ from deltalens.studies.study_report_plots import (
     task_figures,
 )
 from deltalens.studies.study_table import EDGE, RunRow, StudyTable, measured_text, overview, rates_only
-from deltalens.studies.vtab_table import vtab_rows
+from deltalens.studies.vtab_table import published_vtab_rows, vtab_rows
 
 PAIRED = {
     "task": "A pair is a task: a dataset on a backbone, the mean over seeds. Tasks that share images or a backbone are "
@@ -164,8 +165,11 @@ def _overview(table: StudyTable, numbers: dict[str, int]) -> str:
         for label, line in body.items()
     ]
     title = f"{measured_text(table.cells).capitalize()}, %"
+    shown = published_rows(table.published, overview_columns(tasks_of(table.cells)))
+    rows += [[escape(label), *line] for label, line in shown]
+    classes = [colour(numbers[label]) for label in body] + ["published"] * len(shown)
     note = "The best of each column is bold. Mean: over all columns, where every one of them has a result."
-    return _section(title, note, html_table(["Method", *header], rows, [colour(numbers[label]) for label in body]))
+    return _section(title, note, html_table(["Method", *header], rows, classes))
 
 
 def _vtab(table: StudyTable, numbers: dict[str, int]) -> list[str]:
@@ -175,7 +179,9 @@ def _vtab(table: StudyTable, numbers: dict[str, int]) -> list[str]:
         cells = [cell for cell in table.cells if cell.backbone == backbone]
         header, body, note = vtab_rows(cells, table.vtab_tasks)
         rows = [[_method(label), *(escape(text) for text in rest)] for label, *rest in body]
-        classes = [colour(numbers[label]) for label, *_ in body]
+        shown = published_vtab_rows(backbone, table.vtab_tasks, table.published)
+        rows += [[escape(label), *line] for label, *line in shown]
+        classes = [colour(numbers[label]) for label, *_ in body] + ["published"] * len(shown)
         sections.append(_section(f"VTAB-1k, {backbone}", note, html_table(["Method", *header[1:]], rows, classes)))
     return sections
 
@@ -200,16 +206,18 @@ def _task_table(table: StudyTable, task: tuple[str, str], numbers: dict[str, int
     cells = [cell for cell in table.cells if (cell.backbone, cell.dataset) == task]
     best = max((cell.mean for cell in cells if cell.mean is not None), default=None)
     with_memory = any(cell.memory is not None for cell in cells)
-    header = ["Method", measured_text(cells).capitalize() + ", %", "Trained parameters", "With head", "% of backbone"]
-    header += ["Learning rate" if rates_only(cells) else "Settings", "Time for training"] + (
-        ["GPU memory"] if with_memory else []
-    )
+    columns = published_columns(table.published, *task)
+    rest = ["Trained parameters", "With head", "% of backbone"]
+    rest += ["Learning rate" if rates_only(cells) else "Settings", "Time for training"]
+    rest += ["GPU memory"] if with_memory else []
+    header = ["Method", measured_text(cells).capitalize() + ", %", *(name.capitalize() for name, _ in columns), *rest]
     body = []
     for cell in cells:
         counted_ = cell.adapter_parameters is not None
         line = [
             _method(cell.variant.label),
             _marked(cell.accuracy_text(), cell.mean, best),
+            *(known.get(cell.variant.label, "") for _, known in columns),
             f"{cell.adapter_parameters:,}" if counted_ else "",
             f"{cell.with_head:,}" if counted_ else "",
             percent_text(cell.percent) if counted_ else "",
@@ -218,7 +226,11 @@ def _task_table(table: StudyTable, task: tuple[str, str], numbers: dict[str, int
         ]
         body.append(line + ([bytes_text(cell.memory) if cell.memory is not None else ""] if with_memory else []))
     note = f"* {EDGE}" if any(cell.at_edge for cell in cells) else ""
-    classes = [colour(numbers[cell.variant.label]) for cell in cells]
+    others = only_published(columns, [cell.variant.label for cell in cells])
+    body += [
+        [escape(label), "", *(known.get(label, "") for _, known in columns), *[""] * len(rest)] for label in others
+    ]
+    classes = [colour(numbers[cell.variant.label]) for cell in cells] + ["published"] * len(others)
     return _section(f"{task[0]}, {task[1]}", note, html_table(header, body, classes, large=1))
 
 

@@ -13,9 +13,18 @@ from deltalens.studies.candidates import Values, value_text, values_text
 from deltalens.studies.grid import Grid
 from deltalens.studies.markdown import markdown_table
 from deltalens.studies.protocol import protocol_text
+from deltalens.studies.published import Published
+from deltalens.studies.published_table import (
+    only_published,
+    overview_columns,
+    published_columns,
+    published_note,
+    published_rows,
+    published_runs,
+)
 from deltalens.studies.results import percent_text, seconds_text
 from deltalens.studies.storage import storage_parts
-from deltalens.studies.study import Variant
+from deltalens.studies.study import Study, Variant
 from deltalens.studies.trial import Run, score
 from deltalens.studies.vtab_table import vtab_parts
 
@@ -150,13 +159,16 @@ class StudyTable:
     description: str
     vtab_tasks: dict[str, str] = field(default_factory=dict)  # dataset -> task, where all datasets are VTAB-1k's
     sources: dict[str, str] = field(default_factory=dict)  # dataset -> the one it is a part of, or itself
+    published: tuple[Published, ...] = ()
 
     # ------------------------------------------------------------------ texts
     def to_csv(self) -> str:
         text = io.StringIO()
-        writer = csv.DictWriter(text, [each.name for each in fields(RunRow)], lineterminator="\n")
+        names = [each.name for each in fields(RunRow)] + (["published"] if self.published else [])
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(vars(row) for row in self.rows)
+        writer.writerows(published_runs(self.published))
         return text.getvalue()
 
     def to_markdown(self) -> str:
@@ -166,16 +178,17 @@ class StudyTable:
         if len(pairs) > 1:
             header, body = overview(self.cells)
             lines = [[label, *(text for text, _ in line)] for label, line in body.items()]
+            lines += [[label, *line] for label, line in published_rows(self.published, overview_columns(pairs))]
             parts += [
                 f"## {'Test' if all(cell.tested for cell in self.cells) else 'Validation'} accuracy, %",
                 markdown_table(["method", *header], lines),
             ]
         for backbone in dict.fromkeys(backbone for backbone, _ in pairs) if self.vtab_tasks else ():
             cells = [cell for cell in self.cells if cell.backbone == backbone]
-            parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks)]
+            parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks, self.published)]
         for backbone, dataset in pairs:
             cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
-            parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
+            parts += [f"## {backbone}, {dataset}", _pair_table(cells, self.published), *_notes(cells)]
         parts += storage_parts(self.cells, self.sources, bool(self.vtab_tasks))
         return "\n\n".join(parts) + "\n"
 
@@ -208,8 +221,9 @@ def read_table(grid: Grid) -> StudyTable:
     rows = [_row(grid, run) for run in grid.runs()]
     by_folder = {row.folder: row for row in rows}
     cells = [_cell(grid, [by_folder[_folder(grid, run)] for run in finals], finals) for finals in grid.finals.values()]
-    sources = {dataset.name: dataset.source for dataset in grid.study.datasets}
-    return StudyTable(grid.study.title, rows, cells, protocol_text(grid.study), _vtab_tasks(grid), sources)
+    study = grid.study
+    sources = {dataset.name: dataset.source for dataset in study.datasets}
+    return StudyTable(study.title, rows, cells, study_text(study), _vtab_tasks(grid), sources, study.published)
 
 
 def _vtab_tasks(grid: Grid) -> dict[str, str]:
@@ -312,10 +326,17 @@ def accuracy_title(cells: Sequence[Cell]) -> str:
     return f"{measured_text(cells).replace('top-1', 'accuracy')}, %"
 
 
+def study_text(study: Study) -> str:
+    """How the study was made, what was left out of it, and where published numbers are from."""
+    left_out = f"Left out, since no folder was given: {', '.join(study.left_out)}." if study.left_out else ""
+    return " ".join(text for text in (protocol_text(study), left_out, published_note(study.published)) if text)
+
+
 # ------------------------------------------------------------------ tables
-def _pair_table(cells: Sequence[Cell]) -> str:
-    header = ["method", measured_text(cells), "trained", "with head", "% of backbone"]
-    header += ["lr" if rates_only(cells) else "settings", "seconds"]
+def _pair_table(cells: Sequence[Cell], published: Sequence[Published]) -> str:
+    columns = published_columns(published, cells[0].backbone, cells[0].dataset)
+    rest = ["trained", "with head", "% of backbone", "lr" if rates_only(cells) else "settings", "seconds"]
+    header = ["method", measured_text(cells), *(name for name, _ in columns), *rest]
     body = []
     for cell in cells:
         counted = cell.adapter_parameters is not None
@@ -323,6 +344,7 @@ def _pair_table(cells: Sequence[Cell]) -> str:
             [
                 cell.variant.label,
                 cell.accuracy_text(),
+                *(numbers.get(cell.variant.label, "") for _, numbers in columns),
                 f"{cell.adapter_parameters:,}" if counted else "",
                 f"{cell.with_head:,}" if counted else "",
                 percent_text(cell.percent) if counted else "",
@@ -330,6 +352,8 @@ def _pair_table(cells: Sequence[Cell]) -> str:
                 "" if cell.seconds is None else seconds_text(cell.seconds).removesuffix(" s"),
             ]
         )
+    for label in only_published(columns, [cell.variant.label for cell in cells]):
+        body.append([label, "", *(numbers.get(label, "") for _, numbers in columns), *["" for _ in rest]])
     return markdown_table(header, body)
 
 
