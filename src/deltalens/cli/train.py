@@ -45,6 +45,13 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--pretrained", type=bool, default=True, help="start from pretrained weights; false is for experiments only")
     add("--checkpoint", type=str | None, default=None, help="weights file of the backbone, instead of the hub's")
     add("--img-size", type=int | None, default=None, help="input size in pixels, where the model allows another")
+    add(
+        "--templates",
+        type=list[str] | None,
+        default=None,
+        help="make the classes texts, as in CLIP: one or more like 'a photo of a {}.'; for models with a text tower",
+    )
+    add("--tower", type=str | None, default=None, help="adapt only this tower of a model with several: vision, text")
     add_method_argument(parser)
     add(
         "--recipe",
@@ -240,14 +247,17 @@ def build_task(options: dict[str, Any], methods: list, data):
     from deltalens.tasks import task_class
 
     torch.manual_seed(options["seed"])
+    templates = options.get("templates")
+    texts = {"class_names": data.class_names, "templates": templates} if templates else {}
     model, preprocessing = create_sized_backbone(
         options["model"],
         len(data.class_names),
         options["img_size"],
         pretrained=options["pretrained"],
         checkpoint=options["checkpoint"],
+        **texts,
     )
-    dl.attach(model, methods)
+    dl.attach(model, methods, tower=options.get("tower"))
     dl.adapter_info(model)["preprocessing"] = preprocessing
     data.train.transform = train_transform(
         preprocessing, options["min_crop"], options["hflip"], options["rand_augment"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -168,7 +168,7 @@ class Workplace:
             splits = self._splits(run.dataset)
             built = (run.backbone.label, json.dumps(run.variant.backbone, sort_keys=True))
             if built not in self._checked:
-                self._model(run, len(splits.class_names))
+                self._model(run, splits.class_names)
                 self._checked.add(built)
 
     def train(self, run: Run, values: Values, again: bool = False) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class Workplace:
 
     def _fit(self, run: Run, values: Values, again: bool, features: str | None) -> dict[str, Any]:
         splits = self._splits(run.dataset)
-        model, preprocessing = self._model(run, len(splits.class_names))
+        model, preprocessing = self._model(run, splits.class_names)
         dl.attach(model, self.study.methods_of(run.variant, values))
         task, data = self._task(run, model, preprocessing, values)
         return fit(
@@ -199,7 +199,7 @@ class Workplace:
     def test_trained(self, run: Run, trained: Run) -> dict[str, Any]:
         """Finish a final run whose training is that of a search run: same values, same seed. Only the test is left."""
         results, values = trained.output.read_results(), trained.values
-        model, preprocessing = self._model(run, results["data"]["classes"])
+        model, preprocessing = self._model(run, self._splits(run.dataset).class_names)
         dl.load_adapter(model, trained.folder)
         task, data = self._task(run, model, preprocessing, values)
         settings = self._settings(run, values)
@@ -217,15 +217,19 @@ class Workplace:
         return results
 
     # ------------------------------------------------------------------ model and data
-    def _model(self, run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    def _model(self, run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
+        """The backbone with a head for these classes; where its options have templates, a classifier made of their
+        names."""
         backbone = run.backbone
+        texts = {"class_names": list(classes)} if "templates" in run.backbone_options else {}
         torch.manual_seed(run.seed)  # the same head and adapter, whatever ran before
         return self.make_backbone(
             backbone.model,
-            classes,
+            len(classes),
             backbone.img_size,
             pretrained=backbone.pretrained,
             checkpoint=backbone.checkpoint,
+            **texts,
             **run.backbone_options,
         )
 
