@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clip_models import hf_model, zero_shot
 from models import MODELS, images, randomize_adapter
 from torch import nn
 
@@ -22,7 +23,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/compatibility.md"
 HEADINGS = {"vit": "ViT", "swin": "Swin", "convnext": "ConvNeXt", "resnet": "unknown network (ResNet)"}
 LABELS = torch.tensor([0, 3, 1, 2, 4, 3])
 
-# row of the table -> a small configuration; every shipped method has at least one
+# row of the first table -> a small configuration; every shipped method has a row there or in `CLIP_ROWS`
 ROWS: dict[str, Callable[[], Method | list[Method]]] = {
     "Full": dl.FullConfig,
     "Linear": dl.LinearConfig,
@@ -61,6 +62,22 @@ ROWS: dict[str, Callable[[], Method | list[Method]]] = {
     "LoHa of peft": lambda: dl.make_config("peft/loha", r=2),
 }
 
+# the same for classifiers whose classes are texts
+CLIP_HEADINGS = {"open_clip": "open_clip", "transformers": "transformers"}
+CLIP_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "open_clip": zero_shot,
+    "transformers": lambda: zero_shot(clip=hf_model()),
+}
+CLIP_ROWS: dict[str, Callable[[], Method | list[Method]]] = {
+    "MMA": lambda: dl.MMAConfig(start=3, bottleneck=4),
+    "CoOp": lambda: dl.CoOpConfig(num_words=3),
+    "CoOp with words per class": lambda: dl.CoOpConfig(num_words=3, per_class=True),
+    "CoCoOp": dl.CoCoOpConfig,
+    "LoRA on q, v of both towers": lambda: dl.LoRAConfig(r=2, parts=("q", "v")),
+    "MMA and CoOp": lambda: [dl.MMAConfig(start=3, bottleneck=4), dl.CoOpConfig(num_words=3)],
+}
+NEEDS_TEXTS = ("MMA", "CoOp", "CoOp with words per class", "CoCoOp", "MMA and CoOp")
+
 
 # ------------------------------------------------------------------ one cell
 def refusal(make: Callable[[], nn.Module], row: str) -> str | None:
@@ -68,7 +85,7 @@ def refusal(make: Callable[[], nn.Module], row: str) -> str | None:
     model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        dl.attach(model, ROWS[row]())
+        dl.attach(model, (ROWS | CLIP_ROWS)[row]())
     except (TypeError, ValueError) as error:
         assert_equal_states(model.state_dict(), before)
         return str(error)
@@ -84,9 +101,8 @@ def walk(make: Callable[[], nn.Module], x: torch.Tensor, row: str, folder: Path)
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         expected_plain = logits_of(model(x))
-    dl.attach(model, ROWS[row]())
-    if hasattr(dl, "prepare"):
-        dl.prepare(model, [(x, LABELS)])
+    dl.attach(model, (ROWS | CLIP_ROWS)[row]())
+    dl.prepare(model, [(x, LABELS)])
     train_three_steps(model, x)
     with torch.no_grad():
         expected = logits_of(model.eval()(x))
@@ -98,10 +114,15 @@ def walk(make: Callable[[], nn.Module], x: torch.Tensor, row: str, folder: Path)
     with torch.no_grad():
         assert torch.equal(logits_of(loaded(x)), expected), "the loaded adapter computes something else"
 
-    dl.attach(model, dl.LinearConfig(), name="other", num_classes=3)
+    if isinstance(model, dl.ZeroShotClassifier):  # its classes are texts, not a head
+        dl.attach(model, dl.BitFitConfig(), name="other")
+    else:
+        dl.attach(model, dl.LinearConfig(), name="other", num_classes=3)
     randomize_adapter(model)
     with torch.no_grad():
-        assert logits_of(model.eval()(x)).shape == (len(x), 3)
+        other = logits_of(model.eval()(x))
+        assert other.shape == (len(x), model.num_classes)
+        assert other.shape != expected.shape or not torch.equal(other, expected)
         dl.set_adapter(model, "default")
         assert torch.equal(logits_of(model.eval()(x)), expected), "switching there and back changed the adapter"
         with dl.disable_adapter(model):
@@ -165,8 +186,22 @@ def page() -> str:
         rows.append(f"| {row} | {' | '.join(cells)} |")
     return TEMPLATE.format(
         head=" | ".join(HEADINGS.values()), rule="|---" * (len(HEADINGS) + 1), rows="\n".join(rows),
-        reasons="\n".join(reasons),
+        reasons="\n".join(reasons), needs=", ".join(NEEDS_TEXTS), texts="\n".join(clip_rows()),
     )  # fmt: skip
+
+
+def clip_rows() -> list[str]:
+    """The table of classifiers made of texts, where every cell works; and of what needs texts, where none does."""
+    rows = ["| method | " + " | ".join(CLIP_HEADINGS.values()) + " |", "|---" * (len(CLIP_HEADINGS) + 1) + "|"]
+    for row in CLIP_ROWS:
+        for family in CLIP_HEADINGS:
+            with tempfile.TemporaryDirectory() as folder:
+                walk(CLIP_MODELS[family], images("vit", batch=len(LABELS)), row, Path(folder))
+        rows.append(f"| {row} |{' yes |' * len(CLIP_HEADINGS)}")
+    for row in NEEDS_TEXTS:
+        if not all(refusal(MODELS[family], row) for family in HEADINGS):
+            raise AssertionError(f"{row} works without texts")
+    return rows
 
 
 TEMPLATE = """# What fits what
@@ -185,6 +220,14 @@ Where it says "no", attaching is refused, and the model stays as it was:
 | method | family | error |
 |---|---|---|
 {reasons}
+
+## Classifiers whose classes are texts
+
+A small CLIP with class names ([CLIP](clip.md)), the same steps but for the export:
+
+{texts}
+
+Refused on all networks of the first table, because they need a text tower: {needs}.
 """
 
 if __name__ == "__main__":

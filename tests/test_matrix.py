@@ -3,7 +3,19 @@
 import re
 
 import pytest
-from matrix import HEADINGS, LABELS, PAGE, ROWS, export, refusal, walk
+from matrix import (
+    CLIP_HEADINGS,
+    CLIP_MODELS,
+    CLIP_ROWS,
+    HEADINGS,
+    LABELS,
+    NEEDS_TEXTS,
+    PAGE,
+    ROWS,
+    export,
+    refusal,
+    walk,
+)
 from models import MODELS, images
 
 import deltalens as dl
@@ -33,6 +45,22 @@ def test_cell(family, row, tmp_path):
         assert message in PAGE.read_text().replace("\\|", "|")
 
 
+@pytest.mark.parametrize("family", CLIP_HEADINGS)
+@pytest.mark.parametrize("row", CLIP_ROWS)
+def test_with_classes_of_texts(family, row, tmp_path):
+    assert f"| {row} |{' yes |' * len(CLIP_HEADINGS)}" in PAGE.read_text()
+    walk(CLIP_MODELS[family], images("vit", batch=len(LABELS)), row, tmp_path)
+
+
+@pytest.mark.parametrize("family", HEADINGS)
+@pytest.mark.parametrize("row", NEEDS_TEXTS)
+def test_without_texts(family, row):
+    message = refusal(MODELS[family], row)
+    assert message is not None
+    assert re.search(r"class_names|text tower", message), message
+    assert f"they need a text tower: {', '.join(NEEDS_TEXTS)}." in PAGE.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "row"), CELLS)
 def test_export(family, row, tmp_path):
@@ -42,7 +70,7 @@ def test_export(family, row, tmp_path):
 
 def test_every_method_has_a_row():
     shown = set()
-    for make in ROWS.values():
+    for make in [*ROWS.values(), *CLIP_ROWS.values()]:
         config = make()
         shown |= {method.name for method in (config if isinstance(config, list) else [config])}
     shipped = {m for m in dl.list_methods() if method_class(m).__module__.startswith("deltalens.")}

@@ -1,5 +1,6 @@
 from .backbones import describe
 from .backbones.names import create_backbone, list_models
+from .backbones.zero_shot import ZeroShotClassifier
 from .lifecycle.attach import attach, detach
 from .lifecycle.count import count_parameters, parameter_table, print_trainable_parameters
 from .lifecycle.files import from_pretrained, load_adapter, save_pretrained
@@ -12,7 +13,9 @@ from .methods import (
     AdapterConfig,
     AdaptFormerConfig,
     BitFitConfig,
+    CoCoOpConfig,
     ConvpassConfig,
+    CoOpConfig,
     FacTConfig,
     FullConfig,
     LinearConfig,
@@ -20,6 +23,7 @@ from .methods import (
     LoRandConfig,
     Method,
     MLPConfig,
+    MMAConfig,
     MonaConfig,
     MonaLayer,
     NormTuningConfig,
@@ -40,6 +44,8 @@ __all__ = [
     "AdaptFormerConfig",
     "AdapterConfig",
     "BitFitConfig",
+    "CoCoOpConfig",
+    "CoOpConfig",
     "ConvpassConfig",
     "FacTConfig",
     "FullConfig",
@@ -47,6 +53,7 @@ __all__ = [
     "LoRAConfig",
     "LoRandConfig",
     "MLPConfig",
+    "MMAConfig",
     "Method",
     "MonaConfig",
     "MonaLayer",
@@ -57,6 +64,7 @@ __all__ = [
     "SSFConfig",
     "SidetuneConfig",
     "VPTConfig",
+    "ZeroShotClassifier",
     "__version__",
     "active_adapters",
     "adapter_info",
