@@ -3,11 +3,12 @@ network: models--owner--name/{blobs,refs,snapshots}, and checkpoints/<file> unde
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from models import randomize
@@ -70,7 +71,7 @@ def write_transformers(folder: Path, kind: str = "vit", processor: dict | None =
     return model
 
 
-OPEN_CLIP = {
+OPEN_CLIP: dict[str, Any] = {
     "embed_dim": 20,
     "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
@@ -78,18 +79,38 @@ OPEN_CLIP = {
 OPEN_CLIP_IMAGES = {"mean": [0.4, 0.5, 0.6], "std": [0.3, 0.2, 0.25], "interpolation": "bilinear"}
 
 
-def write_open_clip(folder: Path) -> nn.Module:
-    """A small random CLIP in open_clip's format for the hub."""
+def write_open_clip(folder: Path, depth: int | None = None) -> nn.Module:
+    """A small random CLIP in open_clip's format for the hub. depth: blocks of both towers, with room for the texts of
+    open_clip's own tokenizer."""
     import open_clip
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    model = randomize(open_clip.CLIP(**OPEN_CLIP)).eval()
+    sizes = copy.deepcopy(OPEN_CLIP)
+    if depth is not None:
+        sizes["vision_cfg"]["layers"] = depth
+        sizes["text_cfg"] |= {"layers": depth, "context_length": 16, "vocab_size": 49408}
+    model = randomize(open_clip.CLIP(**sizes)).eval()
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": OPEN_CLIP, "preprocess_cfg": {**OPEN_CLIP_IMAGES, "resize_mode": "squash"}}
+    config = {"model_cfg": sizes, "preprocess_cfg": {**OPEN_CLIP_IMAGES, "resize_mode": "squash"}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return model
+
+
+def write_words(folder: Path, words: str) -> None:
+    """A tokenizer of transformers for a model of 40 words ("clip"); 39, the largest, ends a text as in CLIP."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate(["<pad>", "<unknown>", *words.split()])} | {"<start>": 38, "<end>": 39}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unknown>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<start> $A <end>", None, [("<start>", 38), ("<end>", 39)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unknown>"
+    ).save_pretrained(folder)
 
 
 def write_timm(folder: Path, name: str) -> nn.Module:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_cache import write_open_clip
 from models import tiny_vit
 from PIL import Image
 
@@ -67,7 +68,7 @@ def test_own_network(capsys):
 
 # ------------------------------------------------------------------ code on the pages
 @pytest.fixture
-def reader(tmp_path, monkeypatch):
+def reader(tmp_path, monkeypatch, request):
     """What a reader has at hand: an empty folder with a few photos, a loader; registries are as before afterwards."""
     from deltalens.backbones.describe import FAMILIES
 
@@ -82,7 +83,12 @@ def reader(tmp_path, monkeypatch):
         for i in range(8):
             pixels = np.clip(np.array(colour) + noise.normal(0, 25, (48, 48, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
-    yield {"loader": [(torch.randn(2, 3, 48, 48), torch.tensor([3, 101]))]}
+    names = {"loader": [(torch.randn(2, 3, 48, 48), torch.tensor([3, 101]))]}
+    if request.node.callspec.params["page"].name == "clip.md":  # a small CLIP in the place of the one it names
+        pytest.importorskip("open_clip")
+        write_open_clip(tmp_path / "clip", depth=6)
+        names["backbone"] = "clip"
+    yield names
     sys.modules.pop("my_mixer", None)
 
 
@@ -106,6 +112,7 @@ def test_marked_code_runs(page, reader, tmp_path):
 CHECKS = {
     "README.md": lambda names: names["model"].num_classes == 102,
     "docs/quickstart.md": lambda names: names["probabilities"].shape == (2,) and "test" in names["results"],
+    "docs/clip.md": lambda names: names["model"].num_classes == 3 and names["loss"].grad_fn is not None,
     "docs/own_loop.md": lambda names: [f.shape[1] for f in names["features"]] == [16, 8, 4, 2],
     "docs/adding_a_backbone.md": lambda names: dl.count_parameters(names["model"]).adapter > 0,
 }

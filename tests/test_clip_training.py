@@ -1,0 +1,124 @@
+"""Classifiers made of texts through the command line, from folders in the formats of open_clip and transformers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_cache import write_open_clip, write_transformers, write_words
+from picture_folders import CLASSES, write_pictures
+
+import deltalens as dl
+from deltalens.cli.main import main
+
+LIBRARIES = ("open_clip", "transformers")
+TEMPLATES = ["a photo of a {}.", "a drawing of a {}."]
+PROBE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Small random models with their tokenizers, pictures, and an adapter of MMA trained on them for each library."""
+    root = tmp_path_factory.mktemp("world")
+    write_open_clip(root / "open_clip", depth=3)
+    write_transformers(root / "transformers", "clip")
+    write_words(root / "transformers", "a photo drawing of blue green red .")
+    write_pictures(root / "flat", 8)
+    shared = ["train", "--data", str(root / "flat"), "--templates", json.dumps(TEMPLATES), "--workers", "0"]
+    shared += [
+        "--lr",
+        "0.02",
+        "--method",
+        "mma",
+        "--method.start",
+        "2",
+        "--method.bottleneck",
+        "4",
+        "--method.alpha",
+        "0.1",
+    ]
+    for name in LIBRARIES:
+        words = ["--model", str(root / name), "--output", str(root / f"of_{name}"), "--epochs", "3"]
+        assert main([*shared, *words, "--batch-size", "6"]) == 0
+    return root
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_train_evaluate_predict(library, world, capsys):
+    folder = world / f"of_{library}"
+    results = json.loads((folder / "results.json").read_text())
+    history = [row["train_loss"] for row in results["history"]]
+    assert history[-1] < history[0]
+    assert main(["evaluate", str(folder), "--data", str(world / "flat"), "--output", str(world / "e.json")]) == 0
+    assert json.loads((world / "e.json").read_text())["loss"] == pytest.approx(results["test"]["loss"], rel=1e-5)
+    capsys.readouterr()
+    assert main(["predict", str(folder), str(world / "flat/red/000.jpg"), "--format", "json", "--topk", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]["predictions"]
+    assert sorted(each["class"] for each in found) == sorted(CLASSES)
+    assert sum(each["probability"] for each in found) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_files_say_the_texts(library, world):
+    base = json.loads((world / f"of_{library}/adapter_config.json").read_text())["base_model"]
+    assert base["kwargs"] == {"class_names": list(CLASSES), "templates": TEMPLATES}
+    assert base["library"] == {"open_clip": "open_clip", "transformers": "hf"}[library]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_adapter_loads_and_serves_other_classes(library, world):
+    model = dl.from_pretrained(world / f"of_{library}")
+    assert isinstance(model, dl.ZeroShotClassifier)
+    assert dl.class_names(model) == list(CLASSES)
+    plain = dl.create_backbone(str(world / library), class_names=list(CLASSES), templates=TEMPLATES).eval()
+    with torch.no_grad():
+        trained = model(PROBE)
+        with dl.disable_adapter(model):
+            torch.testing.assert_close(model(PROBE), plain(PROBE), atol=1e-5, rtol=1e-5)
+        assert (trained - plain(PROBE)).abs().max() > 1e-4
+        model.set_classes(["red", "green"])  # other classes and an order of its own: the adapter stays
+        torch.testing.assert_close(model(PROBE), trained[:, [2, 1]], atol=1e-5, rtol=1e-5)
+
+
+FRESH = """
+import sys, torch, deltalens as dl
+print("LOGITS", dl.from_pretrained(sys.argv[2])(torch.load(sys.argv[1])).tolist())
+"""
+
+
+@pytest.mark.parametrize("library", ["open_clip", pytest.param("transformers", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_a_fresh_process_computes_the_same(library, world):
+    torch.save(PROBE, world / "probe.pt")
+    folder = str(world / f"of_{library}")
+    here = dl.from_pretrained(folder)(PROBE).tolist()
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # rounding depends on their number
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH, str(world / "probe.pt"), folder],
+        capture_output=True, text=True, env=os.environ | threads,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    there = run.stdout.partition("LOGITS ")[2].strip()
+    assert json.loads(there) == here
+
+
+def test_one_tower_only(world, tmp_path):
+    words = ["train", "--model", str(world / "open_clip"), "--data", str(world / "flat"), "--output", str(tmp_path)]
+    words += ["--templates", json.dumps(TEMPLATES[:1]), "--tower", "vision", "--method", "lora", "--epochs", "1"]
+    assert main([*words, "--workers", "0", "--batch-size", "12"]) == 0
+    model = dl.from_pretrained(tmp_path)
+    changed = [name for name, _ in model.named_parameters() if ".delta." in name]
+    assert changed
+    assert all(name.startswith("clip.visual.") for name in changed)
+
+
+def test_templates_need_a_text_tower(world, tmp_path, capsys):
+    words = ["train", "--model", "deltalens/vit-mini", "--data", str(world / "flat"), "--output", str(tmp_path / "x")]
+    capsys.readouterr()
+    assert main([*words, "--templates", json.dumps(TEMPLATES), "--method", "linear"]) == 1
+    assert "has no text tower" in capsys.readouterr().err
+    assert main([*words, "--method", "mma"]) == 1
+    assert "needs one image tower and one text tower" in capsys.readouterr().err
