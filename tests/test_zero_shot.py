@@ -245,3 +245,17 @@ def test_errors():
     dl.attach(zero_shot(), MonaConfig(bottleneck=4), tower="vision")
     with pytest.raises(ValueError, match="has no text tower"):
         dl.create_backbone("deltalens/vit-mini", class_names=["a"])
+
+
+@torch.no_grad()
+def test_whole_texts_are_computed_anew_in_another_precision():
+    """A text tower that is not known inside: what autocast has computed is not used without it."""
+    model = zero_shot(clip=open_clip_model(custom_text=True, embed_cls=True))
+    assert two_towers_of(model.clip).reading(model.clip) is None
+    images = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = model(images)
+    fine = model(images)
+    model.kept.clear()
+    assert torch.equal(fine, model(images))
+    assert not torch.equal(fine, coarse.float())

@@ -27,6 +27,11 @@ total: int = count.adapter + count.head + count.trainable
 for row in dl.parameter_table(model):
     shape: tuple[int, ...] = row.shape
 
+texts: nn.Module = dl.create_backbone("open_clip/ViT-B-16/openai", class_names=["cat", "dog"], templates=["a {}."])
+dl.attach(texts, [dl.MMAConfig(start=9, towers="vision"), dl.CoOpConfig(init="a photo of a")], tower="vision")
+if isinstance(texts, dl.ZeroShotClassifier):
+    texts.set_classes(["eel"], templates="a {}.")
+
 dl.set_adapter(model, "second")
 dl.set_adapter(model, ["default", "second"])
 active: tuple[str, ...] = dl.active_adapters(model)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.backbones.class_prompts import TEMPLATE, ClassPrompts, Tokenizer, class_prompts
-from deltalens.backbones.text_pass import Kept, TextPass, stamp
+from deltalens.backbones.text_pass import Kept, TextPass, precision_of, stamp
 from deltalens.backbones.two_towers import two_towers_of
 from deltalens.sites.anatomy import Anatomy, Family, Site
 from deltalens.sites.layout import Words
@@ -117,7 +117,8 @@ class ZeroShotClassifier(nn.Module):
             with torch.no_grad():
                 return towers.text(self.clip, prompts.ids)
 
-        return self.kept.get("features", (prompts, stamp([self.clip])), whole)
+        made_of = (prompts, stamp([self.clip]), precision_of(next(self.clip.parameters())))
+        return self.kept.get("features", made_of, whole)
 
     # ------------------------------------------------------------------ texts
     def prompts(self) -> ClassPrompts:
