@@ -73,10 +73,21 @@ CLIP_ROWS: dict[str, Callable[[], Method | list[Method]]] = {
     "CoOp": lambda: dl.CoOpConfig(num_words=3),
     "CoOp with words per class": lambda: dl.CoOpConfig(num_words=3, per_class=True),
     "CoCoOp": dl.CoCoOpConfig,
+    "CLIP-Adapter": dl.CLIPAdapterConfig,
+    "CLIP-Adapter on both": lambda: dl.CLIPAdapterConfig(towers="both"),
+    "Tip-Adapter-F": lambda: dl.TipAdapterConfig(train_keys=True, passes=1),
     "LoRA on q, v of both towers": lambda: dl.LoRAConfig(r=2, parts=("q", "v")),
     "MMA and CoOp": lambda: [dl.MMAConfig(start=3, bottleneck=4), dl.CoOpConfig(num_words=3)],
 }
-NEEDS_TEXTS = ("MMA", "CoOp", "CoOp with words per class", "CoCoOp", "MMA and CoOp")
+NEEDS_TEXTS = (
+    "MMA",
+    "CoOp",
+    "CoOp with words per class",
+    "CoCoOp",
+    "CLIP-Adapter on both",
+    "Tip-Adapter-F",
+    "MMA and CoOp",
+)
 
 
 # ------------------------------------------------------------------ one cell
