@@ -57,8 +57,7 @@ class ZeroShotClassifier(nn.Module):
         self.__dict__["tokenizer"] = tokenizer
         self.__dict__["kept"] = Kept()
         self.set_classes(class_names, templates)
-        with torch.no_grad():
-            self.width = self.text_features().shape[-1]
+        self.width = self._shared_width()
 
     def set_classes(self, class_names: Sequence[str], templates: str | Sequence[str] | None = None) -> None:
         """Other classes, and other templates where these are given; adapters stay. ValueError as in `class_prompts`."""
@@ -67,6 +66,14 @@ class ZeroShotClassifier(nn.Module):
         prompts = self._write(tuple(class_names), templates)
         self.templates, self.class_names, self.num_classes = templates, prompts.names, len(prompts.names)
         self.kept.clear()
+
+    def _shared_width(self) -> int:
+        """Of a tower that is known inside, without a pass, so that models on the meta device are read, too."""
+        reading = two_towers_of(self.clip).reading(self.clip)
+        with torch.no_grad():
+            if reading is None:
+                return self.text_features().shape[-1]
+            return reading.finish(self.clip, reading.positions(self.clip)[:1]).shape[-1]
 
     # ------------------------------------------------------------------ forward
     def forward(self, images: Tensor) -> Tensor:
