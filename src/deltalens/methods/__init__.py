@@ -12,6 +12,7 @@ from deltalens.methods.full import FullConfig
 from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
 from deltalens.methods.lorand import LoRandConfig
+from deltalens.methods.maple import MaPLeConfig
 from deltalens.methods.mlp import MLPConfig
 from deltalens.methods.mma import MMAConfig
 from deltalens.methods.mona import MonaConfig, MonaLayer
@@ -39,6 +40,7 @@ __all__ = [
     "LoRandConfig",
     "MLPConfig",
     "MMAConfig",
+    "MaPLeConfig",
     "Method",
     "MonaConfig",
     "MonaLayer",
