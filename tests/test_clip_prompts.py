@@ -9,7 +9,7 @@ from clip_models import NAMES, VECTORS, hf_model, open_clip_model, tokenizer, ve
 
 import deltalens as dl
 from deltalens.backbones.zero_shot import ZeroShotClassifier
-from deltalens.methods import MaPLeConfig
+from deltalens.methods import MaPLeConfig, RPOConfig
 
 MODELS = {"open_clip": open_clip_model, "transformers": hf_model}
 
@@ -214,3 +214,81 @@ def test_errors_of_prompts_in_both_towers(images):
     dl.set_adapter(model, ["default", "second"])
     with pytest.raises(ValueError, match="another adapter adds some, too"):
         model(images)
+
+
+# ------------------------------------------------------------------ RPO
+def rpo_parameters(model):
+    tokens = next(m for m in model.modules() if type(m).__name__ == "TokensBehindThePrefix")
+    return {"text_prompt": model.live("text.embed")[0].prompt, "img_prompt": tokens.prompt}
+
+
+RPO_MODELS = MODELS | {"transformers, eager": lambda: hf_model(attn_implementation="eager")}
+
+
+@needs("clip_rpo")
+@pytest.mark.parametrize("make", RPO_MODELS)
+def test_published_rpo(make):
+    given, inputs = vectors("clip_rpo"), vectors("clip_inputs")
+    model = dl.attach(zero_shot(clip=RPO_MODELS[make]()), RPOConfig(num_prompts=3))
+    parameters = rpo_parameters(model)
+    assert len(trained(model)) == 2
+    fill(parameters.values(), [given[f"param.{name}"] for name in parameters])
+    assert_published(model, parameters, given, inputs["images"], inputs["labels"])
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_what_prompts_read_is_what_clip_computes(make, images):
+    """Behind every block the tokens of the image and the words of the texts are those without an adapter."""
+    model = zero_shot(clip=MODELS[make]()).double()
+    seen, towers = [], {tower.name: tower for tower in dl.describe(model).towers}
+    for tower in towers.values():
+        tower.blocks[2].module.register_forward_hook(lambda _, args, y: seen.append(y))
+    with torch.no_grad():
+        model(images.double())
+        dl.attach(model, RPOConfig(num_prompts=3))
+        model.kept.clear()
+        model(images.double())
+    plain_image, plain_text, image, text = seen
+    assert image.shape[1] == plain_image.shape[1] + 3
+    torch.testing.assert_close(torch.cat([image[:, :1], image[:, 4:]], 1), plain_image, atol=1e-12, rtol=0)
+    for i, end in enumerate(model.prompts().ends):
+        torch.testing.assert_close(text[i, : end + 1], plain_text[i, : end + 1], atol=1e-12, rtol=0)
+
+
+def test_rpo_begins_near_the_end_and_the_class_token():
+    model = dl.attach(zero_shot(), RPOConfig(num_prompts=5))
+    parameters = rpo_parameters(model)
+    for name, centre in (
+        ("text_prompt", model.clip.token_embedding.weight[29]),
+        ("img_prompt", model.clip.visual.class_embedding),
+    ):
+        distance = (parameters[name] - centre).norm(dim=-1)
+        torch.testing.assert_close(distance, torch.full((5,), 0.1), atol=1e-4, rtol=1e-3)
+
+
+def test_rpo_counts():
+    assert dl.count_parameters(dl.attach(vit_b16(), RPOConfig())).adapter == 30_720
+
+
+def test_rpo_life(images, tmp_path):
+    """Several templates, other classes, files; texts too long for K words are named."""
+    templates = ("a photo of a {}.", "a bad photo of the {}.")
+    model, features = zero_shot(templates=templates), []
+    dl.attach(model, RPOConfig(num_prompts=3)).eval()
+    with torch.no_grad():
+        logits = model(images)
+        dl.save_pretrained(model, tmp_path)
+        assert torch.equal(dl.from_pretrained(tmp_path, zero_shot(templates=templates))(images), logits)
+        for template in templates:
+            model.set_classes(NAMES, template)
+            features.append(model.text_features())
+        expected = F.normalize(torch.stack(features).mean(0), dim=-1)
+        model.set_classes(NAMES, templates)
+        torch.testing.assert_close(model.text_features(), expected, atol=1e-5, rtol=1e-5)
+        model.set_classes(NAMES[:2])
+        torch.testing.assert_close(model(images), logits[:, :2], atol=1e-5, rtol=1e-5)
+        model.set_classes(["a " * 67])
+        with pytest.raises(ValueError, match="RPO writes 3 words behind the end"):
+            model(images)
+    with pytest.raises(TypeError, match="image tower of transformer blocks"):
+        dl.attach(ZeroShotClassifier(resnet_clip(), tokenizer(), NAMES), RPOConfig())

@@ -20,6 +20,7 @@ from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
 from deltalens.methods.peft_methods import from_peft
 from deltalens.methods.repadapter import RepAdapterConfig
+from deltalens.methods.rpo import RPOConfig
 from deltalens.methods.sct import SCTConfig
 from deltalens.methods.sidetune import SidetuneConfig
 from deltalens.methods.ssf import SSFConfig
@@ -46,6 +47,7 @@ __all__ = [
     "MonaLayer",
     "NormTuningConfig",
     "PartialConfig",
+    "RPOConfig",
     "RepAdapterConfig",
     "SCTConfig",
     "SSFConfig",
