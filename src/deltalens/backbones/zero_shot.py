@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.backbones.class_prompts import TEMPLATE, ClassPrompts, Tokenizer, class_prompts
-from deltalens.backbones.text_pass import Kept, TextPass, stamp
+from deltalens.backbones.text_pass import Kept, TextPass, precision_of, stamp
 from deltalens.backbones.two_towers import two_towers_of
 from deltalens.sites.anatomy import Anatomy, Family, Site
 from deltalens.sites.layout import Words
@@ -40,6 +41,9 @@ class ZeroShotClassifier(nn.Module):
     * `text.pool`: f(x (n, L, d) behind the last block, layout) -> (n, d), or (n, K, d) where `pool` of the image tower
       reads K tokens, too: logits are then the mean over K pairs.
     * `text.output`: f(text features) -> text features, before they are normalised.
+
+      A module of `text.context` or `text.output` whose method compares texts in its `losses` says
+      `compares_texts = True` and finds them in `texts_of_step()`.
     * `output`: f(image features (B, D), images) -> image features, before they are normalised.
     * `logits`: f(logits (B, C), normalised image features (B, D)) -> logits.
     """
@@ -80,6 +84,8 @@ class ZeroShotClassifier(nn.Module):
         """Images (B, 3, H, W) -> logits (B, C)."""
         features = self.image_features(images)
         texts = self.text_features(features)
+        if self.training and texts.requires_grad and self._compares_texts() and not torch.compiler.is_compiling():
+            self.kept.values[STEP] = (None, texts)
         towers = two_towers_of(self.clip)
         logits = towers.scale(self.clip) * _cosines(features, texts)
         bias = towers.bias(self.clip)
@@ -112,6 +118,52 @@ class ZeroShotClassifier(nn.Module):
             features = module(features)
         return F.normalize(features, dim=-1)
 
+    def texts_of_step(self) -> Tensor:
+        """The text features that the last forward in training used, handed out once; else computed anew. For losses
+        of modules that say `compares_texts = True`, so that texts are run once in a step."""
+        found = self.kept.values.pop(STEP, None)
+        return self.text_features() if found is None else found[1]
+
+    def frozen_texts(self, prompts: ClassPrompts | None = None) -> Tensor:
+        """Normalised features (C, T, D) of the classes in T templates without any adapter, computed once and kept.
+
+        prompts: others than those of the classifier's own templates. Raises TypeError where the text tower itself is
+        trained: what it was before is not at hand.
+        """
+        prompts = self.prompts_with(self.templates) if prompts is None else prompts
+        towers = two_towers_of(self.clip)
+        reading = towers.reading(self.clip)
+        parts = [self.clip] if reading is None else reading.parts(self.clip)
+        frozen = [p for part in parts for p in _own_parameters(part)]
+        if any(p.requires_grad for p in frozen):
+            raise TypeError(
+                "features of the frozen text tower are wanted, and weights of that tower are trained: use a method "
+                "that leaves them as they are, or adapt the image tower alone (tower='vision')"
+            )
+
+        def compute() -> Tensor:
+            with self._without_adapters(), torch.no_grad():
+                if reading is None:
+                    features = towers.text(self.clip, prompts.ids)
+                else:
+                    features = TextPass(self.clip, reading, None, self.layout, Kept()).features(prompts)
+                return F.normalize(features, dim=-1).unflatten(0, (len(prompts.names), prompts.count))
+
+        return self.kept.get(f"frozen {prompts.templates}", (prompts, precision_of(frozen[0]), stamp(frozen)), compute)
+
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        slots = [module for module in self.modules() if isinstance(module, Slots)]
+        active, ends = [each.active for each in slots], self.layout.ends
+        try:
+            for each in slots:
+                each.active = ()
+            yield
+        finally:
+            self.layout.ends = ends
+            for each, names in zip(slots, active, strict=True):
+                each.active = names
+
     def _raw(self, prompts: ClassPrompts, image_features: Tensor | None) -> Tensor:
         towers = two_towers_of(self.clip)
         reading = towers.reading(self.clip)
@@ -132,14 +184,12 @@ class ZeroShotClassifier(nn.Module):
         own = [module.template for module in self.live("text.context") if getattr(module, "template", None)]
         return self.prompts_with((own[-1],) if own else self.templates)
 
-    def prompts_with(self, templates: Sequence[str]) -> ClassPrompts:
-        """The classes in other templates, on the model's device."""
-        templates = tuple(templates)
+    def prompts_with(self, templates: Sequence[str], names: Sequence[str] | None = None) -> ClassPrompts:
+        """The classes in other templates, or others, on the model's device."""
+        templates, names = tuple(templates), self.class_names if names is None else tuple(names)
         device = next(self.clip.parameters()).device
-        made_of = (self.class_names, templates, device)
-        return self.kept.get(
-            f"prompts {templates}", made_of, lambda: self._write(self.class_names, templates).to(device)
-        )
+        key = f"prompts {templates}" if names == self.class_names else f"prompts {templates} of others"
+        return self.kept.get(key, (names, templates, device), lambda: self._write(names, templates).to(device))
 
     def _write(self, names: tuple[str, ...], templates: tuple[str, ...]) -> ClassPrompts:
         reading = two_towers_of(self.clip).reading(self.clip)
@@ -160,6 +210,10 @@ class ZeroShotClassifier(nn.Module):
         """The text tower's layout."""
         return self.__dict__.get("delta_layout") or Words()
 
+    def _compares_texts(self) -> bool:
+        modules = self.live("text.context") + self.live("text.output")
+        return any(getattr(module, "compares_texts", False) for module in modules)
+
     def _reads_images(self) -> bool:
         return any(getattr(module, "reads_images", False) for module in self.live("text.context"))
 
@@ -167,6 +221,13 @@ class ZeroShotClassifier(nn.Module):
         """nn.Module.train; what was kept is forgotten."""
         self.kept.clear()
         return super().train(mode)
+
+
+def _own_parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    """Without those of adapters."""
+    if isinstance(part, nn.Parameter):
+        return [part]
+    return [p for path, p in part.named_parameters() if "delta" not in path.split(".")]
 
 
 def _cosines(features: Tensor, texts: Tensor) -> Tensor:
@@ -178,6 +239,7 @@ def _cosines(features: Tensor, texts: Tensor) -> Tensor:
     return features @ texts.to(features.dtype).T
 
 
+STEP = "texts of the last forward in training"
 SLOTS = frozenset({"text.context", "text.embed", "text.pool", "text.output", "output", "logits"})
 CLASSIFIER = Family(name="deltalens.backbones.zero_shot:CLASSIFIER", methods={}, slots=SLOTS)
 
