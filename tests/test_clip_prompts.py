@@ -9,7 +9,8 @@ from clip_models import NAMES, VECTORS, hf_model, open_clip_model, tokenizer, ve
 
 import deltalens as dl
 from deltalens.backbones.zero_shot import ZeroShotClassifier
-from deltalens.methods import MaPLeConfig, RPOConfig
+from deltalens.methods import CoOpConfig, KgCoOpConfig, MaPLeConfig, MMAConfig, RPOConfig
+from deltalens.tasks import ClassificationTask
 
 MODELS = {"open_clip": open_clip_model, "transformers": hf_model}
 
@@ -292,3 +293,63 @@ def test_rpo_life(images, tmp_path):
             model(images)
     with pytest.raises(TypeError, match="image tower of transformer blocks"):
         dl.attach(ZeroShotClassifier(resnet_clip(), tokenizer(), NAMES), RPOConfig())
+
+
+# ------------------------------------------------------------------ KgCoOp
+LABELS = torch.tensor([0, 3, 1])
+PET = "a photo of a {}, a type of pet."
+
+
+def runs_of_texts(model):
+    """A list that grows with every run of the text tower's first block."""
+    seen, tower = [], next(tower for tower in dl.describe(model).towers if tower.name == "text")
+    tower.blocks[0].module.register_forward_hook(lambda _, args, y: seen.append(len(args[0])))
+    return seen
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_kgcoop_is_cross_entropy_and_a_distance(make, images):
+    """Loss and gradient against CoOp and texts of a plain model; texts are run once in a step, templates once."""
+    model = dl.attach(zero_shot(clip=MODELS[make](), templates=PET), KgCoOpConfig(weight=3.0))
+    plain = dl.attach(zero_shot(clip=MODELS[make]()), CoOpConfig(init="a photo of a"))
+    fill(trained(model).values(), [p + 0.1 * torch.randn_like(p) for p in trained(model).values()])
+    fill(trained(plain).values(), trained(model).values())
+    task = ClassificationTask(model, NAMES).train()
+    result = task((images, LABELS))
+    logits = plain.train()(images)
+    with torch.no_grad():
+        templates = zero_shot(clip=MODELS[make](), templates=PET).text_features()
+    distance = 1 - F.cosine_similarity(plain.text_features(), templates).mean()
+    expected = F.cross_entropy(logits, LABELS) + 3.0 * distance
+    assert result["losses"].keys() == {"cross_entropy", "kgcoop.distance"}
+    assert distance > 1e-3
+    torch.testing.assert_close(result["loss"], expected, atol=1e-5, rtol=1e-5)
+    result["loss"].backward()
+    expected.backward()
+    for one, other in zip(trained(model).values(), trained(plain).values(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+    seen = runs_of_texts(model)
+    for _ in range(2):
+        task((images, LABELS))["loss"].backward()
+    assert seen == [5, 5]
+    assert task.eval()((images, LABELS))["losses"].keys() == {"cross_entropy"}
+
+
+def test_templates_are_those_of_the_frozen_model_and_follow_classes_and_weights(images):
+    model = dl.attach(zero_shot(templates=PET), [KgCoOpConfig(), MMAConfig(start=2, bottleneck=4, alpha=0.5)])
+    expected = zero_shot(templates=PET).text_features().detach()
+    model(images)
+    torch.testing.assert_close(model.frozen_texts()[:, 0], expected, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(model.text_features(), zero_shot().text_features(), atol=1e-3)  # adapters are back
+    model.set_classes(NAMES[:2])
+    torch.testing.assert_close(model.frozen_texts()[:, 0], expected[:2], atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        model.clip.ln_final.weight.mul_(torch.linspace(0.5, 2, 64))
+    assert not torch.allclose(model.frozen_texts()[:, 0], expected[:2], atol=1e-3)
+
+
+def test_kgcoop_is_refused_where_the_text_tower_trains(images):
+    model = dl.attach(zero_shot(), [KgCoOpConfig(), dl.BitFitConfig()])
+    with pytest.raises(TypeError, match="weights of that tower are trained"):
+        ClassificationTask(model, NAMES).train()((images, LABELS))
+    assert dl.count_parameters(dl.attach(vit_b16(), KgCoOpConfig())).adapter == 2_048

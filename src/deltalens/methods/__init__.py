@@ -9,6 +9,7 @@ from deltalens.methods.convpass import ConvpassConfig
 from deltalens.methods.coop import CoOpConfig
 from deltalens.methods.fact import FacTConfig
 from deltalens.methods.full import FullConfig
+from deltalens.methods.kgcoop import KgCoOpConfig
 from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
 from deltalens.methods.lorand import LoRandConfig
@@ -36,6 +37,7 @@ __all__ = [
     "ConvpassConfig",
     "FacTConfig",
     "FullConfig",
+    "KgCoOpConfig",
     "LinearConfig",
     "LoRAConfig",
     "LoRandConfig",
