@@ -9,8 +9,8 @@ from clip_models import NAMES, VECTORS, hf_model, open_clip_model, tokenizer, ve
 
 import deltalens as dl
 from deltalens.backbones.zero_shot import ZeroShotClassifier
-from deltalens.methods import CoOpConfig, KgCoOpConfig, MaPLeConfig, MMAConfig, RPOConfig
-from deltalens.tasks import ClassificationTask
+from deltalens.methods import CoOpConfig, KgCoOpConfig, MaPLeConfig, MMAConfig, ProGradConfig, RPOConfig
+from deltalens.tasks import ClassificationTask, backward
 
 MODELS = {"open_clip": open_clip_model, "transformers": hf_model}
 
@@ -353,3 +353,128 @@ def test_kgcoop_is_refused_where_the_text_tower_trains(images):
     with pytest.raises(TypeError, match="weights of that tower are trained"):
         ClassificationTask(model, NAMES).train()((images, LABELS))
     assert dl.count_parameters(dl.attach(vit_b16(), KgCoOpConfig())).adapter == 2_048
+
+
+# ------------------------------------------------------------------ ProGrad
+def prograd_task(**options):
+    """A task whose cross-entropy goes against the zero-shot model: its labels are what that model says least."""
+    torch.manual_seed(0)
+    model = zero_shot(templates=PET)
+    dl.attach(model, [ProGradConfig(num_words=4, **options)])
+    return ClassificationTask(model, NAMES).train()
+
+
+def unlikely(images):
+    with torch.no_grad():
+        return zero_shot(templates=PET)(images).argmin(-1)
+
+
+def rule_by_hand(task, images, labels, strength):
+    """(gradient, whether the terms oppose one another) of the one trained tensor, by plain autograd."""
+    (ctx,) = trained(task).values()
+    logits = task.model(images)
+    with torch.no_grad():
+        teacher = zero_shot(templates=PET)(images).softmax(-1)
+    (g_ce,) = torch.autograd.grad(F.cross_entropy(logits, labels), ctx, retain_graph=True)
+    soft = -(teacher * logits.log_softmax(-1)).sum(-1).mean()  # KL but for a constant
+    (g_kl,) = torch.autograd.grad(soft, ctx)
+    unit = g_kl / g_kl.norm()
+    along = torch.dot(g_ce.flatten(), unit.flatten())
+    return (g_ce - strength * along * unit, True) if along < 0 else (g_ce, False)
+
+
+@pytest.mark.parametrize("opposed", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_prograd_steps_are_those_of_a_loop_by_hand(opposed, scale, images):
+    task = prograd_task(strength=0.8)
+    likely = zero_shot(templates=PET)(images).argmax(-1)
+    labels = unlikely(images) if opposed else likely
+    optimizer = torch.optim.SGD(trained(task).values(), lr=0.01)
+    for _ in range(2):
+        expected, against = rule_by_hand(task, images, labels, 0.8)
+        assert against == opposed
+        result = task((images, labels))
+        assert result["losses"].keys() == {"cross_entropy", "prograd.zero_shot"}
+        optimizer.zero_grad()
+        backward(task, result, scale * result["loss"])
+        (ctx,) = trained(task).values()
+        torch.testing.assert_close(ctx.grad / scale, expected, atol=1e-6, rtol=1e-4)
+        ctx.grad /= scale
+        optimizer.step()
+
+
+def test_the_zero_shot_term_is_a_divergence(images):
+    """0 where both say the same, and the frozen model's image features where an adapter changes them."""
+    model = dl.attach(zero_shot(), ProGradConfig(init="a photo of a"))
+    assert ClassificationTask(model, NAMES).train()((images, LABELS))["losses"]["prograd.zero_shot"].abs() < 1e-5
+    model = dl.attach(zero_shot(), [ProGradConfig(num_words=4), MMAConfig(start=1, bottleneck=4, alpha=0.5)])
+    with torch.no_grad():
+        expected = zero_shot()(images)
+    model.train()(images)
+    torch.testing.assert_close(model.zero_shot_logits(images), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(images), expected, atol=1e-2)
+
+
+def test_gradient_rules_alone_cost_a_second_backward(images):
+    """Without a rule `backward` is loss.backward(); what cannot be right is refused."""
+    model = dl.attach(zero_shot(), KgCoOpConfig())
+    task = ClassificationTask(model, NAMES).train()
+    backward(task, task((images, LABELS)))
+    (one,) = [p.grad.clone() for p in trained(model).values()]
+    model.zero_grad()
+    task((images, LABELS))["loss"].backward()
+    (other,) = [p.grad for p in trained(model).values()]
+    assert torch.equal(one, other)
+    task = prograd_task()
+    backward(task, task((images, LABELS)))
+    with pytest.raises(ValueError, match="do not accumulate"):
+        backward(task, task((images, LABELS)))
+    dl.attach(task.model, ProGradConfig(num_words=4), name="second")
+    dl.set_adapter(task.model, ["default", "second"])
+    with pytest.raises(ValueError, match="each have a gradient rule"):
+        backward(task, task((images, LABELS)))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_overflows_stays_visible(bad):
+    """A step that loss scaling has to skip is not made finite by the rule."""
+    fine, broken = torch.ones(3), torch.tensor([bad, 1.0, 1.0])
+    for ce, kl in ((fine, broken), (broken, fine)):
+        (found,) = ProGradConfig().combine({"cross_entropy": [ce], "prograd.zero_shot": [kl]})
+        assert not found.isfinite().all()
+    (found,) = ProGradConfig().combine({"cross_entropy": [fine], "prograd.zero_shot": [torch.zeros(3)]})
+    assert torch.equal(found, fine)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_lightning_follows_the_rule(scaled, images):
+    """One SGD step of the trainer, with a GradScaler too, is that of the loop by hand; accumulation is refused."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.plugins import MixedPrecision
+    from toy_training import QUIET
+
+    from deltalens.data import ArrayDataset, Splits
+    from deltalens.training import TrainingSettings
+    from deltalens.training.module import TaskModule
+
+    task, labels = prograd_task(), unlikely(images)
+    pixels = (images.permute(0, 2, 3, 1) * 20 + 128).clamp(0, 255).to(torch.uint8).numpy()
+    data = ArrayDataset(pixels, labels.numpy(), lambda image: (image.float() - 128) / 20)
+    inputs = torch.stack([data[i][0] for i in range(3)])
+    (ctx,) = trained(task).values()
+    before = ctx.detach().clone()
+    expected, against = rule_by_hand(task, inputs, labels, 1.0)
+    assert against
+    settings = TrainingSettings(epochs=1, optimizer="sgd", **(QUIET | {"batch_size": 3}))
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "limit_val_batches": 0,
+               "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+               "use_distributed_sampler": False}  # fmt: skip
+    splits = Splits(data, data, list(NAMES), data)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if scaled else []
+    pl.Trainer(**options, plugins=plugins).fit(TaskModule(task, splits, settings))
+    moved = (before - ctx.detach()) / settings.lr
+    tolerance = 3e-2 if scaled else 1e-4
+    assert (moved - expected).norm() < tolerance * expected.norm()
+    with pytest.raises(ValueError, match="do not accumulate"):
+        pl.Trainer(**options, accumulate_grad_batches=2).fit(TaskModule(prograd_task(), splits, settings))

@@ -42,8 +42,8 @@ class ZeroShotClassifier(nn.Module):
       reads K tokens, too: logits are then the mean over K pairs.
     * `text.output`: f(text features) -> text features, before they are normalised.
 
-      A module of `text.context` or `text.output` whose method compares texts in its `losses` says
-      `compares_texts = True` and finds them in `texts_of_step()`.
+      A module of `text.context` or `text.output` whose method reads features in its `losses` says
+      `features_in_losses = True`: `texts_of_step()` and `zero_shot_logits()` then find those of the forward before.
     * `output`: f(image features (B, D), images) -> image features, before they are normalised.
     * `logits`: f(logits (B, C), normalised image features (B, D)) -> logits.
     """
@@ -84,8 +84,8 @@ class ZeroShotClassifier(nn.Module):
         """Images (B, 3, H, W) -> logits (B, C)."""
         features = self.image_features(images)
         texts = self.text_features(features)
-        if self.training and texts.requires_grad and self._compares_texts() and not torch.compiler.is_compiling():
-            self.kept.values[STEP] = (None, texts)
+        if self.training and self._features_in_losses() and not torch.compiler.is_compiling():
+            self.kept.values |= {STEP_IMAGES: (None, features), STEP_TEXTS: (None, texts)}
         towers = two_towers_of(self.clip)
         logits = towers.scale(self.clip) * _cosines(features, texts)
         bias = towers.bias(self.clip)
@@ -120,8 +120,8 @@ class ZeroShotClassifier(nn.Module):
 
     def texts_of_step(self) -> Tensor:
         """The text features that the last forward in training used, handed out once; else computed anew. For losses
-        of modules that say `compares_texts = True`, so that texts are run once in a step."""
-        found = self.kept.values.pop(STEP, None)
+        of modules that say `features_in_losses = True`, so that texts are run once in a step."""
+        found = self.kept.values.pop(STEP_TEXTS, None)
         return self.text_features() if found is None else found[1]
 
     def frozen_texts(self, prompts: ClassPrompts | None = None) -> Tensor:
@@ -136,10 +136,7 @@ class ZeroShotClassifier(nn.Module):
         parts = [self.clip] if reading is None else reading.parts(self.clip)
         frozen = [p for part in parts for p in _own_parameters(part)]
         if any(p.requires_grad for p in frozen):
-            raise TypeError(
-                "features of the frozen text tower are wanted, and weights of that tower are trained: use a method "
-                "that leaves them as they are, or adapt the image tower alone (tower='vision')"
-            )
+            raise TypeError(f"features of the frozen text tower are wanted, {_TRAINED}")
 
         def compute() -> Tensor:
             with self._without_adapters(), torch.no_grad():
@@ -150,6 +147,25 @@ class ZeroShotClassifier(nn.Module):
                 return F.normalize(features, dim=-1).unflatten(0, (len(prompts.names), prompts.count))
 
         return self.kept.get(f"frozen {prompts.templates}", (prompts, precision_of(frozen[0]), stamp(frozen)), compute)
+
+    def zero_shot_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of the model without any adapter, in the classifier's own templates, without gradients.
+
+        In a training step whose image features no adapter touches, those of the forward before are taken. images are
+        that forward's. Raises TypeError where weights of the model itself are trained.
+        """
+        found = self.kept.values.pop(STEP_IMAGES, None)
+        features = None if found is None or found[1].requires_grad else found[1]
+        texts, towers = F.normalize(self.frozen_texts().mean(1), dim=-1), two_towers_of(self.clip)
+        with torch.no_grad():
+            if features is None:
+                if any(p.requires_grad for p in _own_parameters(self.clip)):
+                    raise TypeError(f"zero-shot logits are wanted, {_TRAINED}")
+                with self._without_adapters():
+                    features = self.image_features(images)
+            logits = towers.scale(self.clip) * _cosines(features, texts)
+            bias = towers.bias(self.clip)
+            return logits if bias is None else logits + bias
 
     @contextlib.contextmanager
     def _without_adapters(self) -> Iterator[None]:
@@ -210,9 +226,9 @@ class ZeroShotClassifier(nn.Module):
         """The text tower's layout."""
         return self.__dict__.get("delta_layout") or Words()
 
-    def _compares_texts(self) -> bool:
+    def _features_in_losses(self) -> bool:
         modules = self.live("text.context") + self.live("text.output")
-        return any(getattr(module, "compares_texts", False) for module in modules)
+        return any(getattr(module, "features_in_losses", False) for module in modules)
 
     def _reads_images(self) -> bool:
         return any(getattr(module, "reads_images", False) for module in self.live("text.context"))
@@ -221,6 +237,12 @@ class ZeroShotClassifier(nn.Module):
         """nn.Module.train; what was kept is forgotten."""
         self.kept.clear()
         return super().train(mode)
+
+
+_TRAINED = (
+    "and weights of that tower are trained: combine the method that wants them with one that leaves the model's own "
+    "weights as they are"
+)
 
 
 def _own_parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
@@ -239,7 +261,7 @@ def _cosines(features: Tensor, texts: Tensor) -> Tensor:
     return features @ texts.to(features.dtype).T
 
 
-STEP = "texts of the last forward in training"
+STEP_TEXTS, STEP_IMAGES = "texts of the last forward in training", "images of the last forward in training"
 SLOTS = frozenset({"text.context", "text.embed", "text.pool", "text.output", "output", "logits"})
 CLASSIFIER = Family(name="deltalens.backbones.zero_shot:CLASSIFIER", methods={}, slots=SLOTS)
 

@@ -20,6 +20,7 @@ from deltalens.methods.mona import MonaConfig, MonaLayer
 from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
 from deltalens.methods.peft_methods import from_peft
+from deltalens.methods.prograd import ProGradConfig
 from deltalens.methods.repadapter import RepAdapterConfig
 from deltalens.methods.rpo import RPOConfig
 from deltalens.methods.sct import SCTConfig
@@ -49,6 +50,7 @@ __all__ = [
     "MonaLayer",
     "NormTuningConfig",
     "PartialConfig",
+    "ProGradConfig",
     "RPOConfig",
     "RepAdapterConfig",
     "SCTConfig",

@@ -15,9 +15,9 @@ from deltalens.methods.context import Context, first_words, text_owner
 
 
 class ComparedContext(Context):
-    """CoOp's words, whose text features a loss term compares with others."""
+    """CoOp's words, for methods whose loss terms read the step's features."""
 
-    compares_texts = True
+    features_in_losses = True
 
 
 def template_texts(model: ZeroShotClassifier) -> Tensor:
