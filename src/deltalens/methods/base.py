@@ -77,6 +77,10 @@ class Method:
         """Compute state from training data once, before training (caches, prototypes, choices), into buffers or
         parameters of the method's modules. `deltalens.prepare` calls it; what is already there stays as it is."""
 
+    def unfreeze_multiplier(self) -> float:
+        """Factor on the learning rate of the tensors that `unfreeze` names."""
+        return 1.0
+
     def lr_multipliers(self) -> dict[str, float]:
         """Substring of a parameter's path -> factor on the learning rate."""
         return {}
