@@ -9,7 +9,7 @@ from clip_models import NAMES, VECTORS, hf_model, open_clip_model, tokenizer, ve
 
 import deltalens as dl
 from deltalens.backbones.zero_shot import ZeroShotClassifier
-from deltalens.methods import CoOpConfig, KgCoOpConfig, MaPLeConfig, MMAConfig, ProGradConfig, RPOConfig
+from deltalens.methods import CoOpConfig, KgCoOpConfig, LASPConfig, MaPLeConfig, MMAConfig, ProGradConfig, RPOConfig
 from deltalens.tasks import ClassificationTask, backward
 
 MODELS = {"open_clip": open_clip_model, "transformers": hf_model}
@@ -478,3 +478,97 @@ def test_lightning_follows_the_rule(scaled, images):
     assert (moved - expected).norm() < tolerance * expected.norm()
     with pytest.raises(ValueError, match="do not accumulate"):
         pl.Trainer(**options, accumulate_grad_batches=2).fit(TaskModule(prograd_task(), splits, settings))
+
+
+# ------------------------------------------------------------------ LASP
+LASP_TEMPLATES = ("a photo of a {}, a type of pet.", "{} texture.", "itap of a {}.")
+
+
+def lasp_parameters(model):
+    """Parameters by the official names, whichever library the image tower is from."""
+    found = {
+        "prompt_learner.ctx": model.live("text.context")[0].ctx,
+        "prompt_learner.w": model.live("text.output")[0].w,
+    }
+    for name, parameter in trained(model).items():
+        if "delta" not in name.split("."):
+            path, _, kind = name.rpartition(".")
+            block, _, norm = path.rpartition(".")
+            leaf = f"{block.rpartition('.')[2]}.ln_{norm[-1]}.{kind}"
+            found[f"image_encoder.transformer.resblocks.{leaf}"] = parameter
+    return found
+
+
+@needs("clip_lasp")
+@pytest.mark.parametrize("make", MODELS)
+def test_published_lasp(make):
+    given, inputs = vectors("clip_lasp"), vectors("clip_inputs")
+    model = zero_shot(clip=MODELS[make](), names=NAMES[:3])
+    dl.attach(model, LASPConfig(templates=LASP_TEMPLATES, noise=0.0, virtual_classes=NAMES[3:]))
+    parameters = lasp_parameters(model)
+    assert {f"grad.{name}" for name in parameters} == {name for name in given if name.startswith("grad.")}
+    fill(list(parameters.values())[:2], [given["param.ctx"], given["param.w"]])
+    result = ClassificationTask(model, NAMES[:3]).train()((inputs["images"][given["image_index"]], given["labels"]))
+    torch.testing.assert_close(result["output"], given["logits"], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(result["losses"]["lasp.texts"], 5 * given["loss_t2t"].squeeze(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(result["loss"], given["loss_total"].squeeze(), atol=1e-4, rtol=1e-5)
+    result["loss"].backward()
+    assert_gradients(parameters, given)
+
+
+def test_lasp_without_virtual_classes(images):
+    """No other name enters training, and names that are classes by now count once."""
+    losses = []
+    for names, virtual in ((NAMES[:3], ()), (NAMES[:3], NAMES[:3]), (NAMES[:3], NAMES), (NAMES, NAMES), (NAMES, ())):
+        config = LASPConfig(templates=LASP_TEMPLATES, noise=0.0, virtual_classes=virtual)
+        task = ClassificationTask(dl.attach(zero_shot(names=names), config), names).train()
+        losses.append(task((images, LABELS.clamp(max=2)))["losses"]["lasp.texts"])
+    torch.testing.assert_close(losses[0], losses[1])
+    assert (losses[2] - losses[0]).abs() > 1e-2
+    torch.testing.assert_close(torch.stack(losses[2:]), losses[2].expand(3), atol=1e-4, rtol=1e-5)
+
+
+def test_noise_of_lasp_comes_in_its_share_of_steps(images):
+    config = LASPConfig(templates=LASP_TEMPLATES, noise_probability=0.3)
+    task = ClassificationTask(dl.attach(zero_shot(), config), NAMES).train()
+    silent = ClassificationTask(dl.attach(zero_shot(), LASPConfig(templates=LASP_TEMPLATES, noise=0.0)), NAMES).train()
+    method = "lasp.texts"
+    quiet = silent((images, LABELS))["losses"][method]
+    torch.manual_seed(0)
+    noisy = [(task((images, LABELS))["losses"][method] - quiet).abs() > 1e-3 for _ in range(12)]
+    torch.manual_seed(0)
+    expected = []
+    for _ in range(12):
+        expected.append(torch.rand(()).item() < 0.3)
+        if expected[-1]:
+            torch.randn(5, 3, 32)
+    assert [bool(each) for each in noisy] == expected
+    assert 0 < sum(expected) < 12
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_norms_of_the_image_tower_train_at_a_tenth_of_the_rate(make):
+    from deltalens.training.optim import parameter_groups
+
+    model = dl.attach(zero_shot(clip=MODELS[make]()), LASPConfig())
+    task = ClassificationTask(model, NAMES)
+    rates = {name: group["lr"] for group in parameter_groups(task, 1.0, 0.0) for name in group["names"]}
+    norms = {name: rate for name, rate in rates.items() if "delta" not in name.split(".")}
+    assert len(norms) == 4 * 4
+    assert set(norms.values()) == {0.1}
+    assert all("vis" in name for name in norms)
+    assert {rate for name, rate in rates.items() if name not in norms} == {1.0}
+    dl.attach(model, LASPConfig(norms=False, correction=False), name="words")
+    assert len(parameter_groups(task, 1.0, 0.0)[0]["names"]) == 1
+
+
+def test_lasp_counts_and_files(images, tmp_path):
+    counts = dl.count_parameters(dl.attach(vit_b16(), LASPConfig()))
+    assert counts.adapter == 39_424
+    model = dl.attach(zero_shot(), LASPConfig(virtual_classes=("a dog",))).eval()
+    fill(trained(model).values(), [p + 0.1 * torch.randn_like(p) for p in trained(model).values()])
+    with torch.no_grad():
+        logits = model(images)
+        dl.save_pretrained(model, tmp_path)
+        assert torch.equal(dl.from_pretrained(tmp_path, zero_shot())(images), logits)
+        assert not torch.allclose(logits, zero_shot()(images), atol=1e-2)

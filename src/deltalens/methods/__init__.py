@@ -10,6 +10,7 @@ from deltalens.methods.coop import CoOpConfig
 from deltalens.methods.fact import FacTConfig
 from deltalens.methods.full import FullConfig
 from deltalens.methods.kgcoop import KgCoOpConfig
+from deltalens.methods.lasp import LASPConfig
 from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
 from deltalens.methods.lorand import LoRandConfig
@@ -39,6 +40,7 @@ __all__ = [
     "FacTConfig",
     "FullConfig",
     "KgCoOpConfig",
+    "LASPConfig",
     "LinearConfig",
     "LoRAConfig",
     "LoRandConfig",

@@ -11,25 +11,12 @@ from torch import Tensor, nn
 
 from deltalens.backbones.zero_shot import ZeroShotClassifier
 from deltalens.methods.base import Method, Placement, register, setting
-from deltalens.methods.context import Context, first_words, text_owner
-
-
-class ComparedContext(Context):
-    """CoOp's words, for methods whose loss terms read the step's features."""
-
-    features_in_losses = True
+from deltalens.methods.context import ComparedContext, classifier_of, first_words, text_owner
 
 
 def template_texts(model: ZeroShotClassifier) -> Tensor:
     """Normalised features (C, D) of the frozen model: classes in the classifier's templates, averaged."""
     return F.normalize(model.frozen_texts().mean(1), dim=-1)
-
-
-def classifier_of(model: nn.Module, method: str) -> ZeroShotClassifier:
-    """The model as a classifier made of texts; TypeError for others."""
-    if not isinstance(model, ZeroShotClassifier):
-        raise TypeError(f"{method} needs a classifier made of class names, not {type(model).__name__}")
-    return model
 
 
 @register("kgcoop")

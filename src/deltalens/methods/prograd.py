@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deltalens.methods.base import register, setting
+from deltalens.methods.context import ComparedContext, classifier_of
 from deltalens.methods.coop import CoOpConfig
-from deltalens.methods.kgcoop import ComparedContext, classifier_of
 from deltalens.sites.output import logits_of
 
 PRIOR = "zero_shot"
