@@ -63,6 +63,12 @@ def stamp(parts: list[nn.Module | nn.Parameter]) -> tuple:
     return tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in found)
 
 
+def precision_of(like: Tensor) -> tuple:
+    """Where and how finely a pass computes: device, dtype, autocast."""
+    kind = like.device.type
+    return like.device, like.dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 class TextPass:
     """The way through a text tower.
 
@@ -94,11 +100,9 @@ class TextPass:
 
     def _conditions(self) -> tuple:
         """What else the numbers depend on."""
-        like = self.reading.positions(self.model)
-        kind = like.device.type
-        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         slots = [self.slots, *(block._modules.get("delta") for block in self.blocks)]
-        return like.device, like.dtype, precision, tuple(each.active for each in slots if each is not None)
+        precision = precision_of(self.reading.positions(self.model))
+        return precision, tuple(each.active for each in slots if each is not None)
 
     # ------------------------------------------------------------------ one pass
     def _run(self, prompts: ClassPrompts, which: slice, image_features: Tensor | None) -> Tensor:

@@ -43,6 +43,7 @@ class TwoTowers:
     image: (model, images (B, C, H, W)) -> features (B, D), not normalised. text: (model, ids (n, L)) -> features
     (n, D), the library's own pass. scale, bias: what cosines are multiplied with, and what is added (SigLIP, or None).
     reading: the text tower's steps, None for towers that are not known inside: their texts are computed whole.
+    class_token: the image tower's learned class token (C,) without its position; None where there is none.
     """
 
     image: Callable[[nn.Module, Tensor], Tensor]
@@ -50,6 +51,7 @@ class TwoTowers:
     scale: Callable[[nn.Module], Tensor]
     bias: Callable[[nn.Module], Tensor | None]
     reading: Callable[[nn.Module], TextReading | None]
+    class_token: Callable[[nn.Module], Tensor | None] = lambda model: None
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.backbones.class_prompts import TEMPLATE, ClassPrompts, Tokenizer, class_prompts
-from deltalens.backbones.text_pass import Kept, TextPass, stamp
+from deltalens.backbones.text_pass import Kept, TextPass, precision_of, stamp
 from deltalens.backbones.two_towers import two_towers_of
 from deltalens.sites.anatomy import Anatomy, Family, Site
 from deltalens.sites.layout import Words
@@ -40,6 +41,9 @@ class ZeroShotClassifier(nn.Module):
     * `text.pool`: f(x (n, L, d) behind the last block, layout) -> (n, d), or (n, K, d) where `pool` of the image tower
       reads K tokens, too: logits are then the mean over K pairs.
     * `text.output`: f(text features) -> text features, before they are normalised.
+
+      A module of `text.context` or `text.output` whose method reads features in its `losses` says
+      `features_in_losses = True`: `texts_of_step()` and `zero_shot_logits()` then find those of the forward before.
     * `output`: f(image features (B, D), images) -> image features, before they are normalised.
     * `logits`: f(logits (B, C), normalised image features (B, D)) -> logits.
     """
@@ -57,8 +61,7 @@ class ZeroShotClassifier(nn.Module):
         self.__dict__["tokenizer"] = tokenizer
         self.__dict__["kept"] = Kept()
         self.set_classes(class_names, templates)
-        with torch.no_grad():
-            self.width = self.text_features().shape[-1]
+        self.width = self._shared_width()
 
     def set_classes(self, class_names: Sequence[str], templates: str | Sequence[str] | None = None) -> None:
         """Other classes, and other templates where these are given; adapters stay. ValueError as in `class_prompts`."""
@@ -68,11 +71,21 @@ class ZeroShotClassifier(nn.Module):
         self.templates, self.class_names, self.num_classes = templates, prompts.names, len(prompts.names)
         self.kept.clear()
 
+    def _shared_width(self) -> int:
+        """Of a tower that is known inside, without a pass, so that models on the meta device are read, too."""
+        reading = two_towers_of(self.clip).reading(self.clip)
+        with torch.no_grad():
+            if reading is None:
+                return self.text_features().shape[-1]
+            return reading.finish(self.clip, reading.positions(self.clip)[:1]).shape[-1]
+
     # ------------------------------------------------------------------ forward
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, C)."""
         features = self.image_features(images)
         texts = self.text_features(features)
+        if self.training and self._features_in_losses() and not torch.compiler.is_compiling():
+            self.kept.values |= {STEP_IMAGES: (None, features), STEP_TEXTS: (None, texts)}
         towers = two_towers_of(self.clip)
         logits = towers.scale(self.clip) * _cosines(features, texts)
         bias = towers.bias(self.clip)
@@ -105,6 +118,68 @@ class ZeroShotClassifier(nn.Module):
             features = module(features)
         return F.normalize(features, dim=-1)
 
+    def texts_of_step(self) -> Tensor:
+        """The text features that the last forward in training used, handed out once; else computed anew. For losses
+        of modules that say `features_in_losses = True`, so that texts are run once in a step."""
+        found = self.kept.values.pop(STEP_TEXTS, None)
+        return self.text_features() if found is None else found[1]
+
+    def frozen_texts(self, prompts: ClassPrompts | None = None) -> Tensor:
+        """Normalised features (C, T, D) of the classes in T templates without any adapter, computed once and kept.
+
+        prompts: others than those of the classifier's own templates. Raises TypeError where the text tower itself is
+        trained: what it was before is not at hand.
+        """
+        prompts = self.prompts_with(self.templates) if prompts is None else prompts
+        towers = two_towers_of(self.clip)
+        reading = towers.reading(self.clip)
+        parts = [self.clip] if reading is None else reading.parts(self.clip)
+        frozen = [p for part in parts for p in _own_parameters(part)]
+        if any(p.requires_grad for p in frozen):
+            raise TypeError(f"features of the frozen text tower are wanted, {_TRAINED}")
+
+        def compute() -> Tensor:
+            with self._without_adapters(), torch.no_grad():
+                if reading is None:
+                    features = towers.text(self.clip, prompts.ids)
+                else:
+                    features = TextPass(self.clip, reading, None, self.layout, Kept()).features(prompts)
+                return F.normalize(features, dim=-1).unflatten(0, (len(prompts.names), prompts.count))
+
+        return self.kept.get(f"frozen {prompts.templates}", (prompts, precision_of(frozen[0]), stamp(frozen)), compute)
+
+    def zero_shot_logits(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of the model without any adapter, in the classifier's own templates, without gradients.
+
+        In a training step whose image features no adapter touches, those of the forward before are taken. images are
+        that forward's. Raises TypeError where weights of the model itself are trained.
+        """
+        found = self.kept.values.pop(STEP_IMAGES, None)
+        features = None if found is None or found[1].requires_grad else found[1]
+        texts, towers = F.normalize(self.frozen_texts().mean(1), dim=-1), two_towers_of(self.clip)
+        with torch.no_grad():
+            if features is None:
+                if any(p.requires_grad for p in _own_parameters(self.clip)):
+                    raise TypeError(f"zero-shot logits are wanted, {_TRAINED}")
+                with self._without_adapters():
+                    features = self.image_features(images)
+            logits = towers.scale(self.clip) * _cosines(features, texts)
+            bias = towers.bias(self.clip)
+            return logits if bias is None else logits + bias
+
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        slots = [module for module in self.modules() if isinstance(module, Slots)]
+        active, ends = [each.active for each in slots], self.layout.ends
+        try:
+            for each in slots:
+                each.active = ()
+            yield
+        finally:
+            self.layout.ends = ends
+            for each, names in zip(slots, active, strict=True):
+                each.active = names
+
     def _raw(self, prompts: ClassPrompts, image_features: Tensor | None) -> Tensor:
         towers = two_towers_of(self.clip)
         reading = towers.reading(self.clip)
@@ -125,14 +200,12 @@ class ZeroShotClassifier(nn.Module):
         own = [module.template for module in self.live("text.context") if getattr(module, "template", None)]
         return self.prompts_with((own[-1],) if own else self.templates)
 
-    def prompts_with(self, templates: Sequence[str]) -> ClassPrompts:
-        """The classes in other templates, on the model's device."""
-        templates = tuple(templates)
+    def prompts_with(self, templates: Sequence[str], names: Sequence[str] | None = None) -> ClassPrompts:
+        """The classes in other templates, or others, on the model's device."""
+        templates, names = tuple(templates), self.class_names if names is None else tuple(names)
         device = next(self.clip.parameters()).device
-        made_of = (self.class_names, templates, device)
-        return self.kept.get(
-            f"prompts {templates}", made_of, lambda: self._write(self.class_names, templates).to(device)
-        )
+        key = f"prompts {templates}" if names == self.class_names else f"prompts {templates} of others"
+        return self.kept.get(key, (names, templates, device), lambda: self._write(names, templates).to(device))
 
     def _write(self, names: tuple[str, ...], templates: tuple[str, ...]) -> ClassPrompts:
         reading = two_towers_of(self.clip).reading(self.clip)
@@ -153,6 +226,10 @@ class ZeroShotClassifier(nn.Module):
         """The text tower's layout."""
         return self.__dict__.get("delta_layout") or Words()
 
+    def _features_in_losses(self) -> bool:
+        modules = self.live("text.context") + self.live("text.output")
+        return any(getattr(module, "features_in_losses", False) for module in modules)
+
     def _reads_images(self) -> bool:
         return any(getattr(module, "reads_images", False) for module in self.live("text.context"))
 
@@ -160,6 +237,19 @@ class ZeroShotClassifier(nn.Module):
         """nn.Module.train; what was kept is forgotten."""
         self.kept.clear()
         return super().train(mode)
+
+
+_TRAINED = (
+    "and weights of that tower are trained: combine the method that wants them with one that leaves the model's own "
+    "weights as they are"
+)
+
+
+def _own_parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    """Without those of adapters."""
+    if isinstance(part, nn.Parameter):
+        return [part]
+    return [p for path, p in part.named_parameters() if "delta" not in path.split(".")]
 
 
 def _cosines(features: Tensor, texts: Tensor) -> Tensor:
@@ -171,6 +261,7 @@ def _cosines(features: Tensor, texts: Tensor) -> Tensor:
     return features @ texts.to(features.dtype).T
 
 
+STEP_TEXTS, STEP_IMAGES = "texts of the last forward in training", "images of the last forward in training"
 SLOTS = frozenset({"text.context", "text.embed", "text.pool", "text.output", "output", "logits"})
 CLASSIFIER = Family(name="deltalens.backbones.zero_shot:CLASSIFIER", methods={}, slots=SLOTS)
 

@@ -9,16 +9,21 @@ from deltalens.methods.convpass import ConvpassConfig
 from deltalens.methods.coop import CoOpConfig
 from deltalens.methods.fact import FacTConfig
 from deltalens.methods.full import FullConfig
+from deltalens.methods.kgcoop import KgCoOpConfig
+from deltalens.methods.lasp import LASPConfig
 from deltalens.methods.linear import LinearConfig
 from deltalens.methods.lora import LoRAConfig
 from deltalens.methods.lorand import LoRandConfig
+from deltalens.methods.maple import MaPLeConfig
 from deltalens.methods.mlp import MLPConfig
 from deltalens.methods.mma import MMAConfig
 from deltalens.methods.mona import MonaConfig, MonaLayer
 from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
 from deltalens.methods.peft_methods import from_peft
+from deltalens.methods.prograd import ProGradConfig
 from deltalens.methods.repadapter import RepAdapterConfig
+from deltalens.methods.rpo import RPOConfig
 from deltalens.methods.sct import SCTConfig
 from deltalens.methods.sidetune import SidetuneConfig
 from deltalens.methods.ssf import SSFConfig
@@ -34,16 +39,21 @@ __all__ = [
     "ConvpassConfig",
     "FacTConfig",
     "FullConfig",
+    "KgCoOpConfig",
+    "LASPConfig",
     "LinearConfig",
     "LoRAConfig",
     "LoRandConfig",
     "MLPConfig",
     "MMAConfig",
+    "MaPLeConfig",
     "Method",
     "MonaConfig",
     "MonaLayer",
     "NormTuningConfig",
     "PartialConfig",
+    "ProGradConfig",
+    "RPOConfig",
     "RepAdapterConfig",
     "SCTConfig",
     "SSFConfig",
