@@ -172,7 +172,12 @@ def _cosines(features: Tensor, texts: Tensor) -> Tensor:
 
 
 SLOTS = frozenset({"text.context", "text.embed", "text.pool", "text.output", "output", "logits"})
-CLASSIFIER = Family(name="deltalens.backbones.zero_shot:CLASSIFIER", methods={}, slots=SLOTS)
+CLASSIFIER = Family(
+    name="deltalens.backbones.zero_shot:CLASSIFIER",
+    methods={},
+    slots=SLOTS,
+    widths=lambda model: dict.fromkeys(("text.output", "output", "logits"), model.width),
+)
 
 
 def claim(model: nn.Module, anatomy: Anatomy) -> None:

@@ -4,6 +4,7 @@ from deltalens.methods.adapter import AdapterConfig
 from deltalens.methods.adaptformer import AdaptFormerConfig
 from deltalens.methods.base import Method, list_methods, make_config, method_class, register, setting
 from deltalens.methods.bitfit import BitFitConfig
+from deltalens.methods.clip_adapter import CLIPAdapterConfig
 from deltalens.methods.cocoop import CoCoOpConfig
 from deltalens.methods.convpass import ConvpassConfig
 from deltalens.methods.coop import CoOpConfig
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptFormerConfig",
     "AdapterConfig",
     "BitFitConfig",
+    "CLIPAdapterConfig",
     "CoCoOpConfig",
     "CoOpConfig",
     "ConvpassConfig",
