@@ -7,7 +7,7 @@ from clip_models import VECTORS, hf_model, open_clip_model, vectors, zero_shot
 from models import randomize_adapter, tiny_vit
 
 import deltalens as dl
-from deltalens.methods import CLIPAdapterConfig
+from deltalens.methods import CLIPAdapterConfig, LinearConfig, LoRAConfig
 
 needs_vectors = pytest.mark.skipif(not VECTORS.exists(), reason="needs ../shared/reference_vectors")
 MODELS = {"open_clip": open_clip_model, "transformers": hf_model}
@@ -56,7 +56,7 @@ def test_clip_adapter_on_texts(images):
         torch.testing.assert_close(model.text_features(), wanted, atol=1e-6, rtol=1e-5)
     model.train()(images).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-    assert not model.live("output")[0] is module
+    assert model.live("output")[0] is not module
     with pytest.raises(TypeError, match="needs classes that are texts, and VisionTransformer has none"):
         dl.attach(tiny_vit(), CLIPAdapterConfig(towers="text"))
 
@@ -79,3 +79,26 @@ def test_clip_adapter_on_an_ordinary_classifier():
     dl.attach(model, CLIPAdapterConfig(ratio=0.5))
     (module,) = [m for name, m in model.named_modules() if name.endswith(".clip_adapter")]
     torch.testing.assert_close(model(x), model.head(0.5 * module.fc(features) + 0.5 * features))
+
+
+# ------------------------------------------------------------------ CLIP-LoRA, linear probe
+def test_clip_lora():
+    import open_clip
+
+    with torch.device("meta"):
+        clip = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-16"))
+    assert dl.count_parameters(dl.attach(clip, LoRAConfig.clip())).adapter == 184_320
+    model = dl.attach(zero_shot(), LoRAConfig.clip())
+    layers = [module for name, module in model.named_modules() if name.endswith(".lora")]
+    assert len(layers) == 2 * 4 * 3
+    assert all(layer.scaling == pytest.approx(1 / 2**0.5) and layer.dropout.p == 0.25 for layer in layers)
+
+
+def test_linear_probe_is_the_classifier_without_class_names(images):
+    """CLIP's projected image features, frozen, and one linear layer."""
+    model = dl.create_backbone("open_clip/ViT-B-32", num_classes=3, pretrained=False, **TINY)
+    features = model.forward_features(images)
+    dl.attach(model, LinearConfig())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"head.weight", "head.bias"}
+    torch.testing.assert_close(model(images), features @ model.head.weight.T + model.head.bias)

@@ -72,21 +72,29 @@ class ZeroShotClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, C)."""
         features = self.image_features(images)
-        texts = self.text_features(features)
-        towers = two_towers_of(self.clip)
-        logits = towers.scale(self.clip) * _cosines(features, texts)
-        bias = towers.bias(self.clip)
-        logits = logits if bias is None else logits + bias
+        logits = self.similarities(features)
         for module in self.live("logits"):
             logits = module(logits, features)
         return logits
 
+    def similarities(self, features: Tensor) -> Tensor:
+        """Normalised image features (B, D) -> (B, C): scaled cosines with the classes, before the `logits` slot."""
+        self._check_classes()
+        towers = two_towers_of(self.clip)
+        similar = towers.scale(self.clip) * cosines(features, self.text_features(features))
+        bias = towers.bias(self.clip)
+        return similar if bias is None else similar + bias
+
     def image_features(self, images: Tensor) -> Tensor:
         """Normalised features (B, D); (B, K, D) where a `pool` reads K tokens."""
+        return F.normalize(self.raw_image_features(images), dim=-1)
+
+    def raw_image_features(self, images: Tensor) -> Tensor:
+        """The same before they are normalised."""
         features = two_towers_of(self.clip).image(self.clip, images)
         for module in self.live("output"):
             features = module(features, images)
-        return F.normalize(features, dim=-1)
+        return features
 
     def text_features(self, image_features: Tensor | None = None) -> Tensor:
         """Normalised features of the classes (C, D); (B, C, D) where they depend on the images, (C, K, D) with K pairs.
@@ -148,6 +156,13 @@ class ZeroShotClassifier(nn.Module):
         slots = self._slots()
         return [] if slots is None else slots.live(slot)
 
+    def _check_classes(self) -> None:
+        """Modules that belong to the classes they were made for say so: `check_classes(names)` raises for others."""
+        slots = self._slots()
+        for module in () if slots is None or torch.compiler.is_compiling() else slots.all_live():
+            if hasattr(module, "check_classes"):
+                module.check_classes(self.class_names)
+
     @property
     def layout(self) -> Words:
         """The text tower's layout."""
@@ -162,7 +177,7 @@ class ZeroShotClassifier(nn.Module):
         return super().train(mode)
 
 
-def _cosines(features: Tensor, texts: Tensor) -> Tensor:
+def cosines(features: Tensor, texts: Tensor) -> Tensor:
     """Normalised image features (B, D) with (C, D) or (B, C, D); (B, K, D) with (C, K, D), mean over the pairs."""
     if features.dim() == 3:
         return torch.einsum("bkd,ckd->bck", features, texts.to(features.dtype)).mean(-1)

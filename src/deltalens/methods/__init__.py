@@ -23,6 +23,7 @@ from deltalens.methods.repadapter import RepAdapterConfig
 from deltalens.methods.sct import SCTConfig
 from deltalens.methods.sidetune import SidetuneConfig
 from deltalens.methods.ssf import SSFConfig
+from deltalens.methods.tip_adapter import TipAdapterConfig
 from deltalens.methods.vpt import VPTConfig
 from deltalens.methods.vpt_prototypes import class_prototypes
 
@@ -50,6 +51,7 @@ __all__ = [
     "SCTConfig",
     "SSFConfig",
     "SidetuneConfig",
+    "TipAdapterConfig",
     "VPTConfig",
     "class_prototypes",
     "from_peft",

@@ -71,8 +71,8 @@ def _classes_site(anatomy: Anatomy) -> Site:
     owners = [tower.owner for tower in anatomy.towers if tower.name == "text" and tower.owner is not None]
     if not owners:
         raise TypeError(
-            f"CLIP-Adapter with towers='text' or 'both' needs classes that are texts, and {type(anatomy.model).__name__} "
-            "has none: build the model with create_backbone('open_clip/...', class_names=[...])"
+            "CLIP-Adapter with towers='text' or 'both' needs classes that are texts, and "
+            f"{type(anatomy.model).__name__} has none: build the model with create_backbone('open_clip/...', class_names=[...])"
         )
     require(owners[0], "text.output", "CLIP-Adapter", anatomy.model)
     return owners[0]
