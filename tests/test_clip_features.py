@@ -7,6 +7,7 @@ from clip_models import VECTORS, hf_model, open_clip_model, vectors, zero_shot
 from models import randomize_adapter, tiny_vit
 
 import deltalens as dl
+from deltalens.backbones.feature_classifier import FeatureClassifier
 from deltalens.methods import CLIPAdapterConfig, LinearConfig, LoRAConfig
 
 needs_vectors = pytest.mark.skipif(not VECTORS.exists(), reason="needs ../shared/reference_vectors")
@@ -95,8 +96,8 @@ def test_clip_lora():
 
 
 def test_linear_probe_is_the_classifier_without_class_names(images):
-    """CLIP's projected image features, frozen, and one linear layer."""
-    model = dl.create_backbone("open_clip/ViT-B-32", num_classes=3, pretrained=False, **TINY)
+    """What create_backbone("open_clip/...") builds: CLIP's projected image features, frozen, and one linear layer."""
+    model = FeatureClassifier(open_clip_model().visual, 3, (3, 32, 32))
     features = model.forward_features(images)
     dl.attach(model, LinearConfig())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -66,11 +66,11 @@ class LoRAConfig(Method):
 
     @classmethod
     def clip(cls) -> LoRAConfig:
-        """CLIP-LoRA (Zanella and Ben Ayed, Low-rank few-shot adaptation of vision-language models, CVPR workshops 2024):
-        r=2 on q, k and v of every block of both towers, dropout 0.25. Its code divides alpha = 1 by sqrt(r) instead of
-        r, which alpha = sqrt(2) does here. Parameters of ViT-B/16: 184,320. Published with AdamW 2e-4, weight decay
-        0.01, cosine to 1e-6, batch 32, 500 steps for each shot of a class (as the code's setting is called; we have not
-        rerun it).
+        """CLIP-LoRA (Zanella and Ben Ayed, Low-rank few-shot adaptation of vision-language models, CVPR-W 2024,
+        arXiv 2405.18541): r=2 on q, k and v of every block of both towers, dropout 0.25.
+
+        Its code divides alpha = 1 by sqrt(r) instead of r, which alpha = sqrt(2) does here. Parameters of ViT-B/16:
+        184,320. Published with AdamW 2e-4, weight decay 0.01, cosine to 1e-6, batch 32, 500 steps times shots.
         """
         return cls(r=2, alpha=math.sqrt(2), parts=("q", "k", "v"), dropout=0.25)
 

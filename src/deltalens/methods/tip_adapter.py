@@ -133,8 +133,9 @@ class TipAdapterConfig(Method):
         sites = [tower.classifier for tower in anatomy.towers if tower.classifier is not None]
         if not sites or not isinstance(anatomy.model, ZeroShotClassifier):
             raise TypeError(
-                f"Tip-Adapter adds to the logits of a classifier made of class names, which {type(anatomy.model).__name__}"
-                " is not: build the model with create_backbone('open_clip/...', class_names=[...])"
+                "Tip-Adapter adds to the logits of a classifier made of class names, which "
+                f"{type(anatomy.model).__name__} is not: build it with create_backbone('open_clip/...', "
+                "class_names=[...])"
             )
         require(sites[0], "logits", "Tip-Adapter", anatomy.model)
         width = sites[0].width_of("logits")
