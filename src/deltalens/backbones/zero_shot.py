@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltalens.backbones.class_prompts import TEMPLATE, ClassPrompts, Tokenizer, class_prompts
+from deltalens.backbones.class_prompts import (
+    TEMPLATE,
+    ClassPrompts,
+    Descriptions,
+    Tokenizer,
+    as_descriptions,
+    class_prompts,
+    described_prompts,
+)
 from deltalens.backbones.text_pass import Kept, TextPass, stamp
 from deltalens.backbones.two_towers import two_towers_of
 from deltalens.sites.anatomy import Anatomy, Family, Site
@@ -23,7 +31,10 @@ class ZeroShotClassifier(nn.Module):
 
     clip: a two-tower model of open_clip or transformers. tokenizer: texts -> token ids (n, L), padded as the model was
     trained; open_clip.get_tokenizer's is one. class_names: "_" is read as a space. templates: one text
-    with {} where the name goes, or several, whose normalised features are averaged (prompt ensembling).
+    with {} where the name goes, or several, whose normalised features are averaged (prompt ensembling). descriptions:
+    instead of templates, sentences about each class (CuPL, descriptors): class -> list of any length, or one list for
+    each class in order; {} in them is the name. They are averaged alike. (Menon and Vondrick average cosines instead,
+    which is the same but for the length of each class's mean.) An adapter with a template of its own (CoOp) uses that.
 
     width: D, of the space that both share.
 
@@ -50,22 +61,41 @@ class ZeroShotClassifier(nn.Module):
         tokenizer: Tokenizer,
         class_names: Sequence[str],
         templates: str | Sequence[str] = TEMPLATE,
+        descriptions: Mapping[str, Sequence[str]] | Sequence[Sequence[str]] | None = None,
     ):
         super().__init__()
         two_towers_of(clip)  # says what can be read
         self.clip = clip
         self.__dict__["tokenizer"] = tokenizer
         self.__dict__["kept"] = Kept()
-        self.set_classes(class_names, templates)
+        self.templates: tuple[str, ...] = ()
+        self.descriptions: Descriptions | None = None
+        self.set_classes(class_names, templates, descriptions)
         with torch.no_grad():
             self.width = self.text_features().shape[-1]
 
-    def set_classes(self, class_names: Sequence[str], templates: str | Sequence[str] | None = None) -> None:
-        """Other classes, and other templates where these are given; adapters stay. ValueError as in `class_prompts`."""
+    def set_classes(
+        self,
+        class_names: Sequence[str],
+        templates: str | Sequence[str] | None = None,
+        descriptions: Mapping[str, Sequence[str]] | Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        """Other classes, and other templates or descriptions where these are given; adapters stay.
+
+        Templates alone end the use of descriptions. A mapping of descriptions is kept whole, so that it serves other
+        classes that it has. ValueError as in `class_prompts`, and for a class without sentences.
+        """
+        names = tuple(class_names)
+        described = None if templates is not None else self.descriptions
+        if descriptions is not None:
+            described = as_descriptions(names, descriptions)
         templates = self.templates if templates is None else templates
         templates = (templates,) if isinstance(templates, str) else tuple(templates)
-        prompts = self._write(tuple(class_names), templates)
-        self.templates, self.class_names, self.num_classes = templates, prompts.names, len(prompts.names)
+        self._write(names, templates, None)  # says what is wrong before anything changes
+        if described is not None:
+            self._write(names, templates, described)
+        self.templates, self.descriptions = templates, described
+        self.class_names, self.num_classes = names, len(names)
         self.kept.clear()
 
     # ------------------------------------------------------------------ forward
@@ -106,9 +136,8 @@ class ZeroShotClassifier(nn.Module):
     def features_of(self, prompts: ClassPrompts, image_features: Tensor | None = None) -> Tensor:
         """The same for other prompts: several templates of a class are averaged."""
         features = self._raw(prompts, image_features)
-        if prompts.count > 1:  # a template's features are normalised, then averaged
-            axis = 1 if self._reads_images() else 0
-            features = F.normalize(features, dim=-1).unflatten(axis, (len(prompts.names), prompts.count)).mean(axis + 1)
+        if not prompts.single:  # a text's features are normalised, then averaged
+            features = prompts.averaged(F.normalize(features, dim=-1), 1 if self._reads_images() else 0)
         for module in self.live("text.output"):
             features = module(features)
         return F.normalize(features, dim=-1)
@@ -131,7 +160,13 @@ class ZeroShotClassifier(nn.Module):
     def prompts(self) -> ClassPrompts:
         """The classes' texts on the model's device, written as the active adapter wants them."""
         own = [module.template for module in self.live("text.context") if getattr(module, "template", None)]
-        return self.prompts_with((own[-1],) if own else self.templates)
+        if own or self.descriptions is None:
+            return self.prompts_with((own[-1],) if own else self.templates)
+        device = next(self.clip.parameters()).device
+        made_of = (self.class_names, self.descriptions, device)
+        return self.kept.get(
+            "prompts", made_of, lambda: self._write(self.class_names, (), self.descriptions).to(device)
+        )
 
     def prompts_with(self, templates: Sequence[str]) -> ClassPrompts:
         """The classes in other templates, on the model's device."""
@@ -139,12 +174,16 @@ class ZeroShotClassifier(nn.Module):
         device = next(self.clip.parameters()).device
         made_of = (self.class_names, templates, device)
         return self.kept.get(
-            f"prompts {templates}", made_of, lambda: self._write(self.class_names, templates).to(device)
+            f"prompts {templates}", made_of, lambda: self._write(self.class_names, templates, None).to(device)
         )
 
-    def _write(self, names: tuple[str, ...], templates: tuple[str, ...]) -> ClassPrompts:
+    def _write(
+        self, names: tuple[str, ...], templates: tuple[str, ...], descriptions: Descriptions | None
+    ) -> ClassPrompts:
         reading = two_towers_of(self.clip).reading(self.clip)
         ends = (lambda ids: reading.ends(self.clip, ids)) if reading else (lambda ids: ids.argmax(-1))
+        if descriptions is not None:
+            return described_prompts(names, descriptions, self.tokenizer, ends)
         return class_prompts(names, templates, self.tokenizer, ends)
 
     # ------------------------------------------------------------------ adapters

@@ -72,7 +72,7 @@ def _classes_site(anatomy: Anatomy) -> Site:
     if not owners:
         raise TypeError(
             "CLIP-Adapter with towers='text' or 'both' needs classes that are texts, and "
-            f"{type(anatomy.model).__name__} has none: build it with create_backbone('open_clip/...', class_names=[...])"
+            f"{type(anatomy.model).__name__} has none: build it with create_backbone(name, class_names=[...])"
         )
     require(owners[0], "text.output", "CLIP-Adapter", anatomy.model)
     return owners[0]
