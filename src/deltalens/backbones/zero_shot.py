@@ -17,6 +17,9 @@ from deltalens.backbones.class_prompts import (
     class_prompts,
     described_prompts,
 )
+from deltalens.backbones.cosines import cosines
+from deltalens.backbones.image_classifier import ImageClassifier
+from deltalens.backbones.preprocessing import preprocessing_of, record
 from deltalens.backbones.text_pass import Kept, TextPass, stamp
 from deltalens.backbones.two_towers import two_towers_of
 from deltalens.sites.anatomy import Anatomy, Family, Site
@@ -109,7 +112,6 @@ class ZeroShotClassifier(nn.Module):
 
     def similarities(self, features: Tensor) -> Tensor:
         """Normalised image features (B, D) -> (B, C): scaled cosines with the classes, before the `logits` slot."""
-        self._check_classes()
         towers = two_towers_of(self.clip)
         similar = towers.scale(self.clip) * cosines(features, self.text_features(features))
         bias = towers.bias(self.clip)
@@ -126,11 +128,13 @@ class ZeroShotClassifier(nn.Module):
             features = module(features, images)
         return features
 
+    @torch.compiler.disable  # texts are kept between calls, and their lengths are data: the image side is compiled
     def text_features(self, image_features: Tensor | None = None) -> Tensor:
         """Normalised features of the classes (C, D); (B, C, D) where they depend on the images, (C, K, D) with K pairs.
 
         image_features: normalised, for contexts that read them.
         """
+        self._check_classes()
         return self.features_of(self.prompts(), image_features)
 
     def features_of(self, prompts: ClassPrompts, image_features: Tensor | None = None) -> Tensor:
@@ -155,6 +159,29 @@ class ZeroShotClassifier(nn.Module):
                 return towers.text(self.clip, prompts.ids)
 
         return self.kept.get("features", (prompts, stamp([self.clip])), whole)
+
+    @torch.no_grad()
+    def image_classifier(self) -> ImageClassifier:
+        """A plain image classifier that computes the same with the present weights and classes, in eval mode: a copy of
+        the image tower with its adapters (merge first for a tower without), and one matrix for the classes. It
+        compiles and exports without the texts.
+
+        Raises TypeError where the texts depend on the image, as in CoCoOp: such classes are no matrix.
+        """
+        reading = next((m for m in self.live("text.context") if getattr(m, "reads_images", False)), None)
+        if reading is not None:
+            raise TypeError(
+                f"{type(reading).__name__} writes the classes' texts anew for each image, so that there is no image "
+                "classifier with constant classes: run the model itself"
+            )
+        towers, training = two_towers_of(self.clip), self.training
+        self.eval()
+        weight = towers.scale(self.clip) * self.text_features()
+        self.train(training)
+        bias, output, logits = towers.bias(self.clip), self.live("output"), self.live("logits")
+        found = ImageClassifier(self.clip, weight, bias, output, logits, self.class_names)
+        record(found, preprocessing_of(self))
+        return found
 
     # ------------------------------------------------------------------ texts
     def prompts(self) -> ClassPrompts:
@@ -198,7 +225,7 @@ class ZeroShotClassifier(nn.Module):
     def _check_classes(self) -> None:
         """Modules that belong to the classes they were made for say so: `check_classes(names)` raises for others."""
         slots = self._slots()
-        for module in () if slots is None or torch.compiler.is_compiling() else slots.all_live():
+        for module in () if slots is None else slots.all_live():
             if hasattr(module, "check_classes"):
                 module.check_classes(self.class_names)
 
@@ -214,15 +241,6 @@ class ZeroShotClassifier(nn.Module):
         """nn.Module.train; what was kept is forgotten."""
         self.kept.clear()
         return super().train(mode)
-
-
-def cosines(features: Tensor, texts: Tensor) -> Tensor:
-    """Normalised image features (B, D) with (C, D) or (B, C, D); (B, K, D) with (C, K, D), mean over the pairs."""
-    if features.dim() == 3:
-        return torch.einsum("bkd,ckd->bck", features, texts.to(features.dtype)).mean(-1)
-    if texts.dim() == 3:
-        return torch.einsum("bd,bcd->bc", features, texts.to(features.dtype))
-    return features @ texts.to(features.dtype).T
 
 
 SLOTS = frozenset({"text.context", "text.embed", "text.pool", "text.output", "output", "logits"})
