@@ -32,22 +32,31 @@ def study_text(methods=METHODS, backbones=BACKBONES, datasets=DATASETS, seeds=(0
     return "\n".join(lines) + "\n"
 
 
-def results(run, accuracy: float, tested: bool = True, memory: int | None = None, methods=METHODS) -> dict:
+def results(run, accuracy: float, values, tested: bool = True, memory: int | None = None, methods=METHODS) -> dict:
     """What a run's results.json holds, as far as tables and reports read it."""
     rng = np.random.default_rng(zlib.crc32(str(run.folder.relative_to(run.folder.parents[3])).encode()))
     shape = 1 - 0.6 * np.exp(-np.arange(1, EPOCHS + 1) / 3) + rng.normal(0, 0.006, EPOCHS)
     val = np.clip(accuracy * shape / shape[-1], 0, 1)
     backbone, width, _ = BACKBONES.get(run.backbone.label, BACKBONES["ViT-S"])
     adapter = backbone if run.variant.is_full else methods[run.variant.label][1]
-    head = (width + 1) * DATASETS.get(run.dataset.name, (0, 10))[1]
+    head = (width + 1) * DATASETS.get(run.dataset.source, (0, 10))[1]
     share = {"adapter": adapter, "head": head, "backbone": backbone, "percent": 100 * adapter / backbone}
     seconds = 40 + adapter / 4e5 + float(rng.uniform(0, 3))
+    whole = 4 * (backbone + head) + 16_000
+    images = 40 * head // (width + 1)  # 40 of each class
     return {
+        "data": {"train": len(run.dataset.subset.indices([0] * images))},
+        "bytes": {
+            "adapter": whole if run.variant.is_full else 4 * (adapter + head) + 9_000,
+            "backbone": 4 * backbone + 15_800,
+            "model": whole,
+        },
         "val": {"accuracy": float(val[-1])},
         "test": {"accuracy": accuracy} if tested and run.stage == "final" else {},
         "parameters": share,
         "seconds": {"training": seconds, "total": seconds + 4},
-        "settings": {"lr": run.rate or 0.003},
+        "settings": {"lr": values["lr"]},
+        "values": dict(values),
         "machine": "Linux x86_64, 8 CPU cores",
         "finished": f"2026-03-0{1 + run.seed % 9}T10:00:00+00:00",
         "versions": {"deltalens": "0.1.0", "torch": "2.9"},
@@ -59,7 +68,8 @@ def results(run, accuracy: float, tested: bool = True, memory: int | None = None
 def made_up_accuracy(run) -> float:
     rng = np.random.default_rng(zlib.crc32("/".join(map(str, (*run.cell, run.seed))).encode()))
     task = np.random.default_rng(zlib.crc32("/".join(run.cell).encode()))
-    base, gain = DATASETS[run.dataset.name][0], METHODS[run.variant.label][2]
+    base, gain = DATASETS[run.dataset.source][0], METHODS[run.variant.label][2]
+    base -= 0.12 * (1 - (run.dataset.subset.fraction or 1)) * (2 if run.variant.is_full else 1)
     return round(base + BACKBONES[run.backbone.label][2] + gain + task.normal(0, 0.012) + rng.normal(0, 0.006), 4)
 
 
@@ -72,9 +82,11 @@ def write_study_folder(folder: Path, text: str | None = None, accuracy=made_up_a
     for run in grid.runs():
         value = accuracy(run)
         if isinstance(value, str):
-            run.note_failure(RuntimeError(value))
+            run.note_failure(RuntimeError(value), run.candidate or grid.chosen(run.cell))
         elif value is not None:
-            run.output.write_results(results(run, value, **options))
+            candidate = run.candidate or grid.chosen(run.cell)
+            values = candidate.values if candidate else {"lr": 0.003}
+            run.output.write_results(results(run, value, values, **options))
     return grid
 
 

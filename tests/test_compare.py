@@ -53,8 +53,9 @@ def test_the_first_final_run_equals_one_trained_anew(finished, place):
         workplace = trial.Workplace(grid.study, create_sized_backbone)
         model, preprocessing = workplace._model(run, 3)
         dl.attach(model, methods)
-        task, data = workplace._task(run, model, preprocessing)
-        anew = fit(task, data, workplace._settings(run, results["settings"]["lr"]))
+        values = results["values"]
+        task, data = workplace._task(run, model, preprocessing, values)
+        anew = fit(task, data, workplace._settings(run, values))
         assert anew["test"] == results["test"]
         assert anew["val"] == results["val"]
         saved = dl.from_pretrained(run.folder)
@@ -198,7 +199,7 @@ def test_a_method_that_does_not_fit_fails_alone(place, tmp_path, capsys):
     table = (output / "table.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| Wrong"))
     assert line.split("|")[2].strip() == "failed"
-    assert "seed 1: every learning rate failed: target_modules='nothing' matches no layer" in table
+    assert "seed 1: every trial of the search failed: target_modules='nothing' matches no layer" in table
     assert len(results_of(output)) == 8
     rows = [row for row in csv.DictReader((output / "runs.csv").open()) if row["method"] == "Wrong"]
     assert [row["status"] for row in rows] == ["failed"] * 4
@@ -216,12 +217,12 @@ def test_another_training_in_the_same_folder_is_refused(finished, place, tmp_pat
 def test_the_choice_does_not_see_the_test(place, tmp_path, monkeypatch):
     """With made-up results in which test and validation disagree, validation wins."""
 
-    def train(self, run, rate, again=False):
-        val = {0.03: 0.9, 0.003: 0.5}.get(rate, 0.5)
+    def train(self, run, values, again=False):
+        val = {0.03: 0.9, 0.003: 0.5}.get(values["lr"], 0.5)
         results = {
             "val": {"accuracy": val},
             "test": {} if run.stage == "search" else {"accuracy": 1 - val},
-            "settings": {"lr": rate},
+            "settings": {"lr": values["lr"]},
             "seconds": {"total": 1.0, "training": 1.0},
             "parameters": {"adapter": 0, "head": 3, "backbone": 10, "percent": 0.0},
         }

@@ -16,6 +16,7 @@ from deltalens.data import (
     train_transform,
 )
 from deltalens.data.image_folder import read_image
+from deltalens.data.transforms import train_resize
 from deltalens.training.loaders import evaluation_loader, training_loader
 
 PREPROCESSING = {
@@ -227,6 +228,18 @@ def test_train_transform_of_every_input_kind():
         x = train_transform(PREPROCESSING, rand_augment=9)(image)
         assert type(x) is torch.Tensor
         assert (x.shape, x.dtype) == ((3, 32, 32), torch.float32)
+
+
+@pytest.mark.parametrize("crop_mode", ["squash", "center"])
+def test_without_augmentation_training_sees_what_evaluation_sees(crop_mode):
+    """Of a squashed image the whole, before and after it has been shrunk into memory."""
+    picture = np.random.default_rng(0).integers(0, 255, (50, 120, 3), dtype=np.uint8)
+    settings = {**PREPROCESSING, "crop_mode": crop_mode, "crop_pct": 1.0}
+    expected = eval_transform(settings)(picture)
+    train = train_transform(settings, min_crop=1, hflip=0)
+    assert torch.equal(train(picture), expected)
+    shrunk = train_resize(settings, 1.0)(torch.from_numpy(picture).permute(2, 0, 1))
+    assert torch.equal(train(shrunk), expected)
 
 
 @pytest.mark.parametrize("wrong", [{"min_crop": 0}, {"hflip": 1.5}, {"rand_augment": 31}])

@@ -1,6 +1,7 @@
 """Adapters on disk: round trips, fresh processes, damage, other backbones, interrupted saving."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -190,7 +191,7 @@ def test_pickle_is_never_read(saved):
     refused(saved, ValueError, "damaged")
 
 
-@pytest.mark.parametrize("writer", ["save_file", "model_card"])
+@pytest.mark.parametrize("writer", ["save", "model_card"])
 def test_interrupted_saving_keeps_the_old_adapter(saved, writer, monkeypatch):
     """A full disk or a kill while writing: the old files stay whole and no temporary file remains."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
@@ -203,6 +204,21 @@ def test_interrupted_saving_keeps_the_old_adapter(saved, writer, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         dl.save_pretrained(model, saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_killed_between_two_renames_leaves_no_mixture(saved, monkeypatch):
+    """New tensors beside an old configuration would be another adapter; without a configuration there is none."""
+    replace = os.replace
+
+    def replace_or_stop(source, target):
+        if target.name == "adapter_config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        dl.save_pretrained(stir(adapted(dl.MonaConfig(bottleneck=4)), seed=3), saved)
+    refused(saved, FileNotFoundError, "adapter_config.json is missing")
 
 
 def test_plain_checkpoint_after_attach_gets_a_hint():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from toy_training import QUIET, Interrupted, adapted_task, interrupt_at, splits, trained_tensors
 
 import deltalens as dl
+from deltalens.lifecycle.atomic import atomic_path, remove_leftovers
 from deltalens.training import TrainingSettings, fit
 
 CONFIGS = {
@@ -141,3 +143,56 @@ def test_kill_minus_nine_while_saving(tmp_path):
     expected = fit(adapted_task(), splits(), TrainingSettings(epochs=3, **QUIET))
     assert results["val"] == expected["val"]
     assert list(output.glob(".*.tmp")) == []
+
+
+def test_the_time_of_a_resumed_run_holds_the_earlier_epochs(tmp_path):
+    killed = adapted_task()
+    interrupt_at(killed, 6)
+    with pytest.raises(Interrupted):
+        fit(killed, splits(), TrainingSettings(epochs=2, **QUIET), tmp_path)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    state["callbacks"]["History"]["rows"][0]["seconds"] = 1000.0
+    torch.save(state, tmp_path / "last.ckpt")
+    seconds = fit(adapted_task(), splits(), TrainingSettings(epochs=2, **QUIET), tmp_path, resume=True)["seconds"]
+    assert 1000 < seconds["training"] < seconds["total"]
+
+
+# ------------------------------------------------------------------ what a killed process leaves
+def test_the_next_start_removes_what_a_kill_has_left(tmp_path):
+    settings = TrainingSettings(epochs=1, **QUIET)
+    (tmp_path / ".config.yaml.abc.tmp").touch()
+    fit(adapted_task(), splits(), settings, tmp_path)  # a folder with nothing else is not refused
+    left = [tmp_path / ".results.json.abc.tmp", tmp_path / "last.ckpt"]  # killed before the checkpoint was removed
+    mine = tmp_path / ".notes"
+    for file in [*left, mine]:
+        file.write_text("x")
+    with atomic_path(tmp_path / "table.md") as written:
+        fit(adapted_task(), splits(), settings, tmp_path, resume=True)
+        assert not any(file.exists() for file in left)
+        assert mine.exists()
+        assert written.exists(), "a file that another process is writing is no leftover"
+
+
+def test_checkpoints_are_written_in_their_folder_under_a_name_that_is_held(tmp_path, monkeypatch):
+    """No other file is made, which a kill would leave where nobody looks for it."""
+    renamed, replace = [], os.replace
+
+    def replace_what_is_held(source, target):
+        remove_leftovers(Path(source).parent)
+        renamed.append((Path(source).parent, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_what_is_held)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    fit(adapted_task(), splits(), TrainingSettings(epochs=1, **QUIET), tmp_path / "run")
+    assert {folder for folder, _ in renamed} == {tmp_path / "run"}
+    assert {"last.ckpt", "adapter_model.safetensors"} <= {name for _, name in renamed}
+
+
+def test_deterministic_algorithms_while_training_and_not_after():
+    for asked in (True, False):
+        task, seen = adapted_task(), []
+        task.register_forward_pre_hook(lambda *_, seen=seen: seen.append(torch.are_deterministic_algorithms_enabled()))
+        fit(task, splits(), TrainingSettings(epochs=1, deterministic=asked, **QUIET))
+        assert set(seen) == {asked}
+        assert not torch.are_deterministic_algorithms_enabled()

@@ -128,6 +128,49 @@ def test_weight_decay_acts_on_matrices_of_layers_only():
     assert sorted(names[0.0] + names[0.1]) == sorted(n for n, p in task.named_parameters() if p.requires_grad)
 
 
+def test_weight_decay_may_act_on_all_but_what_is_named():
+    task = adapted_task([dl.VPTConfig(num_tokens=2), dl.BitFitConfig()])
+    trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
+    for spared in ([], ["norm"], ["head.bias", "embedding"]):
+        groups = parameter_groups(task, 1e-3, 0.1, spared)
+        names = {group["weight_decay"]: set(group["names"]) for group in groups}
+        assert names.get(0.0, set()) == {name for name in trained if any(text in name for text in spared)}
+        assert names[0.1] == trained - names.get(0.0, set())
+    rates = {"lr": 0.1, "weight_decay": 0.5, "optimizer": "sgd", "epochs": 1, "warmup_epochs": 0}
+    weights = {}
+    for spared in (None, ("head",)):
+        task = adapted_task(dl.LinearConfig())
+        fit(
+            task,
+            Splits(coloured(8, 0), coloured(4, 1), NAMES),
+            TrainingSettings(**{**QUIET, **rates, "no_decay": spared}),
+        )
+        weights[spared] = task.model.head.weight.detach().norm()
+    assert weights[None] < weights["head",]
+
+
+def test_the_cosine_ends_at_a_share_of_the_rate():
+    factors = [warmup_cosine_factor(step, 3, 11, least=0.1) for step in range(12)]
+    plain = [warmup_cosine_factor(step, 3, 11) for step in range(12)]
+    assert factors[:4] == plain[:4]
+    assert factors[4:] == pytest.approx([0.1 + 0.9 * each for each in plain[4:]])
+    assert factors[11] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="min_lr is a share of lr, between 0 and 1, got 2"):
+        TrainingSettings(min_lr=2)
+    with pytest.raises(ValueError, match="no_decay must be a list of texts"):
+        TrainingSettings(no_decay="norm")
+    moved = {}
+    for least in (0.0, 1.0):  # constant
+        task = adapted_task(dl.LinearConfig())
+        start = task.model.head.weight.detach().clone()
+        settings = TrainingSettings(
+            **{**QUIET, "lr": 0.1, "optimizer": "sgd", "epochs": 2, "warmup_epochs": 0, "min_lr": least}
+        )
+        fit(task, Splits(coloured(16, 0), coloured(4, 1), NAMES), settings)
+        moved[least] = (task.model.head.weight.detach() - start).norm()
+    assert moved[1.0] > 1.2 * moved[0.0]
+
+
 class FasterHead(dl.LinearConfig):
     """A linear probe that trains its head ten times as fast."""
 

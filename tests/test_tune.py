@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -98,6 +99,44 @@ def test_stopped_again_and_again_when_earlier_trials_guide_later_ones(tmp_path):
     assert [(r.values, r.value) for r in found] == [(r.values, r.value) for r in expected]
     late = [abs(math.log10(r.values["lr"]) + 2) for r in found[10:]]
     assert min(late) < 0.5  # and it has learnt where the peak is
+
+
+@pytest.mark.usefixtures("quick")
+def test_killed_between_two_draws(tmp_path, monkeypatch):
+    """A trial whose first value is in the database draws the second as it would have."""
+    space = SearchSpace("random", {"lr": Range(1e-4, 1e-1, log=True), "weight_decay": Range(0.0, 0.1)})
+    expected = search(tmp_path / "whole", space=space, trials=3).run(builder())
+    suggested, suggest = [], optuna.Trial.suggest_float
+
+    def suggest_or_die(trial, name, *words, **options):
+        suggested.append(name)
+        if len(suggested) == 4:
+            raise Interrupted
+        return suggest(trial, name, *words, **options)
+
+    monkeypatch.setattr(optuna.Trial, "suggest_float", suggest_or_die)
+    with pytest.raises(Interrupted):
+        search(tmp_path / "killed", space=space, trials=3).run(builder())
+    found = search(tmp_path / "killed", space=space, trials=3).run(builder())
+    assert [r.values for r in found] == [r.values for r in expected]
+
+
+@pytest.mark.usefixtures("quick")
+def test_killed_between_verdict_and_record(tmp_path):
+    """A trial that successive halving has ended, and marked as past that rung, is ended after the kill too."""
+    expected = search(tmp_path / "whole", prune="halving", trials=7).run(builder())
+    assert "pruned" in {record.state for record in expected}
+
+    def die(*words, **options):
+        raise Interrupted
+
+    for number in range(1, 8):
+        killed = search(tmp_path / "killed", prune="halving", trials=number)
+        killed.study.tell = die
+        with pytest.raises(Interrupted):
+            killed.run(builder())
+        found = search(tmp_path / "killed", prune="halving", trials=number).run(builder())
+    assert found == expected
 
 
 @pytest.mark.usefixtures("quick")

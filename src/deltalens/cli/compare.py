@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
+    from deltalens.studies.fleet import Crew, Job
     from deltalens.studies.grid import Grid
 
 
@@ -30,9 +31,26 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=FOLDER",
-        help="a folder of images and its name, beside or instead of those in the study file; may be repeated",
+        help="a folder of images and its name, beside or instead of those in the study file; may be repeated. A FOLDER "
+        "alone is that of all datasets of the file that have none",
     )
-    add("--dry-run", action="store_true", help="list the runs and their number, and stop")
+    add(
+        "--only",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="do only the runs of this method, dataset, backbone or folder (seed-0); may be repeated",
+    )
+    add("--parallel", type=int, default=1, help="runs at a time, each in a process of its own")
+    add(
+        "--ray",
+        type=str | None,
+        default=None,
+        metavar="ADDRESS",
+        help="carry the runs out with Ray: local, auto (RAY_ADDRESS, or the cluster found here), or an address",
+    )
+    add("--dry-run", action="store_true", help="list the runs, their number and the time they may take, and stop")
     add(
         "--only-table", action="store_true", help="make report, tables and plots from the runs that are there, and stop"
     )
@@ -44,53 +62,88 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="DIR",
         help="keep the features of frozen networks here, for methods that train the head or the last blocks only",
     )
-    add("--threads", type=int | None, default=None, help="processor threads; null for torch's choice")
-    add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
+    add("--threads", type=int | None, default=None, help="processor threads of a run; null for its share")
+    add(
+        "--workers",
+        type=int | None,
+        default=None,
+        help="loader processes of a run; null for its share of the cores",
+    )
     add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
 
 
 def translate(argv: list[str]) -> list[str]:
-    """Gather the words of several `--data` into one, which argparse would take the last of."""
-    rest, found, words = [], [], iter(argv)
+    """Gather the words of several `--data` into one, which argparse would take the last of; `--only` the same."""
+    rest, words = [], iter(argv)
+    found: dict[str, list[str]] = {"--data": [], "--only": []}
     for word in words:
         option, equals, value = word.partition("=")
-        if option == "--data" and (equals or (value := next(words, ""))):
-            found.append(value)
+        if option in found and (equals or (value := next(words, ""))):
+            found[option].append(value)
         else:
             rest.append(word)
-    return rest + (["--data", *found] if found else [])
+    return rest + [word for option, values in found.items() if values for word in (option, *values)]
 
 
 def run(args: Namespace) -> None:
     """Run the study, and print its table."""
-    from deltalens.cli.sized_backbone import create_sized_backbone
-    from deltalens.studies.benchmarks import threads
-    from deltalens.studies.carry_out import run_grid
-    from deltalens.studies.grid import Grid
-    from deltalens.studies.study_reader import read_study
-    from deltalens.studies.trial import Workplace
-    from deltalens.training.loaders import default_workers
+    from pathlib import Path
 
-    for name, least in (("threads", 1), ("workers", 0)):
+    from deltalens.cli.sized_backbone import create_sized_backbone
+    from deltalens.studies.fleet import Job, run_study
+    from deltalens.studies.study_reader import read_study
+
+    for name, least in (("threads", 1), ("workers", 0), ("parallel", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if args.only and args.only_table:
+        raise ValueError("--only-table makes the table of all runs: leave out --only")
     study = read_study(study_file(args.study), read_data(args.data))
-    grid = Grid(study, args.output)
+    job = Job(
+        study,
+        Path(args.output),
+        create_sized_backbone,
+        tuple(args.only),
+        args.threads,
+        args.workers,
+        args.accelerator,
+        args.cache_features,
+    )
     if args.dry_run:
-        _list(grid)
+        _list(job, args.parallel)
         return
     if args.only_table:
-        _write_table(grid)
+        _write_table(job.grid())
         return
-    workers = default_workers() if args.workers is None else args.workers
-    workplace = Workplace(study, create_sized_backbone, workers, args.accelerator, args.cache_features)
-    with threads(args.threads):
-        try:
-            run_grid(grid, workplace, retry_failed=args.retry_failed, show=lambda line: print(line, flush=True))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the study was stopped; the same command goes on") from None
-    _write_table(grid)
+    try:
+        run_study(
+            job,
+            _crew(job, args.parallel, args.ray),
+            args.parallel,
+            retry_failed=args.retry_failed,
+            show=lambda line: print(line, flush=True),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the study was stopped; the same command goes on") from None
+    _write_table(job.grid())
+
+
+def _crew(job: Job, parallel: int, address: str | None) -> Crew | None:
+    """Who carries out the runs; None for this process."""
+    if address is not None:
+        from deltalens.studies.ray_crew import RayCrew
+
+        return RayCrew(job, parallel, address)
+    if parallel == 1:
+        return None
+    import torch
+
+    from deltalens.studies.local_crew import LocalCrew, visible_gpus
+    from deltalens.training.loaders import cores_at_hand
+
+    share = job.sharing(torch.get_num_threads() // parallel, cores_at_hand() // parallel)
+    return LocalCrew(share, visible_gpus() if job.accelerator in ("auto", "gpu") else ())
 
 
 def study_file(name: str) -> Path:
@@ -108,34 +161,50 @@ def study_file(name: str) -> Path:
 
 
 def read_data(words: list[str]) -> dict[str, str]:
-    """NAME=FOLDER words as a mapping."""
+    """NAME=FOLDER words as a mapping; a FOLDER alone has the name ""."""
     found: dict[str, str] = {}
     for word in words:
         name, equals, folder = word.partition("=")
-        if not (name and equals and folder):
+        if not equals:
+            name, folder = "", word
+        elif not (name and folder):
             raise ValueError(f"--data takes NAME=FOLDER, such as --data flowers=/data/flowers, got {word!r}")
         if name in found:
-            raise ValueError(f"--data names {name!r} twice")
+            raise ValueError(f"--data names {name!r} twice" if name else "--data has two folders without a name")
         found[name] = folder
     return found
 
 
-def _list(grid: Grid) -> None:
-    for run in grid.runs():
+def _list(job: Job, parallel: int) -> None:
+    from deltalens.studies.locks import RunLocks
+    from deltalens.studies.progress import Progress, duration_text
+
+    grid = job.grid()
+    locks, runs = RunLocks(grid.output), job.runs(grid)
+    counts = {"finished": 0, "failed": 0, "open": 0}
+    for run in runs:
         state = grid.state(run)
-        print(run.describe() + ("" if state == "open" else f" ({state})"))
-    counts = grid.counts()
-    print(f"{sum(counts.values())} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}")
+        counts[state] += 1
+        remark = "in work" if state == "open" and locks.held_elsewhere(run) else state
+        print(run.describe() + ("" if remark == "open" else f" ({remark})"))
+    if grid.study.left_out:
+        print(f"left out, since no folder was given: {', '.join(grid.study.left_out)}")
+    print(f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}")
+    left = Progress(grid, runs, parallel).left()
+    if counts["open"] and left is not None:
+        print(f"about {duration_text(left)} left")
 
 
 def _write_table(grid: Grid) -> None:
-    from deltalens.lifecycle.atomic import write_text
+    from deltalens.lifecycle.atomic import remove_leftovers, write_text
     from deltalens.studies.study_latex import to_latex
     from deltalens.studies.study_plots import write_plots
     from deltalens.studies.study_report import write_study_report
     from deltalens.studies.study_table import read_table
 
     table = read_table(grid)
+    for folder in (grid.output, grid.output / "plots"):
+        remove_leftovers(folder)
     write_text(grid.output / "table.md", table.to_markdown())
     write_text(grid.output / "table.tex", to_latex(table))
     write_text(grid.output / "runs.csv", table.to_csv())

@@ -63,6 +63,6 @@ def _models(args: Namespace) -> list[str]:
 def _recipes(args: Namespace) -> list[str]:
     import fnmatch
 
-    from deltalens.cli.recipes import recipe_files, summary
+    from deltalens.cli.recipes import listing, recipe_files
 
-    return [f"{n:<28} {summary(f)}" for n, f in recipe_files().items() if fnmatch.fnmatch(n, args.pattern)]
+    return listing([name for name in recipe_files() if fnmatch.fnmatch(name, args.pattern)])

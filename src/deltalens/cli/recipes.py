@@ -1,32 +1,25 @@
-"""YAML files that come with the package: settings of `deltalens train --recipe NAME`, studies of `deltalens compare
-NAME`, search spaces of `deltalens tune --space NAME`."""
+"""`--recipe NAME`: a YAML file that comes with the package, in the place of `--config FILE`."""
 
 from __future__ import annotations
 
 import difflib
-import re
-from importlib.resources import files
-from pathlib import Path
+
+from deltalens.studies.recipe_files import command_of, recipe_files, summary
+
+COMMANDS = {
+    "train": "for deltalens train --recipe NAME",
+    "compare": "for deltalens compare NAME",
+    "tune": "for deltalens tune --space NAME",
+}
 
 
-def recipe_files(command: str | None = None) -> dict[str, Path]:
-    """Name -> file of every recipe; command: only those of "train", "compare" or "tune"."""
-    folder = Path(str(files("deltalens.studies") / "recipes"))
-    found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return {name: path for name, path in found.items() if command in (None, command_of(path))}
-
-
-def command_of(path: Path) -> str:
-    """The command a recipe is for: studies are those that list backbones, searches those that have a space."""
-    text = path.read_text(encoding="utf-8")
-    if re.search(r"^space:", text, re.M):
-        return "tune"
-    return "compare" if re.search(r"^backbones:", text, re.M) else "train"
-
-
-def summary(path: Path) -> str:
-    """The comment in a recipe's first line."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+def listing(names: list[str]) -> list[str]:
+    """Lines that show these recipes, those of each command together."""
+    known, lines = recipe_files(), []
+    for command, said in COMMANDS.items():
+        members = [name for name in names if command_of(known[name]) == command]
+        lines += [f"{said}:", *(f"  {name:<26} {summary(known[name])}" for name in members)] if members else []
+    return lines
 
 
 def translate(argv: list[str]) -> list[str]:

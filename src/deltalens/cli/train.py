@@ -45,6 +45,13 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--pretrained", type=bool, default=True, help="start from pretrained weights; false is for experiments only")
     add("--checkpoint", type=str | None, default=None, help="weights file of the backbone, instead of the hub's")
     add("--img-size", type=int | None, default=None, help="input size in pixels, where the model allows another")
+    add(
+        "--templates",
+        type=list[str] | None,
+        default=None,
+        help="make the classes texts, as in CLIP: one or more like 'a photo of a {}.'; for models with a text tower",
+    )
+    add("--tower", type=str | None, default=None, help="adapt only this tower of a model with several: vision, text")
     add_method_argument(parser)
     add(
         "--recipe",
@@ -77,6 +84,9 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add(
         "--test-fraction", type=float, default=0.15, help="share of images for test where the data has no split folders"
     )
+    add("--split-seed", type=int | None, default=None, help="of the split and the training subset; by default --seed")
+    add("--train-fraction", type=float | None, default=None, help="train on this share of every class's images only")
+    add("--shots", type=int | None, default=None, help="train on so many images of every class only")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--allow-missing-classes", type=bool, default=False, help="let val and test lack classes of train")
     add("--min-crop", type=float, default=0.5, help="smallest share of an image that a training crop keeps")
@@ -86,9 +96,17 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--epochs", type=int, default=20, help="passes over the training images")
     add("--batch-size", type=int, default=64, help="images a step, over all devices together")
     add("--lr", type=float | None, default=None, help="peak learning rate; by default the method's own")
+    add("--base-lr", type=float | None, default=None, help="instead of --lr: the rate for 256 images a step")
     add("--weight-decay", type=float, default=1e-4, help="on matrices of linear and convolution layers only")
-    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up; a cosine to zero follows")
-    add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum")
+    add(
+        "--no-decay",
+        type=list[str] | None,
+        default=None,
+        help='decay all that is trained but what has one of these texts in its path, such as "[norm, bias]"',
+    )
+    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up; a cosine follows")
+    add("--min-lr", type=float, default=0.0, help="where the cosine ends, as a share of the rate: 0.01 for 1 per cent")
+    add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum 0.9")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 for no clipping")
     add("--seed", type=int, default=0, help="of everything random: split, initialisation, order, augmentation, dropout")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
@@ -96,7 +114,7 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--compile", type=bool, default=False, help="torch.compile the model")
     add("--devices", type=int | str, default=1, help='number of devices, a list such as "0,2", or "auto"')
     add("--accelerator", type=Literal["auto", "cpu", "gpu", "mps"], default="auto", help="where to train")
-    add("--deterministic", type=bool, default=False, help="deterministic algorithms, for bit-equal runs on a GPU")
+    add("--deterministic", type=bool, default=False, help="for bit-equal runs on a GPU or on several threads")
     add("--checkpoint-every-steps", type=int, default=0, help="checkpoint also within epochs, for very long ones")
 
 
@@ -138,6 +156,8 @@ def run(args: Namespace) -> None:
         _check_same_run(output, options)
         if output.finished:
             print(f"{output.folder} holds a finished run; there is nothing to resume")
+            if is_main_process():
+                output.tidy()
             _print_results(output.read_results(), output)
             return
     data = read_images(options)
@@ -160,17 +180,39 @@ def run(args: Namespace) -> None:
 
 # ------------------------------------------------------------------ building
 def settled(options: dict[str, Any], methods: list) -> dict[str, Any]:
-    """The options with everything written out that was left to a default of the methods or the machine."""
+    """The options with everything written out that was left to a default of the methods, the seed or the machine."""
     from deltalens.cli.method_options import method_entries
     from deltalens.training.loaders import default_workers
-    from deltalens.training.optim import default_learning_rate
 
-    lr, workers = options.get("lr"), options.get("workers")
+    workers = options.get("workers")
     return options | {
         "method": method_entries(methods),
-        "lr": default_learning_rate(methods) if lr is None else lr,
+        "lr": settled_rate(options, methods),
+        "base_lr": None,
         "workers": default_workers() if workers is None else workers,
+        "split_seed": split_seed(options),
     }
+
+
+def settled_rate(options: dict[str, Any], methods: list) -> float:
+    """The learning rate that --lr, --base-lr, or neither asks for. ValueError for both."""
+    from deltalens.studies.search_space import rate_of
+    from deltalens.training.optim import default_learning_rate
+
+    lr, base_lr = options.get("lr"), options.get("base_lr")
+    if lr is not None and base_lr is not None:
+        raise ValueError(
+            f"say --lr or --base-lr, not both: got {lr:g} and {base_lr:g} (--lr null takes a recipe's back)"
+        )
+    if base_lr is not None:
+        return rate_of(base_lr, options["batch_size"])
+    return default_learning_rate(methods) if lr is None else lr
+
+
+def split_seed(options: dict[str, Any]) -> int:
+    """The seed that draws parts and subsets of the data."""
+    own = options.get("split_seed")
+    return options["seed"] if own is None else own
 
 
 def settings_of(options: dict[str, Any]):
@@ -184,11 +226,13 @@ def settings_of(options: dict[str, Any]):
 
 
 def read_images(options: dict[str, Any]):
-    """The data, without transforms."""
-    from deltalens.data import ReadOptions, read_data
+    """The data, without transforms, and with the training images that are asked for."""
+    from deltalens.data import ReadOptions, TrainingSubset, read_data
 
-    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())})
-    return read_data(options["data"], options["format"], protocol=options["protocol"], options=reading)
+    seed = split_seed(options)
+    subset = TrainingSubset(options.get("train_fraction"), options.get("shots"), seed)
+    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())} | {"seed": seed})
+    return subset.take(read_data(options["data"], options["format"], protocol=options["protocol"], options=reading))
 
 
 def build_task(options: dict[str, Any], methods: list, data):
@@ -203,14 +247,17 @@ def build_task(options: dict[str, Any], methods: list, data):
     from deltalens.tasks import task_class
 
     torch.manual_seed(options["seed"])
+    templates = options.get("templates")
+    texts = {"class_names": data.class_names, "templates": templates} if templates else {}
     model, preprocessing = create_sized_backbone(
         options["model"],
         len(data.class_names),
         options["img_size"],
         pretrained=options["pretrained"],
         checkpoint=options["checkpoint"],
+        **texts,
     )
-    dl.attach(model, methods)
+    dl.attach(model, methods, tower=options.get("tower"))
     dl.adapter_info(model)["preprocessing"] = preprocessing
     data.train.transform = train_transform(
         preprocessing, options["min_crop"], options["hflip"], options["rand_augment"]

@@ -51,7 +51,6 @@ def run(args: Namespace) -> None:
     from deltalens.studies.search_space import DEFAULT, read_space
     from deltalens.studies.tune import Search, trials_table, write_tables
     from deltalens.tasks import task_class
-    from deltalens.training.optim import default_learning_rate
 
     own = ("config", "recipe", "space", "trials", "metric", "prune", "output")
     options = {key: value for key, value in vars(args).items() if key not in own}
@@ -67,7 +66,7 @@ def run(args: Namespace) -> None:
         metric=args.metric or task_class(data.task).main_metric,
         seed=args.seed,
         prune=args.prune,
-        default_lr=args.lr or default_learning_rate(methods),
+        default_lr=train.settled_rate(options, methods),
         batch_size=args.batch_size,
     )
     _check_same_options(search, options | {"method": method_entries(methods)})
@@ -103,33 +102,18 @@ def _builder(options: dict[str, Any], methods: list, data):
     """The function that makes the run of a trial from its values."""
     from dataclasses import replace
 
+    from deltalens.studies.search_space import with_values
+
     def build(values):
         chosen = with_values(methods, values)
         own = {name: value for name, value in values.items() if not name.startswith("method.")}
+        own |= {"base_lr": None} if "lr" in own else {}
         run_options = train.settled(options | own, chosen)
         task = train.build_task(run_options, chosen, data)
         settings = replace(train.settings_of(run_options), progress=False)
         return task, replace(data, test=None), settings, run_options
 
     return build
-
-
-def with_values(methods: list, values: dict[str, Any]) -> list:
-    """The methods with the `method.<setting>` values of a trial. ValueError where none of them has such a setting."""
-    from dataclasses import fields, replace
-
-    found = list(methods)
-    for name, value in values.items():
-        setting = name.removeprefix("method.")
-        if setting == name:
-            continue
-        having = [i for i, method in enumerate(found) if setting in {field.name for field in fields(method)}]
-        if not having:
-            names = ", ".join(method.name for method in found)
-            raise ValueError(f"the search space names {name}, and {names} has no setting {setting!r}")
-        for i in having:
-            found[i] = replace(found[i], **{setting: value})
-    return found
 
 
 # ------------------------------------------------------------------ files

@@ -20,7 +20,7 @@ def train_transform(
     """Random resized crop, horizontal flip, normalisation.
 
     min_crop: smallest share of the image's area that a crop keeps; 1 keeps the proportions and the centre, as much of
-    it as fits, with nothing random.
+    it as fits, or with crop_mode "squash" the whole image without its proportions; nothing is random then.
     hflip: probability of a horizontal flip; 0 for digits, letters, and whatever has a side. rand_augment: magnitude of
     RandAugment's two operations (Cubuk et al. 2020), 0 for none, 9 is usual.
     """
@@ -33,7 +33,9 @@ def train_transform(
     _, height, width = preprocessing["input_size"]
     mode = InterpolationMode(preprocessing["interpolation"])
     steps: list[Any] = [v2.RandomResizedCrop((height, width), (min_crop, 1.0), (3 / 4, 4 / 3), mode, antialias=True)]
-    if min_crop == 1:
+    if min_crop == 1 and preprocessing.get("crop_mode") == "squash":
+        steps = [v2.Resize((height, width), mode, antialias=True)]
+    elif min_crop == 1:
         steps = [ResizeToCover((height, width), mode), v2.CenterCrop((height, width))]
     if hflip:
         steps.append(v2.RandomHorizontalFlip(hflip))
@@ -82,8 +84,11 @@ def train_resize(preprocessing: dict[str, Any], min_crop: float) -> torch.nn.Mod
     """Shrink images before `train_transform` so far that its smallest crops still have the input's pixels; smaller
     images are left as they are."""
     _, height, width = preprocessing["input_size"]
+    mode = InterpolationMode(preprocessing["interpolation"])
+    if min_crop == 1 and preprocessing.get("crop_mode") == "squash":
+        return v2.Resize((height, width), mode, antialias=True)
     size = (math.ceil(height / math.sqrt(min_crop)), math.ceil(width / math.sqrt(min_crop)))
-    return ResizeToCover(size, InterpolationMode(preprocessing["interpolation"]), enlarge=False)
+    return ResizeToCover(size, mode, enlarge=False)
 
 
 class ResizeToCover(torch.nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deltalens.lifecycle import peft_format
@@ -33,7 +33,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | 
     """Write an adapter: two files and a filled model card. name: None means the active adapter.
 
     An adapter that is LoRA and a head is written in peft's format, and peft loads it; all others in our own (see docs).
-    All files are written to temporary names, then renamed: a full disk or a kill leaves what the folder held before.
+    All files are written to temporary names, then renamed, the configuration last: a full disk leaves what the folder
+    held before, and a folder that has a configuration is whole whenever the process was killed.
     """
     name, adapter = adapter_of(model, name)
     directory = Path(directory)
@@ -58,9 +59,12 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | 
         files = {
             file: renamed_at_the_end.enter_context(atomic_path(directory / file)) for file in (CONFIG, CARD, TENSORS)
         }
-        save_file(_unshared(tensors), files[TENSORS], metadata={"format": "pt"})
+        files[TENSORS].write_bytes(
+            save(_unshared(tensors), metadata={"format": "pt"})
+        )  # save_file has names of its own
         files[CARD].write_text(model_card(config), encoding="utf-8")
         files[CONFIG].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (directory / CONFIG).unlink(missing_ok=True)  # an earlier adapter's, which would not fit the new tensors
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> nn.Module:

@@ -33,7 +33,7 @@ class ConditionalContext(Context):
 class CoCoOpConfig(Method):
     """CoOp's words plus a vector that a small network makes of each image.
 
-        ctx_i(x) = ctx_i + linear2( relu( linear1( normalize(image(x)) ) ) )     linear1 (D / 16, D), linear2 (d, D / 16)
+        ctx_i(x) = ctx_i + linear2( relu( linear1( normalize(image(x)) ) ) )   linear1 (D / 16, D), linear2 (d, D / 16)
 
     The text tower runs for every image: a batch of B images and C classes is B * C texts, here in one pass (the
     official code goes image by image; the result is the same). Published settings: init "a photo of a", SGD 0.002,

@@ -1,121 +1,106 @@
-"""Carries out the runs of a study, and says how long they may yet take."""
+"""Carries out runs of a study: what one worker does, whether it is alone or one of many."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from deltalens.studies import attempts
+from deltalens.studies.attempts import Worker
 from deltalens.studies.grid import Grid
-from deltalens.studies.results import seconds_text
-from deltalens.studies.trial import Run, Workplace, score
+from deltalens.studies.locks import RunLocks
+from deltalens.studies.trial import Run, Workplace
+
+WAIT = 0.5  # seconds between two looks at runs that others hold
 
 
-def run_grid(
-    grid: Grid, workplace: Workplace, *, retry_failed: bool = False, show: Callable[[str], None] = print
+def work(
+    grid: Grid,
+    workplace: Workplace,
+    runs: Sequence[Run],
+    *,
+    worker: Worker | None = None,
+    after: Callable[[], None] = lambda: None,
+    waiting: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Do every run that is not finished. A failed one is recorded and passed over, and tried again only with
-    retry_failed. show: gets a line for each run done.
+    """Do these runs until none is left: always the first that is to be done, that can be done yet, and that nobody
+    else does. A failed run is recorded and passed over.
 
-    Raises what makes all runs impossible: a missing folder of images, an unknown backbone.
+    Any number of processes may do this with the same output folder at the same time. Each ends when all runs are
+    finished or failed, so that what a killed one leaves is done by another. worker: who this is, where there are
+    several. after: called when a run was done. waiting: called while others do all that is left, with its number.
     """
-    grid.check_unchanged()
-    runs = list(grid.runs())
-    if retry_failed:
-        for run in runs:
-            if grid.state(run) == "failed":
-                run.forget_failure()
-                run.output.checkpoint.unlink(missing_ok=True)
-    workplace.check([run for run in runs if grid.state(run) == "open"])
-    clock = Clock(grid, runs)
-    for number, run in enumerate(runs, 1):
-        outcome = _do(grid, workplace, run)
-        if outcome:
-            clock.note(run)
-            show(f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.describe()}: {outcome} | {clock.text()}")
-
-
-def _do(grid: Grid, workplace: Workplace, run: Run) -> str | None:
-    """Do a run where it is to be done. What came out, or None where there was nothing to do."""
-    rate = run.rate if run.stage == "search" else grid.chosen_rate(run.cell)
-    if run.failure() is not None:
-        return None
-    results = run.results()
-    stale = results is not None and results["settings"]["lr"] != rate  # a search has chosen another rate since
-    if results is not None and not stale:
-        _tidy(grid, run)
-        return None
-    try:
-        if rate is None:
-            reasons = "; ".join(dict.fromkeys(each.failure() or "" for each in grid.searches[run.cell]))
-            raise RuntimeError(f"every learning rate failed: {reasons}")
-        earlier = run.output.read_config() or {}
-        trained = next((each for each in grid.searches[run.cell] if each.rate == rate), None)
-        same_training = trained is not None and run.seed == trained.seed and not run.joined
-        if run.stage == "final" and same_training and trained.has_adapter():
-            results = workplace.test_trained(run, trained, rate)
+    locks, left = RunLocks(grid.output), list(runs)
+    while left:
+        for run in left:
+            if not can_be_done(grid, run):
+                continue
+            with locks.hold(run) as held:
+                done = held and _do(grid, workplace, run, worker)
+            if held:
+                left.remove(run)
+                if done:
+                    after()
+                break
         else:
-            results = workplace.train(run, rate, again=stale or earlier.get("lr", rate) != rate)
+            waiting(len(left))
+            time.sleep(WAIT)
+
+
+def reopen(grid: Grid, runs: Sequence[Run]) -> None:
+    """Forget the failures of runs, so that they are tried again. One that somebody works on is left to them."""
+    locks = RunLocks(grid.output)
+    for run in [run for run in runs if grid.state(run) == "failed"]:  # all of them before the first is open again
+        with locks.hold(run) as held:
+            if held and run.failure() is not None:
+                attempts.end(run)
+                run.output.checkpoint.unlink(missing_ok=True)
+                run.forget_failure()  # last: a run that is open goes on from its checkpoint
+
+
+def can_be_done(grid: Grid, run: Run) -> bool:
+    """Whether all is there that a run needs: a final run needs the searches of its cell."""
+    return run.stage == "search" or all(grid.state(search) != "open" for search in grid.searches[run.cell])
+
+
+def _do(grid: Grid, workplace: Workplace, run: Run, worker: Worker | None) -> bool:
+    """Do a run, whose lock is held, where it is to be done. Whether it was."""
+    if grid.state(run) == "failed":
+        return False
+    if grid.state(run) == "finished":
+        _tidy(grid, run)
+        return False
+    candidate = run.candidate if run.stage == "search" else grid.chosen(run.cell)
+    refused = attempts.begin(run, worker)
+    try:
+        if refused is not None:
+            raise RuntimeError(refused)
+        if candidate is None:
+            reasons = "; ".join(dict.fromkeys(each.failure() or "" for each in grid.searches[run.cell]))
+            raise RuntimeError(f"every trial of the search failed: {reasons}")
+        run.forget_failure()  # of other values
+        trained = grid.search_of(run, candidate)
+        if trained is not None and trained.has_adapter():
+            workplace.test_trained(run, trained)
+        else:
+            workplace.train(run, candidate.values, again=not run.goes_on_with(candidate.values))
     except Exception as error:  # whatever goes wrong in one run, the others are done
-        run.note_failure(error)
-        return f"failed: {run.failure()}"
-    _tidy(grid, run)
-    part = "test" if results["test"] else "val"
-    chosen = "" if run.stage == "search" else f", lr {rate:g}"
-    return f"{part} {100 * score(results[part]):.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
+        run.note_failure(error, candidate)
+    else:
+        _tidy(grid, run)
+    finally:
+        attempts.end(run)
+    return True
 
 
 def _tidy(grid: Grid, run: Run) -> None:
-    """Drop adapters that nobody will ask for: those of searches once the first final run is there, and of final runs
-    where the study does not keep them."""
+    """Drop what nobody will ask for: what a kill has left of a finished run, adapters of final runs where the study
+    does not keep them, and those of searches once the final run is there that takes one of them over."""
+    run.output.tidy()
+    attempts.end(run)
     if run.stage == "final":
         if not grid.study.keep_adapters:
             run.drop_adapter()
-        for search in grid.searches[run.cell]:
-            search.drop_adapter()
-
-
-class Clock:
-    """How long it has taken, and may take yet: an open run is taken to last as long as the finished ones most like
-    it."""
-
-    def __init__(self, grid: Grid, runs: list[Run]):
-        self.grid, self.all, self.started = grid, runs, time.monotonic()
-        self.open = {run.folder for run in runs if grid.state(run) == "open"}
-        self.seconds: dict[tuple[str, ...], list[float]] = {}
-        for run in runs:
-            if run.folder not in self.open:
-                self._remember(run)
-
-    def note(self, run: Run) -> None:
-        """A run was done."""
-        self.open.discard(run.folder)
-        self._remember(run)
-
-    def _remember(self, run: Run) -> None:
-        results = run.results()
-        if results and "trained_in" not in results:
-            for kind in (run.cell, run.cell[:2], ()):
-                self.seconds.setdefault(kind, []).append(results["seconds"]["total"])
-
-    def left(self) -> float:
-        """Seconds that the open runs will take."""
-        return sum(self._expected(run) for run in self.all if run.folder in self.open)
-
-    def _expected(self, run: Run) -> float:
-        if run.stage == "final" and self.grid.searches[run.cell] and run.seed == self.grid.study.seeds[0]:
-            return 0.0  # its training is one of the searches
-        known = next((self.seconds[kind] for kind in (run.cell, run.cell[:2], ()) if kind in self.seconds), [0.0])
-        return sum(known) / len(known)
-
-    def text(self) -> str:
-        elapsed = time.monotonic() - self.started
-        left = f", about {duration_text(self.left())} left" if self.open else ""
-        return f"{duration_text(elapsed)}{left}"
-
-
-def duration_text(seconds: float) -> str:
-    """42 s, 3 min, 2 h 5 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+        if grid.finals[run.cell][0].output.finished:
+            for search in grid.searches[run.cell]:
+                search.drop_adapter()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
+from deltalens.data.subsets import TrainingSubset
 from deltalens.methods import FullConfig, Method
+from deltalens.studies.candidates import Candidate, SearchPlan, Values, draw_candidates
+from deltalens.studies.published import Published
+from deltalens.studies.search_space import METHOD, RATES, rate_of, with_values
 from deltalens.training.optim import default_learning_rate
 from deltalens.training.settings import TrainingSettings
 
-OWN_RATE = (1.0,)  # lr is left out: the method's own default, and no search
+Protocol = Literal["fair", "published"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,23 @@ class DatasetEntry:
     format: str = "auto"
     protocol: str = "val"
     download: bool = False
+    subset: TrainingSubset = field(default_factory=TrainingSubset)
+    origin: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The name of the dataset as a whole: what parts of one dataset share."""
+        return self.origin or self.name
 
 
 @dataclass(frozen=True)
 class Variant:
     """A row of the table: one method, or several that make one adapter.
 
-    x, curve: where this row lies in the plot of curves. lr: in the place of the method's own default rate.
+    x, curve: where this row lies in the plot of curves. lr: in the place of the method's own default rate; or base_lr,
+    for 256 images a step. training: in the place of fields of the study's training. own_search: search, which may be
+    None, stands in the place of the study's. backbone: more options for the backbone's constructor. datasets: the row
+    as it is on single datasets, where it differs.
     """
 
     label: str
@@ -55,10 +69,29 @@ class Variant:
     x: float | None = None
     curve: str | None = None
     lr: float | None = None
+    base_lr: float | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    own_search: bool = False
+    search: SearchPlan | None = None
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+    datasets: Mapping[str, Variant] = field(default_factory=dict)
+
+    def on(self, dataset: str) -> Variant:
+        """The row as it is on that dataset."""
+        return self.datasets.get(dataset, self)
 
     @property
-    def base_rate(self) -> float:
-        return default_learning_rate(self.methods) if self.lr is None else self.lr
+    def own_fields(self) -> list[str]:
+        """The fields in which this row is not treated as the others are."""
+        said = {
+            "lr": self.lr is not None,
+            "base_lr": self.base_lr is not None,
+            "training": bool(self.training),
+            "search": self.own_search,
+            "backbone": bool(self.backbone),
+            "datasets": bool(self.datasets),
+        }
+        return [name for name, own in said.items() if own]
 
     @property
     def is_full(self) -> bool:
@@ -82,6 +115,8 @@ class Training:
     optimizer: str = "adamw"
     clip_grad: float = 0.0
     precision: str = "32"
+    min_lr: float = 0.0
+    no_decay: tuple[str, ...] | None = None
     label_smoothing: float = 0.0
     min_crop: float = 0.5
     hflip: float = 0.5
@@ -108,10 +143,12 @@ class Split:
 class Study:
     """A checked study file.
 
-    rates: factors on every method's base rate; with more than one the best is chosen on the validation images.
-    fixed_rate: the base rate of all methods that name none, in the place of their defaults. reference: the row that the
-    report's test compares the others with; without one full fine-tuning, else the first row. scatter: the datasets on
-    the axes of the report's plot of two tasks; without them the first two.
+    search: what is chosen on the validation images, for all methods that have no search of their own. lr or base_lr
+    (for 256 images a step): of all methods that name none, in the place of their defaults. protocol: "fair" where all
+    methods are treated alike, "published" where each has its paper's settings. reference: the row that the report's
+    test compares the others with; without one full fine-tuning, else the first row. scatter: the datasets on the axes
+    of the report's plot of two tasks; without them the first two. published: numbers of papers, to be shown beside.
+    left_out: datasets of the file that no folder was given for.
     """
 
     title: str
@@ -121,12 +158,16 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     training: Training = field(default_factory=Training)
     split: Split = field(default_factory=Split)
-    rates: tuple[float, ...] = OWN_RATE
-    fixed_rate: float | None = None
+    search: SearchPlan | None = None
+    lr: float | None = None
+    base_lr: float | None = None
+    protocol: Protocol | None = None
     keep_adapters: bool = True
     x_title: str = "x"
     reference: str | None = None
     scatter: tuple[str, str] | None = None
+    published: tuple[Published, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def reference_label(self) -> str:
@@ -136,14 +177,47 @@ class Study:
 
     @property
     def scatter_datasets(self) -> tuple[str, str] | None:
-        """The two datasets of the plot of two tasks; None where there is but one."""
-        names = [dataset.name for dataset in self.datasets]
+        """The two datasets of the plot of two tasks; None where there is but one, whole or in parts."""
+        names = list({dataset.source: dataset.name for dataset in self.datasets}.values())  # parts: the largest
         return self.scatter or ((names[0], names[1]) if len(names) > 1 else None)
 
-    def candidates(self, variant: Variant) -> list[float]:
-        """The learning rates to try, ascending: as many for every method."""
-        base = self.fixed_rate if variant.lr is None and self.fixed_rate is not None else variant.base_rate
-        return [float(f"{base * factor:.4g}") for factor in sorted(self.rates)]
+    # ------------------------------------------------------------------ one row
+    def search_of(self, variant: Variant) -> SearchPlan | None:
+        return variant.search if variant.own_search else self.search
+
+    def training_of(
+        self, variant: Variant, dataset: DatasetEntry | None = None, values: Values | None = None
+    ) -> Training:
+        """The study's training with what the dataset, the row, and a candidate of a search say otherwise, the last one
+        first."""
+        own = {name: getattr(dataset, name, None) for name in ("min_crop", "hflip")}
+        chosen = {name: each for name, each in (values or {}).items() if name not in RATES and METHOD not in name}
+        said = {name: each for name, each in own.items() if each is not None}
+        return replace(self.training, **(said | dict(variant.training) | chosen))
+
+    def methods_of(self, variant: Variant, values: Values) -> list[Method]:
+        """The methods of a row with the values of a candidate."""
+        return with_values(variant.methods, values)
+
+    def rate_of(self, variant: Variant, batch_size: int) -> float:
+        """The rate that holds where a search chooses none, and that relative rates multiply."""
+        for entry in (variant, self):
+            if entry.lr is not None:
+                return entry.lr
+            if entry.base_lr is not None:
+                return rate_of(entry.base_lr, batch_size)
+        return default_learning_rate(variant.methods)
+
+    def candidates(self, variant: Variant) -> list[Candidate]:
+        """What is tried for a row, ascending by learning rate; one where nothing is searched."""
+        batch_size, plan = self.training_of(variant).batch_size, self.search_of(variant)
+
+        def rate(batch_size: int) -> float:
+            return self.rate_of(variant, batch_size)
+
+        if plan is None:
+            return [Candidate({"lr": rate(batch_size)})]
+        return draw_candidates(plan, variant.methods, rate, batch_size, self.split.seed)
 
 
 def folder_name(label: str) -> str:

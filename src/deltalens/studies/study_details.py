@@ -40,7 +40,7 @@ def read_details(grid: Grid) -> Details:
     days: set[str] = set()
     for run in grid.runs():
         results = run.results()
-        if results is None:
+        if results is None or grid.state(run) != "finished":
             continue
         days.add(_day(run, results))
         _count(machines, results.get("machine"))

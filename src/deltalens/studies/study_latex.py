@@ -6,6 +6,8 @@ import re
 import statistics
 from collections.abc import Sequence
 
+from deltalens.studies.published import Published
+from deltalens.studies.published_table import overview_columns, published_note, published_rows
 from deltalens.studies.results import bytes_text
 from deltalens.studies.study_table import Cell, StudyTable, measured_text, overall
 
@@ -30,7 +32,9 @@ def to_latex(table: StudyTable) -> str:
     \\usepackage{booktabs}."""
     parts = ["% needs \\usepackage{booktabs}"]
     for backbone in dict.fromkeys(cell.backbone for cell in table.cells):
-        parts.append(_backbone_table(table.title, backbone, [c for c in table.cells if c.backbone == backbone]))
+        cells = [cell for cell in table.cells if cell.backbone == backbone]
+        published = [one for one in table.published if one.backbone == backbone]
+        parts.append(_backbone_table(table.title, backbone, cells, published))
     return "\n\n".join(parts) + "\n"
 
 
@@ -39,7 +43,7 @@ def escape_latex(text: str) -> str:
     return "".join(SPECIAL.get(character, character) for character in " ".join(text.split()))
 
 
-def _backbone_table(title: str, backbone: str, cells: Sequence[Cell]) -> str:
+def _backbone_table(title: str, backbone: str, cells: Sequence[Cell], published: Sequence[Published]) -> str:
     datasets = list(dict.fromkeys(cell.dataset for cell in cells))
     by_label: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -61,6 +65,11 @@ def _backbone_table(title: str, backbone: str, cells: Sequence[Cell]) -> str:
         )
         line += [_mean_text([cell.memory for cell in row], bytes_text)] if with_memory else []
         lines.append(line)
+    columns = overview_columns([(backbone, dataset) for dataset in datasets])[: len(datasets) + bool(averages)]
+    shown = [
+        [escape_latex(label), "--", "--", *(_published(text) for text in line), "--", *["--"] * with_memory]
+        for label, line in published_rows(published, columns)
+    ]
     incomplete = any(cell.mean is not None and not cell.complete for cell in cells)
     several = len(datasets) > 1
     caption = (
@@ -69,6 +78,7 @@ def _backbone_table(title: str, backbone: str, cells: Sequence[Cell]) -> str:
         + (" Memory: most GPU memory of training." if with_memory else "")
         + (" Parameters, time and memory are means over the datasets." if several else "")
         + (f" {INCOMPLETE}: not all seeds." if incomplete else "")
+        + (f" {escape_latex(published_note(published))}" if shown else "")
     )
     slug = re.sub(r"[^a-z0-9]+", "-", f"{title}-{backbone}".lower()).strip("-")
     rules = [f"{' & '.join(line)} \\\\" for line in lines]
@@ -85,11 +95,16 @@ def _backbone_table(title: str, backbone: str, cells: Sequence[Cell]) -> str:
             rules[0],
             r"\midrule",
             *rules[1:],
+            *([r"\midrule", *(f"{' & '.join(line)} \\\\" for line in shown)] if shown else []),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
         ]
     )
+
+
+def _published(text: str) -> str:
+    return "--" if text == "-" else f"${text}$"
 
 
 def _measured(cells: Sequence[Cell]) -> str:

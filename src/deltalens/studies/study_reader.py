@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from deltalens.data.formats import PROTOCOLS
+from deltalens.data.formats import PROTOCOLS as DATA_PROTOCOLS
 from deltalens.data.splits import stratified_split
 from deltalens.methods import Method, make_config
+from deltalens.studies.candidates import SearchPlan
+from deltalens.studies.published import read_published
+from deltalens.studies.search_reader import check_rows, read_search, relative_search
+from deltalens.studies.search_space import RATES
 from deltalens.studies.study import (
-    OWN_RATE,
     BackboneEntry,
     DatasetEntry,
+    Protocol,
     Split,
     Study,
     Training,
     Variant,
     folder_name,
 )
+from deltalens.studies.study_base import merged, read_with_base
+from deltalens.studies.study_fields import SHARES, TRAINING, check_share, check_training, plain_fields, training_fields
 from deltalens.studies.study_yaml import Document, Place
+from deltalens.studies.training_amounts import AMOUNTS, read_amounts, with_amounts
 
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
-DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download")
+DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download", *AMOUNTS)
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
-FIELDS += ("reference", "scatter")
+FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published", *AMOUNTS)
+ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone", "datasets")  # beside a method and its settings
+OF_BACKBONES = ("img_size", "pretrained", "checkpoint", "model", "num_classes")
 
 
 def read_study(path: str | os.PathLike, datasets: Mapping[str, str] | None = None) -> Study:
-    """Read and check a study file. datasets: name -> folder, in the place of, or beside, those of the file.
+    """Read and check a study file. datasets: name -> folder, in the place of, or beside, those of the file; the name ""
+    stands for all datasets of the file that have no folder.
 
     Raises ValueError that names line and field and says what is allowed, FileNotFoundError for a missing file.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no study file at {path}")
-    return _Reader(Document(path)).study(dict(datasets or {}))
+    return _Reader(read_with_base(path)).study(dict(datasets or {}))
 
 
 class _Reader:
@@ -46,30 +57,46 @@ class _Reader:
 
     def __init__(self, document: Document):
         self.document = document
+        self.left_out: list[str] = []  # datasets without a folder, where others were given one
 
     def study(self, given: dict[str, str]) -> Study:
         top = self.document.mapping(self.document.content, (), FIELDS)
         for name in ("backbones", "methods"):
             if not top.get(name):
                 raise self.document.error((), f"{name} is missing; a study has {', '.join(FIELDS)}")
-        rates, fixed = self._rates(top.get("lr"))
+        said, lr, base_lr = self._training(top, ())
+        split = self._split(top.get("split") or {})
         study = Study(
             title=self.document.text(top.get("title", self.document.path.stem), ("title",)),
             backbones=self._backbones(top["backbones"]),
             variants=self._variants(top["methods"]),
             seeds=self._seeds(top.get("seeds", [0, 1, 2])),
-            training=self._training(top.get("training") or {}),
-            split=self._split(top.get("split") or {}),
-            rates=rates,
-            fixed_rate=fixed,
+            training=replace(Training(), **said),
+            split=split,
+            search=self._search(top),
+            lr=lr,
+            base_lr=base_lr,
+            protocol=self._protocol(top.get("protocol")),
             keep_adapters=self.document.flag(top.get("keep_adapters", True), ("keep_adapters",)),
             x_title=self.document.text(top.get("x_title", "x"), ("x_title",)),
-            datasets=self._datasets(top.get("datasets") or {}, given),
+            datasets=self._datasets(top.get("datasets") or {}, given, top, split.seed),
             reference=top.get("reference"),
             scatter=tuple(top["scatter"]) if isinstance(top.get("scatter"), list) else top.get("scatter"),
+            left_out=tuple(self.left_out),
         )
         self._check_report(study)
-        return study
+        self._check_datasets_of_rows(study)
+        for variant in study.variants:
+            check_training(
+                self.document, study.training_of(variant), variant.training, ("methods", variant.label, "training")
+            )
+        check_rows(self.document, study)
+        return replace(study, published=read_published(self.document, top.get("published"), study))
+
+    def _check_datasets_of_rows(self, study: Study) -> None:
+        known = [*dict.fromkeys(dataset.source for dataset in study.datasets), *study.left_out]
+        for variant in study.variants:
+            self.document.mapping(dict(variant.datasets), ("methods", variant.label, "datasets"), known)
 
     def _check_report(self, study: Study) -> None:
         """The fields that name rows and datasets."""
@@ -105,23 +132,35 @@ class _Reader:
         self._distinct_folders(found, ("backbones",))
         return tuple(found.values())
 
-    def _datasets(self, value: Any, given: dict[str, str]) -> tuple[DatasetEntry, ...]:
+    def _datasets(
+        self, value: Any, given: dict[str, str], top: Mapping[str, Any], seed: int
+    ) -> tuple[DatasetEntry, ...]:
+        amounts = read_amounts(self.document, top, (), seed)
         entries = self.document.mapping(value, ("datasets",))
-        found: dict[str, DatasetEntry] = {}
+        common, waiting = given.pop("", None), False  # for those that have no folder
+        some = bool(given)
+        found: list[DatasetEntry] = []
         for name, entry in entries.items():
             place: Place = ("datasets", name)
             entry = {"path": entry} if isinstance(entry, str) else {} if entry is None else entry
             entry = self.document.mapping(entry, place, DATASET_FIELDS)
             folder = given.pop(name, entry.get("path"))
             if folder is None:
+                folder, waiting = common, True
+            if folder is None and some:
+                self.left_out.append(name)
+                continue
+            if folder is None:
                 raise self.document.error(place, f"has no path; write one here or give --data {name}=FOLDER")
-            for key in ("min_crop", "hflip"):
+            for key in SHARES:
                 if entry.get(key) is not None:
-                    self._share(entry[key], (*place, key))
+                    check_share(self.document, entry[key], (*place, key))
             protocol = entry.get("protocol", "val")
-            if protocol not in PROTOCOLS:
-                raise self.document.error((*place, "protocol"), f"expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
-            found[name] = DatasetEntry(
+            if protocol not in DATA_PROTOCOLS:
+                raise self.document.error(
+                    (*place, "protocol"), f"expected {' or '.join(DATA_PROTOCOLS)}, got {protocol!r}"
+                )
+            whole = DatasetEntry(
                 name,
                 self.document.text(folder, place),
                 entry.get("min_crop"),
@@ -130,33 +169,52 @@ class _Reader:
                 protocol,
                 self.document.flag(entry.get("download", False), (*place, "download")),
             )
-        found |= {name: DatasetEntry(name, folder) for name, folder in given.items()}
+            found += with_amounts(whole, read_amounts(self.document, entry, place, seed) or amounts)
+        if common is not None and not waiting:
+            raise ValueError(
+                f"--data takes NAME=FOLDER, got {common!r}: no dataset of {self.document.path} waits for a folder"
+            )
+        for name in given:
+            if near := difflib.get_close_matches(name, self.left_out, n=1):
+                raise ValueError(
+                    f"--data {name}=...: {self.document.path} has no dataset {name}; did you mean {near[0]}?"
+                )
+        for name, folder in given.items():
+            found += with_amounts(DatasetEntry(name, folder), amounts)
         if not found:
             raise ValueError(f"{self.document.path} names no datasets: give each as --data NAME=FOLDER")
-        self._distinct_folders(found, ("datasets",))
-        return tuple(found.values())
+        self._distinct_folders([dataset.name for dataset in found], ("datasets",))
+        return tuple(found)
 
     def _variants(self, value: Any) -> tuple[Variant, ...]:
         entries = self.document.mapping(value, ("methods",))
-        found = {label: self._variant(label, entry, ("methods", label)) for label, entry in entries.items()}
+        found = {label: self._row_on_all(label, entry, ("methods", label)) for label, entry in entries.items()}
         self._distinct_folders(found, ("methods",))
         return tuple(found.values())
+
+    def _row_on_all(self, label: str, entry: Any, place: Place) -> Variant:
+        """A row, with what is different on single datasets."""
+        if not isinstance(entry, dict) or "datasets" not in entry:
+            return self._variant(label, entry, place)
+        own = self.document.mapping(entry["datasets"], (*place, "datasets"))
+        common = {key: each for key, each in entry.items() if key != "datasets"}
+        found = {}
+        for name, different in own.items():
+            here: Place = (*place, "datasets", name)
+            found[name] = self._variant(label, merged(common, self.document.mapping(different, here)), here)
+        return replace(self._variant(label, common, place), datasets=found)
 
     def _variant(self, label: str, entry: Any, place: Place) -> Variant:
         own: dict[str, Any] = {}
         if isinstance(entry, dict):
-            own = {key: entry[key] for key in ("x", "curve", "lr") if entry.get(key) is not None}
-            entry = {key: value for key, value in entry.items() if key not in ("x", "curve", "lr")}
+            row = {key: each for key, each in entry.items() if key in ROW_FIELDS}
+            entry = {key: each for key, each in entry.items() if key not in ROW_FIELDS}
             if "methods" in entry:
-                entry = self.document.mapping(entry, place, ("methods", "x", "curve", "lr"))["methods"]
-                place = (*place, "methods")
-        if "x" in own:
-            self.document.number(own["x"], (*place, "x"))
-        if "lr" in own:
-            self.document.number(own["lr"], (*place, "lr"), above=0)
-        if own.get("curve") is not None and "x" not in own:
-            raise self.document.error((*place, "curve"), "a row of a curve needs x, a number")
+                entry = self.document.mapping(entry, place, ("methods", *ROW_FIELDS))["methods"]
+            own = self._row(row, place)
         several = entry if isinstance(entry, list) else [entry]
+        if (*place, "methods") in self.document.lines:
+            place = (*place, "methods")
         if not several:
             raise self.document.error(place, "names no method")
         methods = [
@@ -164,6 +222,29 @@ class _Reader:
             for index, each in enumerate(several)
         ]
         return Variant(label, tuple(methods), **own)
+
+    def _row(self, row: dict[str, Any], place: Place) -> dict[str, Any]:
+        """The fields of a `Variant` that stand beside the method's settings."""
+        if row.get("x") is not None:
+            self.document.number(row["x"], (*place, "x"))
+        elif row.get("curve") is not None:
+            raise self.document.error((*place, "curve"), "a row of a curve needs x, a number")
+        training, lr, base_lr = self._training(row, place)
+        backbone = self.document.mapping(row.get("backbone") or {}, (*place, "backbone"))
+        for name in OF_BACKBONES:
+            if name in backbone:
+                raise self.document.error((*place, "backbone", name), "is said of all methods, under backbones")
+        search = row.get("search")
+        return {
+            "x": row.get("x"),
+            "curve": row.get("curve"),
+            "lr": lr,
+            "base_lr": base_lr,
+            "training": training,
+            "own_search": "search" in row,
+            "search": None if search is None else read_search(self.document, search, (*place, "search")),
+            "backbone": backbone,
+        }
 
     def _method(self, entry: Any, place: Place) -> Method:
         if isinstance(entry, str):
@@ -180,11 +261,11 @@ class _Reader:
             first = min((key for key in settings if named[key]), key=lambda key: named[key].start(), default="method")
             raise self.document.error((*place, first), str(error)) from error
 
-    def _distinct_folders(self, names: Mapping[str, Any], place: Place) -> None:
-        folders: dict[str, str] = {}
-        for name in names:
-            other = folders.setdefault(folder_name(name), name)
-            if other != name:
+    def _distinct_folders(self, names: Iterable[str], place: Place) -> None:
+        folders: dict[str, tuple[int, str]] = {}
+        for number, name in enumerate(names):
+            first, other = folders.setdefault(folder_name(name), (number, name))
+            if first != number:
                 raise self.document.error(
                     (*place, name), f"{name!r} and {other!r} would share the folder {folder_name(name)!r}"
                 )
@@ -195,51 +276,43 @@ class _Reader:
             raise self.document.error(("seeds",), f"expected a list of different whole numbers, got {value!r}")
         return tuple(self.document.number(seed, ("seeds", i), whole=True, above=-1) for i, seed in enumerate(value))
 
-    def _rates(self, value: Any) -> tuple[tuple[float, ...], float | None]:
-        if value is None:
-            return OWN_RATE, None
-        if not isinstance(value, dict):
-            return OWN_RATE, float(self.document.number(value, ("lr",), above=0))
-        factors = self.document.mapping(value, ("lr",), ("relative",)).get("relative")
-        place = ("lr", "relative")
-        if not isinstance(factors, list) or not factors or len(set(map(str, factors))) != len(factors):
-            raise self.document.error(
-                place, f"expected a list of different factors on the methods' own rates, got {factors!r}"
-            )
-        return tuple(float(self.document.number(each, (*place, i), above=0)) for i, each in enumerate(factors)), None
+    def _search(self, top: dict[str, Any]) -> SearchPlan | None:
+        short = top.get("lr") if isinstance(top.get("lr"), dict) else None
+        if short is not None and top.get("search") is not None:
+            raise self.document.error(("search",), "lr: {relative: [...]} is a search too; say one of them")
+        if top.get("search") is not None:
+            return read_search(self.document, top["search"], ("search",))
+        return None if short is None else relative_search(self.document, short, ("lr",))
 
-    def _training(self, value: Any) -> Training:
-        values = self._plain_fields(value, ("training",), Training)
-        for key in ("min_crop", "hflip"):
-            if key in values:
-                self._share(values[key], ("training", key))
-        training = Training(**values)
-        try:
-            training.settings(lr=1.0, seed=0)
-        except ValueError as error:
-            named = next((key for key in values if str(error).startswith(key)), None)
-            raise self.document.error(("training", *([named] if named else [])), str(error)) from error
-        return training
+    def _protocol(self, value: Any) -> Protocol | None:
+        if value is not None and value not in get_args(Protocol):
+            raise self.document.error(("protocol",), f"expected {' or '.join(get_args(Protocol))}, got {value!r}")
+        return value
+
+    def _training(self, entry: dict[str, Any], place: Place) -> tuple[dict[str, Any], float | None, float | None]:
+        """(fields of a `Training`, lr, base_lr) of the study or of a row; a rate may stand in training or beside it."""
+        where: Place = (*place, "training")
+        values = self.document.mapping(entry.get("training") or {}, where, (*TRAINING, *RATES))
+        rates: dict[str, float] = {}
+        for at, source in ((place, entry), (where, values)):
+            for name in RATES:
+                value = source.get(name)
+                if value is None or (at == () and name == "lr" and isinstance(value, dict)):  # a search
+                    continue
+                if rates:
+                    raise self.document.error((*at, name), "a rate is said already; lr or base_lr, once")
+                rates[name] = float(self.document.number(value, (*at, name), above=0))
+        said = training_fields(self.document, {k: v for k, v in values.items() if k not in RATES}, where)
+        if not place:
+            check_training(self.document, replace(Training(), **said), said, where)
+        return said, rates.get("lr"), rates.get("base_lr")
 
     def _split(self, value: Any) -> Split:
-        split = Split(**self._plain_fields(value, ("split",), Split))
+        split = Split(
+            **plain_fields(self.document, value, ("split",), {each.name: each.default for each in fields(Split)})
+        )
         try:
             stratified_split([], (split.val_fraction, split.test_fraction), split.seed)
         except ValueError as error:
             raise self.document.error(("split",), str(error)) from error
         return split
-
-    def _plain_fields(self, value: Any, place: Place, cls: type) -> dict[str, Any]:
-        """Values of the type of a dataclass's defaults."""
-        defaults = {each.name: each.default for each in fields(cls)}
-        values = self.document.mapping(value, place, defaults)
-        for key, each in values.items():
-            if isinstance(defaults[key], str):
-                values[key] = self.document.text(str(each), (*place, key))
-            else:
-                self.document.number(each, (*place, key), whole=isinstance(defaults[key], int))
-        return values
-
-    def _share(self, value: Any, place: Place) -> None:
-        if not 0 <= self.document.number(value, place) <= 1 or (place[-1] == "min_crop" and value == 0):
-            raise self.document.error(place, f"expected a share between 0 and 1, got {value!r}")

@@ -10,15 +10,27 @@ from urllib.parse import quote
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.grid import Grid
 from deltalens.studies.plots import colour
+from deltalens.studies.plots_storage import storage_plot
+from deltalens.studies.protocol import counted, searches_rates_only
+from deltalens.studies.published_table import only_published, overview_columns, published_columns, published_rows
 from deltalens.studies.report import NO_NETWORK, STYLE
 from deltalens.studies.results import bytes_text, percent_text, seconds_text
 from deltalens.studies.significance import LEVEL, Comparisons, PairedTest, compare_with, rank_methods, tasks_of
+from deltalens.studies.storage import storage_table, study_storage
 from deltalens.studies.study import Study
 from deltalens.studies.study_details import Details, read_details
+from deltalens.studies.study_panels import image_panels, size_panels
 from deltalens.studies.study_plots import method_numbers
-from deltalens.studies.study_report_plots import MOST_TASKS, curve_figures, parameter_figures, rank_figure, task_figures
-from deltalens.studies.study_table import RunRow, StudyTable, measured_text, overview
-from deltalens.studies.vtab_table import vtab_rows
+from deltalens.studies.study_report_plots import (
+    MOST_TASKS,
+    curve_figures,
+    panel_figures,
+    parameter_figures,
+    rank_figure,
+    task_figures,
+)
+from deltalens.studies.study_table import EDGE, RunRow, StudyTable, measured_text, overview, rates_only
+from deltalens.studies.vtab_table import published_vtab_rows, vtab_rows
 
 PAIRED = {
     "task": "A pair is a task: a dataset on a backbone, the mean over seeds. Tasks that share images or a backbone are "
@@ -43,10 +55,13 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
         _figures(
             "Accuracy against trained parameters", _parameters_note(table), parameter_figures(table.cells, numbers)
         ),
+        _figures("Accuracy against training images", _CURVES_OVER, panel_figures(image_panels(table), numbers)),
+        _figures("Accuracy against the size of the backbone", _CURVES_OVER, panel_figures(size_panels(table), numbers)),
         _two_tasks(table, study, numbers),
         _ranks(table, numbers),
         _tests(table, study, numbers),
         _figures("Validation accuracy during training", _CURVES, curve_figures(table, details, numbers)),
+        *_storage(table, numbers),
         *(_task_table(table, task, numbers) for task in tasks_of(table.cells)),
         _failures(table.rows),
         _run_list(table.rows),
@@ -61,6 +76,7 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
     )
 
 
+_CURVES_OVER = "Mean over seeds; bars are one standard deviation. plots/ has these too."
 _CURVES = "Mean over seeds of the final runs; bands are one standard deviation."
 
 
@@ -88,7 +104,8 @@ def grid_text(study: Study, table: StudyTable) -> str:
     sizes = {"method": study.variants, "backbone": study.backbones, "dataset": study.datasets, "seed": study.seeds}
     product = " × ".join(counted(len(entries), name) for name, entries in sizes.items())
     searches = sum(row.stage == "search" for row in table.rows)
-    chosen = f", and {searches} that choose learning rates" if searches else ""
+    what = "learning rates" if searches_rates_only(study) else "settings"
+    chosen = f", and {searches} that choose {what}" if searches else ""
     return f"{product}: {counted(len(table.rows) - searches, 'final run')}{chosen}."
 
 
@@ -98,11 +115,6 @@ def _split_text(study: Study) -> str:
         f"Folders without validation or test images are split once for all runs, by seed {split.seed}: "
         f"{100 * split.val_fraction:g} % for validation, {100 * split.test_fraction:g} % for the test."
     )
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 run", "2 runs"."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 # ------------------------------------------------------------------ tables
@@ -153,8 +165,11 @@ def _overview(table: StudyTable, numbers: dict[str, int]) -> str:
         for label, line in body.items()
     ]
     title = f"{measured_text(table.cells).capitalize()}, %"
+    shown = published_rows(table.published, overview_columns(tasks_of(table.cells)))
+    rows += [[escape(label), *line] for label, line in shown]
+    classes = [colour(numbers[label]) for label in body] + ["published"] * len(shown)
     note = "The best of each column is bold. Mean: over all columns, where every one of them has a result."
-    return _section(title, note, html_table(["Method", *header], rows, [colour(numbers[label]) for label in body]))
+    return _section(title, note, html_table(["Method", *header], rows, classes))
 
 
 def _vtab(table: StudyTable, numbers: dict[str, int]) -> list[str]:
@@ -164,8 +179,22 @@ def _vtab(table: StudyTable, numbers: dict[str, int]) -> list[str]:
         cells = [cell for cell in table.cells if cell.backbone == backbone]
         header, body, note = vtab_rows(cells, table.vtab_tasks)
         rows = [[_method(label), *(escape(text) for text in rest)] for label, *rest in body]
-        classes = [colour(numbers[label]) for label, *_ in body]
+        shown = published_vtab_rows(backbone, table.vtab_tasks, table.published)
+        rows += [[escape(label), *line] for label, *line in shown]
+        classes = [colour(numbers[label]) for label, *_ in body] + ["published"] * len(shown)
         sections.append(_section(f"VTAB-1k, {backbone}", note, html_table(["Method", *header[1:]], rows, classes)))
+    return sections
+
+
+def _storage(table: StudyTable, numbers: dict[str, int]) -> list[str]:
+    """Bytes on disk for every backbone, where the results say them."""
+    sections = []
+    for backbone, found in study_storage(table.cells, table.sources).items():
+        header, body, note = storage_table(found, not table.vtab_tasks)
+        rows = [[_method(label), *(escape(text) for text in rest)] for label, *rest in body]
+        drawn = html_table(["Method", *header[1:]], rows, [colour(numbers[row.method]) for row in found])
+        figure = f"<figure><figcaption>{escape(backbone)}</figcaption>{storage_plot(found, numbers)[0]}</figure>"
+        sections.append(_section(f"Storage, {backbone}", note, f'{drawn}\n<div class="plots">\n{figure}\n</div>'))
     return sections
 
 
@@ -177,23 +206,31 @@ def _task_table(table: StudyTable, task: tuple[str, str], numbers: dict[str, int
     cells = [cell for cell in table.cells if (cell.backbone, cell.dataset) == task]
     best = max((cell.mean for cell in cells if cell.mean is not None), default=None)
     with_memory = any(cell.memory is not None for cell in cells)
-    header = ["Method", measured_text(cells).capitalize() + ", %", "Trained parameters", "With head", "% of backbone"]
-    header += ["Learning rate", "Time for training"] + (["GPU memory"] if with_memory else [])
+    columns = published_columns(table.published, *task)
+    rest = ["Trained parameters", "With head", "% of backbone"]
+    rest += ["Learning rate" if rates_only(cells) else "Settings", "Time for training"]
+    rest += ["GPU memory"] if with_memory else []
+    header = ["Method", measured_text(cells).capitalize() + ", %", *(name.capitalize() for name, _ in columns), *rest]
     body = []
     for cell in cells:
         counted_ = cell.adapter_parameters is not None
         line = [
             _method(cell.variant.label),
             _marked(cell.accuracy_text(), cell.mean, best),
+            *(known.get(cell.variant.label, "") for _, known in columns),
             f"{cell.adapter_parameters:,}" if counted_ else "",
             f"{cell.with_head:,}" if counted_ else "",
             percent_text(cell.percent) if counted_ else "",
-            "" if cell.lr is None else f"{cell.lr:g}" + (" *" if cell.at_edge else ""),
+            escape(cell.settings_text()) if cell.chosen else "",
             "" if cell.seconds is None else seconds_text(cell.seconds),
         ]
         body.append(line + ([bytes_text(cell.memory) if cell.memory is not None else ""] if with_memory else []))
-    note = "* the smallest or largest rate that was tried" if any(cell.at_edge for cell in cells) else ""
-    classes = [colour(numbers[cell.variant.label]) for cell in cells]
+    note = f"* {EDGE}" if any(cell.at_edge for cell in cells) else ""
+    others = only_published(columns, [cell.variant.label for cell in cells])
+    body += [
+        [escape(label), "", *(known.get(label, "") for _, known in columns), *[""] * len(rest)] for label in others
+    ]
+    classes = [colour(numbers[cell.variant.label]) for cell in cells] + ["published"] * len(others)
     return _section(f"{task[0]}, {task[1]}", note, html_table(header, body, classes, large=1))
 
 
@@ -284,7 +321,7 @@ def _failures(rows: Sequence[RunRow]) -> str:
 
 
 def _link(row: RunRow) -> str:
-    what = f"search, lr {row.lr:g}" if row.stage == "search" and row.lr is not None else f"seed {row.seed}"
+    what = f"search, {row.settings}" if row.stage == "search" else f"seed {row.seed}"
     text = f"{row.backbone}, {row.dataset}, {row.method}, {what}"
     return f'<a href="{escape(quote(row.folder, safe="/+="))}/">{escape(text)}</a>'
 
@@ -299,12 +336,12 @@ def _run_list(rows: Sequence[RunRow]) -> str:
             row.status,
             per_cent(row.val_accuracy),
             per_cent(row.test_accuracy),
-            "" if row.lr is None else f"{row.lr:g}",
+            escape(row.settings or ""),
             "" if row.training_seconds is None else seconds_text(row.training_seconds),
         ]
         for row in rows
     ]
-    header = ["Run", "State", "Validation, %", "Test, %", "Learning rate", "Training"]
+    header = ["Run", "State", "Validation, %", "Test, %", "Settings", "Training"]
     content = f"<details><summary>{counted(len(rows), 'run')}</summary>\n{html_table(header, body)}\n</details>"
     return _section("Runs", "Each leads to its folder, beside this page. runs.csv holds the same.", content)
 

@@ -9,10 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from deltalens.data.vtab1k import task_of
+from deltalens.studies.candidates import Values, value_text, values_text
 from deltalens.studies.grid import Grid
 from deltalens.studies.markdown import markdown_table
+from deltalens.studies.protocol import protocol_text
+from deltalens.studies.published import Published
+from deltalens.studies.published_table import (
+    only_published,
+    overview_columns,
+    published_columns,
+    published_note,
+    published_rows,
+    published_runs,
+)
 from deltalens.studies.results import percent_text, seconds_text
-from deltalens.studies.study import Variant
+from deltalens.studies.storage import storage_parts
+from deltalens.studies.study import Study, Variant
 from deltalens.studies.trial import Run, score
 from deltalens.studies.vtab_table import vtab_parts
 
@@ -20,7 +32,7 @@ from deltalens.studies.vtab_table import vtab_parts
 @dataclass(frozen=True)
 class RunRow:
     """One run, a line of runs.csv. Accuracies are fractions (metric says of what: "accuracy", or "mAP" where images
-    have several labels); what is not known is None."""
+    have several labels); settings: "lr 0.003, weight_decay 0.01", what was searched; what is not known is None."""
 
     stage: str
     backbone: str
@@ -44,6 +56,11 @@ class RunRow:
     message: str | None
     metric: str | None = None
     peak_memory_bytes: int | None = None
+    settings: str | None = None
+    training_images: int | None = None
+    adapter_bytes: int | None = None
+    backbone_bytes: int | None = None
+    model_bytes: int | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -56,9 +73,11 @@ class Cell:
     """One method on one backbone and dataset: its final runs together.
 
     accuracies: on the test images (validation where there is no test), of the finished runs, in the order of the
-    seeds. lr: the chosen rate; at_edge: it is the smallest or largest candidate of a search. failures: messages, of
-    the searches too. left: final runs that are neither finished nor failed. tested: accuracies are on test
-    images. memory: most GPU memory of training in bytes, the mean over runs; None where runs were not on a GPU.
+    seeds. chosen: values by name, what the search varies, else the rate; edges: the names at an edge of the search.
+    failures: messages, of the searches too. left: final runs that are neither finished nor failed. tested: accuracies
+    are on test images. memory: most GPU memory of training in bytes, the mean over runs; None where runs were not on a
+    GPU. training_images: that a run was trained on. adapter_bytes: on disk with the head, the mean over runs;
+    backbone_bytes, model_bytes: of the plain backbone without and with the head; None where the results do not say.
     """
 
     backbone: str
@@ -68,8 +87,8 @@ class Cell:
     adapter_parameters: int | None
     head_parameters: int | None
     percent: float | None
-    lr: float | None
-    at_edge: bool
+    chosen: Values
+    edges: frozenset[str]
     seconds: float | None
     failures: tuple[str, ...]
     left: int
@@ -77,6 +96,25 @@ class Cell:
     metric: str | None = None
     tested: bool = True
     memory: float | None = None
+    training_images: int | None = None
+    adapter_bytes: float | None = None
+    backbone_bytes: int | None = None
+    model_bytes: int | None = None
+
+    @property
+    def lr(self) -> float | None:
+        """The chosen rate; None where there is no result, or where it was not searched."""
+        return self.chosen.get("lr")
+
+    @property
+    def at_edge(self) -> bool:
+        return bool(self.edges)
+
+    def settings_text(self) -> str:
+        """ "0.003 *" where only the rate is of interest, else "lr 0.003 *, weight_decay 0.01"."""
+        if list(self.chosen) == ["lr"]:
+            return value_text(self.lr) + (" *" if self.at_edge else "")
+        return values_text(self.chosen, self.edges)
 
     @property
     def with_head(self) -> int | None:
@@ -120,13 +158,17 @@ class StudyTable:
     cells: list[Cell]
     description: str
     vtab_tasks: dict[str, str] = field(default_factory=dict)  # dataset -> task, where all datasets are VTAB-1k's
+    sources: dict[str, str] = field(default_factory=dict)  # dataset -> the one it is a part of, or itself
+    published: tuple[Published, ...] = ()
 
     # ------------------------------------------------------------------ texts
     def to_csv(self) -> str:
         text = io.StringIO()
-        writer = csv.DictWriter(text, [each.name for each in fields(RunRow)], lineterminator="\n")
+        names = [each.name for each in fields(RunRow)] + (["published"] if self.published else [])
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(vars(row) for row in self.rows)
+        writer.writerows(published_runs(self.published))
         return text.getvalue()
 
     def to_markdown(self) -> str:
@@ -136,16 +178,18 @@ class StudyTable:
         if len(pairs) > 1:
             header, body = overview(self.cells)
             lines = [[label, *(text for text, _ in line)] for label, line in body.items()]
+            lines += [[label, *line] for label, line in published_rows(self.published, overview_columns(pairs))]
             parts += [
                 f"## {'Test' if all(cell.tested for cell in self.cells) else 'Validation'} accuracy, %",
                 markdown_table(["method", *header], lines),
             ]
         for backbone in dict.fromkeys(backbone for backbone, _ in pairs) if self.vtab_tasks else ():
             cells = [cell for cell in self.cells if cell.backbone == backbone]
-            parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks)]
+            parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks, self.published)]
         for backbone, dataset in pairs:
             cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
-            parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
+            parts += [f"## {backbone}, {dataset}", _pair_table(cells, self.published), *_notes(cells)]
+        parts += storage_parts(self.cells, self.sources, bool(self.vtab_tasks))
         return "\n\n".join(parts) + "\n"
 
 
@@ -177,7 +221,9 @@ def read_table(grid: Grid) -> StudyTable:
     rows = [_row(grid, run) for run in grid.runs()]
     by_folder = {row.folder: row for row in rows}
     cells = [_cell(grid, [by_folder[_folder(grid, run)] for run in finals], finals) for finals in grid.finals.values()]
-    return StudyTable(grid.study.title, rows, cells, _description(grid), _vtab_tasks(grid))
+    study = grid.study
+    sources = {dataset.name: dataset.source for dataset in study.datasets}
+    return StudyTable(study.title, rows, cells, study_text(study), _vtab_tasks(grid), sources, study.published)
 
 
 def _vtab_tasks(grid: Grid) -> dict[str, str]:
@@ -191,8 +237,11 @@ def _folder(grid: Grid, run: Run) -> str:
 
 
 def _row(grid: Grid, run: Run) -> RunRow:
-    results = run.results() or {}
+    state = grid.state(run)
+    candidate = run.candidate or (grid.chosen(run.cell) if state == "finished" else None)
+    results = (run.results() if state == "finished" else None) or {}
     test, parameters, seconds = (results.get(key) or {} for key in ("test", "parameters", "seconds"))
+    stored = results.get("bytes") or {}
     return RunRow(
         stage=run.stage,
         backbone=run.backbone.label,
@@ -200,7 +249,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
         method=run.variant.label,
         seed=run.seed,
         lr=results["settings"]["lr"] if results else run.rate,
-        status=grid.state(run),
+        status=state,
         val_accuracy=score(results.get("val") or {}),
         test_accuracy=score(test),
         test_mean_class_accuracy=test.get("mean_class_accuracy"),
@@ -213,9 +262,14 @@ def _row(grid: Grid, run: Run) -> RunRow:
         x=run.variant.x,
         curve=run.variant.curve,
         folder=_folder(grid, run),
-        message=None if results else run.failure(),
+        message=run.failure() if state == "failed" else None,
         metric=next((name for name in ("accuracy", "mAP") if name in (test or results.get("val") or {})), None),
         peak_memory_bytes=results.get("peak_memory_bytes"),
+        settings=values_text(candidate.shown) if candidate else None,
+        training_images=(results.get("data") or {}).get("train"),
+        adapter_bytes=stored.get("adapter"),
+        backbone_bytes=stored.get("backbone"),
+        model_bytes=stored.get("model"),
     )
 
 
@@ -223,10 +277,11 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
     run = finals[0]
     done = [row for row in rows if row.status == "finished"]
     searches = grid.searches[run.cell]
-    failures = [f"lr {each.rate:g}: {each.failure()}" for each in searches if grid.state(each) == "failed"]
+    failed = [each for each in searches if grid.state(each) == "failed"]
+    failures = [f"{values_text(each.candidate.shown)}: {each.failure()}" for each in failed]
     failures += [f"seed {row.seed}: {row.message}" for row in rows if row.status == "failed"]
-    lr = done[0].lr if done else None
-    rates = [each.rate for each in searches]
+    chosen = grid.chosen(run.cell) if done else None
+    sizes = [row.adapter_bytes for row in done if row.adapter_bytes is not None]
     peaks = [row.peak_memory_bytes for row in done if row.peak_memory_bytes is not None]
     return Cell(
         backbone=run.backbone.label,
@@ -236,8 +291,8 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
         adapter_parameters=done[0].adapter_parameters if done else None,
         head_parameters=done[0].head_parameters if done else None,
         percent=done[0].percent if done else None,
-        lr=lr,
-        at_edge=bool(rates) and lr in (min(rates), max(rates)),
+        chosen=chosen.shown if chosen else {},
+        edges=chosen.edges if chosen else frozenset(),
         seconds=statistics.fmean(row.training_seconds for row in done) if done else None,
         failures=tuple(failures),
         left=sum(row.status == "open" for row in rows),
@@ -245,7 +300,19 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
         metric=done[0].metric if done else None,
         tested=not done or done[0].test_accuracy is not None,
         memory=statistics.fmean(peaks) if peaks else None,
+        training_images=done[0].training_images if done else None,
+        adapter_bytes=statistics.fmean(sizes) if sizes else None,
+        backbone_bytes=done[0].backbone_bytes if done else None,
+        model_bytes=done[0].model_bytes if done else None,
     )
+
+
+def rates_only(cells: Sequence[Cell]) -> bool:
+    """Whether no search of these cells has chosen anything but the rate."""
+    return all(name == "lr" for cell in cells for name in cell.chosen)
+
+
+EDGE = "at the edge of what was searched; the best may lie beyond"
 
 
 def measured_text(cells: Sequence[Cell]) -> str:
@@ -254,29 +321,22 @@ def measured_text(cells: Sequence[Cell]) -> str:
     return f"{part} {'mAP' if any(cell.metric == 'mAP' for cell in cells) else 'top-1'}"
 
 
-def _description(grid: Grid) -> str:
-    study, training = grid.study, grid.study.training
-    factors = ", ".join(f"{factor:g}" for factor in sorted(study.rates))
-    if len(study.rates) > 1:
-        tried = (
-            f"best of {len(study.rates)} ({factors} times the method's own) on the validation images after the last "
-        )
-        tried += "epoch, with the first seed"
-    else:
-        tried = f"{study.fixed_rate:g}" if study.fixed_rate else "the method's own default"
-    joined = [dataset.name for dataset in study.datasets if dataset.protocol == "trainval"]
-    together = f" Final runs on {', '.join(joined)} train on training and validation images together." if joined else ""
-    return (
-        f"{training.epochs} epochs, batches of {training.batch_size}, {training.optimizer}, weight decay "
-        f"{training.weight_decay:g}; seeds {', '.join(map(str, study.seeds))}. Learning rate: {tried}. Test images are "
-        "looked at once, after the last epoch. Top-1 accuracy in per cent: mean ± sample standard deviation over seeds."
-        + together
-    )
+def accuracy_title(cells: Sequence[Cell]) -> str:
+    """The axis of accuracies: "test accuracy, %"."""
+    return f"{measured_text(cells).replace('top-1', 'accuracy')}, %"
+
+
+def study_text(study: Study) -> str:
+    """How the study was made, what was left out of it, and where published numbers are from."""
+    left_out = f"Left out, since no folder was given: {', '.join(study.left_out)}." if study.left_out else ""
+    return " ".join(text for text in (protocol_text(study), left_out, published_note(study.published)) if text)
 
 
 # ------------------------------------------------------------------ tables
-def _pair_table(cells: Sequence[Cell]) -> str:
-    header = ["method", measured_text(cells), "trained", "with head", "% of backbone", "lr", "seconds"]
+def _pair_table(cells: Sequence[Cell], published: Sequence[Published]) -> str:
+    columns = published_columns(published, cells[0].backbone, cells[0].dataset)
+    rest = ["trained", "with head", "% of backbone", "lr" if rates_only(cells) else "settings", "seconds"]
+    header = ["method", measured_text(cells), *(name for name, _ in columns), *rest]
     body = []
     for cell in cells:
         counted = cell.adapter_parameters is not None
@@ -284,19 +344,22 @@ def _pair_table(cells: Sequence[Cell]) -> str:
             [
                 cell.variant.label,
                 cell.accuracy_text(),
+                *(numbers.get(cell.variant.label, "") for _, numbers in columns),
                 f"{cell.adapter_parameters:,}" if counted else "",
                 f"{cell.with_head:,}" if counted else "",
                 percent_text(cell.percent) if counted else "",
-                "" if cell.lr is None else f"{cell.lr:g}" + (" *" if cell.at_edge else ""),
+                cell.settings_text() if cell.chosen else "",
                 "" if cell.seconds is None else seconds_text(cell.seconds).removesuffix(" s"),
             ]
         )
+    for label in only_published(columns, [cell.variant.label for cell in cells]):
+        body.append([label, "", *(numbers.get(label, "") for _, numbers in columns), *["" for _ in rest]])
     return markdown_table(header, body)
 
 
 def _notes(cells: Sequence[Cell]) -> list[str]:
     notes = []
     if any(cell.at_edge for cell in cells):
-        notes.append("\\* the smallest or largest rate that was tried")
+        notes.append("\\* " + EDGE)
     failed = [f"- {cell.variant.label}, {message}" for cell in cells for message in cell.failures]
     return notes + (["Failed:\n\n" + "\n".join(failed)] if failed else [])

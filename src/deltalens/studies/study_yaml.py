@@ -33,7 +33,7 @@ class Document:
     def __init__(self, path: Path):
         self.path = path
         text = path.read_text(encoding="utf-8")
-        self.lines: dict[Place, int] = {}
+        self.lines: dict[Place, tuple[Path, int]] = {}  # where each entry stands
         try:
             node = yaml.compose(text, _Loader)
             if node is not None:
@@ -45,7 +45,7 @@ class Document:
             raise ValueError(f"{path}{line}: this is no valid YAML: {error.problem or error.context}") from error
 
     def _walk(self, node: yaml.Node, place: Place) -> None:
-        self.lines.setdefault(place, node.start_mark.line + 1)
+        self.lines.setdefault(place, (self.path, node.start_mark.line + 1))
         if isinstance(node, yaml.SequenceNode):
             for index, child in enumerate(node.value):
                 self._walk(child, (*place, index))
@@ -55,22 +55,30 @@ class Document:
                 name = str(key.value)
                 here = (*place, name)
                 if name in seen:
-                    self.lines[here] = key.start_mark.line + 1
+                    self.lines[here] = (self.path, key.start_mark.line + 1)
                     raise self.error(here, f"{name!r} stands here a second time; every name may be used once")
                 seen.add(name)
-                self.lines[here] = key.start_mark.line + 1
+                self.lines[here] = (self.path, key.start_mark.line + 1)
                 self._walk(child, here)
 
     # ------------------------------------------------------------------ errors, and what is checked everywhere
     def error(self, place: Place, message: str) -> ValueError:
         """An error at an entry: "study.yaml, line 7, methods.Mona: message". An entry that is not there is placed where
         it should be."""
+        path, line = self._where(place)
+        at = f", line {line}" if line else ""
+        field = f", {'.'.join(map(str, place))}" if place else ""
+        return ValueError(f"{path}{at}{field}: {message}")
+
+    def file_of(self, place: Place) -> Path:
+        """The file in which an entry stands."""
+        return self._where(place)[0]
+
+    def _where(self, place: Place) -> tuple[Path, int | None]:
         known = place
         while known not in self.lines and known:
             known = known[:-1]
-        line = f", line {self.lines[known]}" if known in self.lines else ""
-        field = f", {'.'.join(map(str, place))}" if place else ""
-        return ValueError(f"{self.path}{line}{field}: {message}")
+        return self.lines.get(known, (self.path, None))
 
     def mapping(self, value: Any, place: Place, allowed: Iterable[str] | None = None) -> dict[str, Any]:
         """The value as a mapping with text keys, all of them allowed."""

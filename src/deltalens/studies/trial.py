@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits
 from deltalens.data.transforms import eval_resize, eval_transform, image_mode, train_resize, train_transform
 from deltalens.lifecycle.atomic import write_text
+from deltalens.studies.candidates import Candidate, Values, values_text
 from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Training, Variant
 from deltalens.tasks import ClassificationTask, task_class
 from deltalens.training import TrainingSettings, fit
@@ -35,9 +36,9 @@ MakeBackbone = Callable[..., tuple[nn.Module, dict[str, Any]]]  # (name, classes
 
 @dataclass(frozen=True)
 class Run:
-    """One training. stage: "search" tries a learning rate and is not tested; "final" uses the chosen one and is.
+    """One training. stage: "search" tries a candidate and is not tested; "final" uses the chosen one and is.
 
-    rate: of a search, or of a final run whose method has one candidate; None where a search chooses it.
+    candidate: of a search, or of a final run whose method has but one; None where a search chooses it.
     """
 
     stage: Literal["search", "final"]
@@ -46,7 +47,17 @@ class Run:
     variant: Variant
     seed: int
     folder: Path
-    rate: float | None = None
+    candidate: Candidate | None = None
+
+    @property
+    def values(self) -> Values | None:
+        """The candidate's values by name."""
+        return None if self.candidate is None else self.candidate.values
+
+    @property
+    def rate(self) -> float | None:
+        """The candidate's learning rate."""
+        return None if self.values is None else self.values["lr"]
 
     @property
     def cell(self) -> tuple[str, str, str]:
@@ -58,8 +69,13 @@ class Run:
         """Whether train and val are one: in final runs of the protocol "trainval"."""
         return self.stage == "final" and self.dataset.protocol == "trainval"
 
+    @property
+    def backbone_options(self) -> dict[str, Any]:
+        """For the backbone's constructor: its own and those of the row."""
+        return {**self.backbone.options, **self.variant.backbone}
+
     def describe(self) -> str:
-        what = f"search lr {self.rate:g}" if self.stage == "search" else f"seed {self.seed}"
+        what = f"search {values_text(self.candidate.shown)}" if self.stage == "search" else f"seed {self.seed}"
         return f"{self.backbone.label}, {self.dataset.name}, {self.variant.label}, {what}"
 
     # ------------------------------------------------------------------ what the folder says
@@ -69,20 +85,45 @@ class Run:
 
     def results(self) -> dict[str, Any] | None:
         """results.json of a finished run, None of another."""
-        return self.output.read_results() if self.output.finished else None
+        try:
+            return self.output.read_results()
+        except FileNotFoundError:  # also where another process begins the run anew just now
+            return None
 
     def failure(self) -> str | None:
         """Why the run failed, None where it did not."""
-        file = self.folder / FAILED
-        return json.loads(file.read_text(encoding="utf-8"))["message"] if file.is_file() else None
+        try:
+            return json.loads((self.folder / FAILED).read_text(encoding="utf-8"))["message"]
+        except FileNotFoundError:
+            return None
 
-    def note_failure(self, error: Exception) -> None:
-        """Leave a record of the error."""
+    def done_with(self, values: Values | None) -> bool:
+        """Whether the finished or failed run was one of these values. Runs of earlier versions searched the rate only,
+        and do not say of what rate a failure was."""
+        results = self.results()
+        if results is not None:
+            return results.get("values", {"lr": results["settings"]["lr"]}) == values
+        try:
+            return json.loads((self.folder / FAILED).read_text(encoding="utf-8")).get("values", values) == values
+        except FileNotFoundError:  # another process begins the run anew just now
+            return False
+
+    def goes_on_with(self, values: Values) -> bool:
+        """Whether what the folder holds of a run that was stopped was trained with these values."""
+        earlier = self.output.read_config()
+        return not self.output.finished and (
+            earlier is None or earlier.get("values", {"lr": earlier.get("lr")}) == values
+        )
+
+    def note_failure(self, error: Exception, candidate: Candidate | None = None) -> None:
+        """Leave a record of the error. candidate: that the run was trained with, where it is not its own."""
+        candidate = candidate or self.candidate
         message = " ".join(str(error).split()) or type(error).__name__
         record = {
             "error": type(error).__name__,
             "message": message,
             "traceback": "".join(traceback.format_exception(error)),
+            "values": None if candidate is None else dict(candidate.values),
         }
         write_text(self.folder / FAILED, json.dumps(record, indent=2) + "\n")
 
@@ -117,52 +158,54 @@ class Workplace:
         self.study, self.make_backbone, self.workers, self.accelerator = study, make_backbone, workers, accelerator
         self.features = features
         self._read: dict[str, Splits] = {}
-        self._checked: set[str] = set()
-        self._present: tuple[tuple[str, str], dict[bool, Splits]] | None = None
+        self._checked: set[tuple[str, str]] = set()
+        self._present: tuple[tuple[str, str, str], dict[bool, tuple[Any, Splits]]] | None = None
 
     def check(self, runs: list[Run]) -> None:
         """Read every dataset and build every backbone of these runs once, so that what is wrong with them is said
         before anything is trained."""
         for run in runs:
             splits = self._splits(run.dataset)
-            if run.backbone.label not in self._checked:
-                self._model(run, len(splits.class_names))
-                self._checked.add(run.backbone.label)
+            built = (run.backbone.label, json.dumps(run.variant.backbone, sort_keys=True))
+            if built not in self._checked:
+                self._model(run, splits.class_names)
+                self._checked.add(built)
 
-    def train(self, run: Run, rate: float, again: bool = False) -> dict[str, Any]:
-        """Train, or go on with what was stopped; a final run is tested. again: begin anew. Returns the results."""
+    def train(self, run: Run, values: Values, again: bool = False) -> dict[str, Any]:
+        """Train with the values of a candidate, or go on with what was stopped; a final run is tested. again: begin
+        anew. Returns the results."""
         if self.features is not None:
             with contextlib.suppress(FeaturesCannotBeKept):
-                return self._fit(run, rate, again, self.features)
-        return self._fit(run, rate, again, None)
+                return self._fit(run, values, again, self.features)
+        return self._fit(run, values, again, None)
 
-    def _fit(self, run: Run, rate: float, again: bool, features: str | None) -> dict[str, Any]:
+    def _fit(self, run: Run, values: Values, again: bool, features: str | None) -> dict[str, Any]:
         splits = self._splits(run.dataset)
-        model, preprocessing = self._model(run, len(splits.class_names))
-        dl.attach(model, list(run.variant.methods))
-        task, data = self._task(run, model, preprocessing)
-        settings, config = self._settings(run, rate), run_config(self.study, run) | {"lr": rate}
+        model, preprocessing = self._model(run, splits.class_names)
+        dl.attach(model, self.study.methods_of(run.variant, values))
+        task, data = self._task(run, model, preprocessing, values)
         return fit(
             task,
             data,
-            settings,
+            self._settings(run, values),
             run.folder,
             resume=not again,
             overwrite=again,
-            config=config,
+            config=run_config(self.study, run, values),
+            facts={"values": dict(values)},
             cache_features=features,
         )
 
-    def test_trained(self, run: Run, trained: Run, rate: float) -> dict[str, Any]:
-        """Finish a final run whose training is that of a search run: same rate, same seed. Only the test is left."""
-        results = trained.output.read_results()
-        model, preprocessing = self._model(run, results["data"]["classes"])
+    def test_trained(self, run: Run, trained: Run) -> dict[str, Any]:
+        """Finish a final run whose training is that of a search run: same values, same seed. Only the test is left."""
+        results, values = trained.output.read_results(), trained.values
+        model, preprocessing = self._model(run, self._splits(run.dataset).class_names)
         dl.load_adapter(model, trained.folder)
-        task, data = self._task(run, model, preprocessing)
-        settings = self._settings(run, rate)
+        task, data = self._task(run, model, preprocessing, values)
+        settings = self._settings(run, values)
         output = run.output
         output.prepare(overwrite=True)
-        output.write_config(run_config(self.study, run) | {"lr": rate})
+        output.write_config(run_config(self.study, run, values))
         if data.test is not None:
             results["test"] = _tested(task, data, settings)
             results["data"]["test"] = len(data.test)
@@ -170,35 +213,43 @@ class Workplace:
             dl.adapter_info(model)["metrics"] |= measured
         dl.save_pretrained(model, run.folder)
         write_text(output.metrics, as_csv(results["history"]))
-        output.write_results(results | {"trained_in": trained.folder.name})
+        output.write_results(results | {"values": dict(values), "trained_in": trained.folder.name})
         return results
 
     # ------------------------------------------------------------------ model and data
-    def _model(self, run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    def _model(self, run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
+        """The backbone with a head for these classes; where its options have templates, a classifier made of their
+        names."""
         backbone = run.backbone
+        texts = {"class_names": list(classes)} if "templates" in run.backbone_options else {}
         torch.manual_seed(run.seed)  # the same head and adapter, whatever ran before
         return self.make_backbone(
             backbone.model,
-            classes,
+            len(classes),
             backbone.img_size,
             pretrained=backbone.pretrained,
             checkpoint=backbone.checkpoint,
-            **backbone.options,
+            **texts,
+            **run.backbone_options,
         )
 
-    def _task(self, run: Run, model: nn.Module, preprocessing: dict[str, Any]) -> tuple[ClassificationTask, Splits]:
+    def _task(
+        self, run: Run, model: nn.Module, preprocessing: dict[str, Any], values: Values
+    ) -> tuple[ClassificationTask, Splits]:
         dl.adapter_info(model)["preprocessing"] = preprocessing
-        data = self._data(run, preprocessing)
-        task = task_class(data.task)(model, data.class_names, self.study.training.label_smoothing)
+        training = self.study.training_of(run.variant, run.dataset, values)
+        data = self._data(run, preprocessing, training)
+        task = task_class(data.task)(model, data.class_names, training.label_smoothing)
         return task, replace(data, test=None) if run.stage == "search" else data
 
-    def _settings(self, run: Run, rate: float) -> TrainingSettings:
-        return replace(self.study.training.settings(rate, run.seed, self.workers), accelerator=self.accelerator)
+    def _settings(self, run: Run, values: Values) -> TrainingSettings:
+        training = self.study.training_of(run.variant, run.dataset, values)
+        return replace(training.settings(values["lr"], run.seed, self.workers), accelerator=self.accelerator)
 
     def _splits(self, dataset: DatasetEntry) -> Splits:
-        if dataset.name not in self._read:
+        if dataset.source not in self._read:
             split = self.study.split
-            self._read[dataset.name] = read_data(
+            self._read[dataset.source] = read_data(
                 dataset.path,
                 dataset.format,
                 options=ReadOptions(
@@ -209,38 +260,39 @@ class Workplace:
                     download=dataset.download,
                 ),
             )
-            if dataset.protocol == "trainval" and self._read[dataset.name].test is None:
-                raise ValueError(f"{dataset.name} has no test images, and the protocol trainval leaves none for val")
-        return self._read[dataset.name]
+            if dataset.protocol == "trainval" and self._read[dataset.source].test is None:
+                raise ValueError(f"{dataset.source} has no test images, and the protocol trainval leaves none for val")
+        return self._read[dataset.source]
 
-    def _data(self, run: Run, preprocessing: dict[str, Any]) -> Splits:
+    def _data(self, run: Run, preprocessing: dict[str, Any], training: Training) -> Splits:
         """The dataset with its transforms for this backbone, and train and val together where the run asks for it."""
-        key = (run.backbone.label, run.dataset.name)
+        key = (run.backbone.label, run.dataset.name, json.dumps(run.variant.backbone, sort_keys=True))
         if self._present is None or self._present[0] != key:
             self._present = (key, {})  # let go of the images before others are read
         kept = self._present[1]
-        if run.joined not in kept:
-            training = augmentation(self.study.training, run.dataset)
-            augment = train_transform(preprocessing, training.min_crop, training.hflip, training.rand_augment)
-            judge = eval_transform(preprocessing)
-            shrink, fit_in = train_resize(preprocessing, training.min_crop), eval_resize(preprocessing)
-            splits, mode = self._splits(run.dataset), image_mode(preprocessing)
+        augmentation = (training.min_crop, training.hflip, training.rand_augment)
+        if run.joined in kept and kept[run.joined][0] == augmentation:
+            return kept[run.joined][1]
+        augment, judge = train_transform(preprocessing, *augmentation), eval_transform(preprocessing)
+        shrink, fit_in = train_resize(preprocessing, training.min_crop), eval_resize(preprocessing)
+        splits, mode = self._splits(run.dataset), image_mode(preprocessing)
 
-            def prepared(files, transform, resize):
-                files = files.subset(range(len(files)))
-                files.transform, files.mode = transform, mode
-                return keep_in_memory(files, resize)
+        def prepared(files, transform, resize):
+            files = files.subset(range(len(files)))
+            files.transform, files.mode = transform, mode
+            return keep_in_memory(files, resize)
 
-            splits = splits.joined() if run.joined else splits
-            train = prepared(splits.train, augment, shrink)
-            val = None if splits.val is None else prepared(splits.val, judge, fit_in)
-            test = splits.test
-            if kept:
-                test = next(iter(kept.values())).test  # the same images, decoded already
-            elif test is not None:
-                test = prepared(test, judge, fit_in)
-            kept[run.joined] = replace(splits, train=train, val=val, test=test)
-        return kept[run.joined]
+        splits = run.dataset.subset.take(splits.joined() if run.joined else splits)
+        train = prepared(splits.train, augment, shrink)
+        known = kept.pop(run.joined, (None, None))[1]  # with other training images
+        val, test = splits.val, splits.test
+        if val is not None:
+            val = known.val if known else prepared(val, judge, fit_in)
+        if test is not None:
+            others = [each.test for _, each in kept.values()] + ([known.test] if known else [])
+            test = others[0] if others else prepared(test, judge, fit_in)  # the same images, decoded already
+        kept[run.joined] = (augmentation, replace(splits, train=train, val=val, test=test))
+        return kept[run.joined][1]
 
 
 def score(values: dict[str, float]) -> float | None:
@@ -248,24 +300,22 @@ def score(values: dict[str, float]) -> float | None:
     return values.get("accuracy", values.get("mAP"))
 
 
-def augmentation(training: Training, dataset: DatasetEntry) -> Training:
-    """The study's training with what a dataset says otherwise."""
-    own = {name: getattr(dataset, name) for name in ("min_crop", "hflip") if getattr(dataset, name) is not None}
-    return replace(training, **own)
-
-
-def run_config(study: Study, run: Run) -> dict[str, Any]:
-    """All that decides a run's outcome but its learning rate: what config.yaml of its folder begins with."""
+def run_config(study: Study, run: Run, values: Values) -> dict[str, Any]:
+    """All that decides a run's outcome: config.yaml of its folder."""
+    backbone, training = asdict(run.backbone), study.training_of(run.variant, run.dataset, values)
     return {
-        "backbone": asdict(run.backbone),
+        "backbone": backbone | {"options": dict(run.backbone_options)},
         "dataset": run.dataset.name,
+        **({} if run.dataset.subset.whole else {"training_subset": asdict(run.dataset.subset)}),
         "format": run.dataset.format,
         "protocol": run.dataset.protocol,
-        "methods": run.variant.to_dict(),
-        "training": asdict(augmentation(study.training, run.dataset)),
+        "methods": [json.loads(json.dumps(method.to_dict())) for method in study.methods_of(run.variant, values)],
+        "training": json.loads(json.dumps(asdict(training))),
         "split": asdict(study.split),
         "stage": run.stage,
         "seed": run.seed,
+        "lr": values["lr"],
+        "values": dict(values),
     }
 
 

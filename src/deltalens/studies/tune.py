@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from deltalens.lifecycle.atomic import write_text
+from deltalens.lifecycle.atomic import remove_leftovers, write_text
 from deltalens.studies.search_space import SearchSpace, Value
 from deltalens.training import fit
-from deltalens.training.loaders import mixed_seed
 from deltalens.training.output import ADAPTER, Output
 
 if TYPE_CHECKING:
     import optuna
+
+    from deltalens.studies.repeatable import Judge
 
 # values of a trial -> (task, data without test, settings, configuration to write)
 BuildRun = Callable[[Mapping[str, Value]], tuple[Any, Any, Any, dict[str, Any]]]
@@ -71,16 +72,23 @@ class Search:
         self.default_lr, self.batch_size = default_lr, batch_size
         self.trials = trials if space.sampler != "grid" else min(trials, space.size() or trials)
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         self.study = self._open()
 
     def run(self, build: BuildRun, show: Callable[[str], None] = lambda line: None) -> list[TrialRecord]:
         """Do what is left of the search. build: makes the run of a trial; a ValueError in it, or a loss that is not
         finite, fails that trial only."""
+        from deltalens.studies.repeatable import Judge
+
+        over = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        judge = Judge(self._pruner(), over)
+        self._tidy()
         for number in range(self.trials):
             trial = self._trial(number)
             if trial is None:
                 continue
-            self._do(trial, build)
+            self._do(trial, build, judge)
+            self._tidy()
             record = self.records()[number]
             value = "" if record.value is None else f" {self.metric} {record.value:.4f}"
             chosen = ", ".join(f"{name} {_text(each)}" for name, each in record.values.items())
@@ -103,43 +111,53 @@ class Search:
         return self._folder(record.number)
 
     # ------------------------------------------------------------------ one trial
-    def _do(self, trial: optuna.Trial, build: BuildRun) -> None:
+    def _do(self, trial: optuna.Trial, build: BuildRun, judge: Judge) -> None:
         import optuna
+        from optuna.trial import TrialState
 
         values = self.space.draw(trial, self.default_lr, self.batch_size)
         trial.set_user_attr("values", values)
-        folder = self._folder(trial.number)
+        judge.begin(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
-        def judge(row: dict[str, float]) -> None:
+        def after_epoch(row: dict[str, float]) -> None:
             if f"val_{self.metric}" not in row:
                 known = ", ".join(name.removeprefix("val_") for name in row if name.startswith("val_"))
                 raise LookupError(f"there is no validation metric {self.metric!r}; this task has {known}")
+            value, epoch = row[f"val_{self.metric}"], int(row["epoch"])
             with warnings.catch_warnings():  # a resumed trial reports its epochs a second time
                 warnings.filterwarnings("ignore", ".*already reported.*")
-                trial.report(row[f"val_{self.metric}"], int(row["epoch"]))
-            trial.set_user_attr("epochs", int(row["epoch"]))
-            if trial.should_prune():
+                trial.report(value, epoch)
+            trial.set_user_attr("epochs", epoch)
+            if judge.ends(epoch, value):
                 raise optuna.TrialPruned
 
+        state, value = TrialState.COMPLETE, None
         try:
             task, data, settings, config = build(values)
-            results = fit(task, data, settings, folder, resume=True, config=config, after_epoch=judge)
+            folder = self._folder(trial.number)
+            results = fit(task, data, settings, folder, resume=True, config=config, after_epoch=after_epoch)
+            value = results["val"][self.metric]
         except optuna.TrialPruned:
-            Output(folder).checkpoint.unlink(missing_ok=True)
-            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            state = TrialState.PRUNED
         except ValueError as error:
             trial.set_user_attr("failure", " ".join(str(error).split()))
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            self.study.tell(trial, results["val"][self.metric])
-            self._keep_best_adapter()
+            state = TrialState.FAIL
+        self.study.tell(trial, value, None if state == TrialState.COMPLETE else state)
+        judge.finish(state, value)
 
-    def _keep_best_adapter(self) -> None:
-        best = self.best().number
-        for record in self.records():
-            if record.number != best:
+    def _tidy(self) -> None:
+        """Remove what trials that are over have left and nobody will ask for. A trial that is open keeps everything: it
+        may be trained and not yet told."""
+        over = [record for record in self.records() if record.state != "open"]
+        best = max((r for r in over if r.state == "done"), key=lambda r: (r.value, -r.number), default=None)
+        for record in over:
+            place = Output(self._folder(record.number))
+            place.tidy()
+            if record.state == "pruned":
+                place.checkpoint.unlink(missing_ok=True)
+            if record is not best:
                 for name in ADAPTER:
-                    (self._folder(record.number) / name).unlink(missing_ok=True)
+                    (place.folder / name).unlink(missing_ok=True)
 
     def _folder(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:03d}"
@@ -182,16 +200,17 @@ class Search:
         return None if known[number].state.is_finished() else optuna.Trial(self.study, known[number]._trial_id)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """Draws for the trial of that number."""
         import optuna
 
-        seed = mixed_seed(self.seed, number) % 2**32
+        from deltalens.studies.repeatable import DrawByName
+
         if self.space.sampler == "grid":
             points = self.space.points(self.seed)
             with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-                return optuna.samplers.PartialFixedSampler(points[number], optuna.samplers.RandomSampler(seed=seed))
-        if self.space.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        return optuna.samplers.TPESampler(seed=seed)
+                return optuna.samplers.PartialFixedSampler(points[number], optuna.samplers.RandomSampler(seed=0))
+        kind = optuna.samplers.RandomSampler if self.space.sampler == "random" else optuna.samplers.TPESampler
+        return DrawByName(lambda seed: kind(seed=seed), self.seed)
 
     def _pruner(self) -> optuna.pruners.BasePruner:
         import optuna

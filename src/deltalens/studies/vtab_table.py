@@ -7,16 +7,26 @@ from typing import TYPE_CHECKING
 
 from deltalens.data.vtab1k import GROUPS, TASKS
 from deltalens.studies.markdown import markdown_table
+from deltalens.studies.published import MEAN, Published
+from deltalens.studies.published_table import published_rows
 from deltalens.studies.vtab import total_parameters, vtab_summary
 
 if TYPE_CHECKING:
     from deltalens.studies.study_table import Cell
 
 
-def vtab_parts(cells: Sequence[Cell], tasks: Mapping[str, str]) -> list[str]:
+def vtab_parts(cells: Sequence[Cell], tasks: Mapping[str, str], published: Sequence[Published] = ()) -> list[str]:
     """A table and a note in Markdown. cells: of one backbone; tasks: dataset -> task."""
     header, body, note = vtab_rows(cells, tasks)
-    return [markdown_table(header, body), note]
+    return [markdown_table(header, [*body, *published_vtab_rows(cells[0].backbone, tasks, published)]), note]
+
+
+def published_vtab_rows(backbone: str, tasks: Mapping[str, str], published: Sequence[Published]) -> list[list[str]]:
+    """Rows of published group means, of groups whose tasks are all here."""
+    groups = [group for group in GROUPS if any(TASKS[task].group == group for task in tasks.values())]
+    whole = {group: {t for t in TASKS if TASKS[t].group == group} <= set(tasks.values()) for group in groups}
+    columns = [None, *((backbone, group) if whole[group] else None for group in groups), (backbone, MEAN), None]
+    return [[label, *line] for label, line in published_rows(published, columns)]
 
 
 def vtab_rows(cells: Sequence[Cell], tasks: Mapping[str, str]) -> tuple[list[str], list[list[str]], str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from deltalens.lifecycle.atomic import atomic_path, write_text
 
@@ -82,11 +83,16 @@ class KeepLast(pl.Callback):
             self._save(trainer)
 
     def _save(self, trainer) -> None:
-        if not trainer.is_global_zero:
-            trainer.save_checkpoint(self.path, weights_only=False)  # collective; only the first process writes
-            return
-        with atomic_path(self.path) as temporary:
-            trainer.save_checkpoint(temporary, weights_only=False)
+        trainer.save_checkpoint(self.path, weights_only=False)  # collective; only the first process writes
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints beside their place and renames them. Lightning's own way leaves what a kill interrupts in the
+    system's folder for temporary files, where nobody finds it, and holds the bytes in memory first."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_path(path) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 class History(pl.Callback):
@@ -101,12 +107,14 @@ class History(pl.Callback):
     ):
         self.path, self.show, self.after_epoch = path, show, after_epoch
         self.rows: list[dict[str, float]] = []
+        self.earlier_seconds = 0.0  # of the epochs before a resumed run's own
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state["rows"]
+        self.earlier_seconds = sum(row["seconds"] for row in self.rows)
 
     def on_train_start(self, trainer, module) -> None:
         self._started = time.perf_counter()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from deltalens.data.splits import Splits
-from deltalens.lifecycle.atomic import atomic_path
+from deltalens.lifecycle.atomic import atomic_path, remove_leftovers
 from deltalens.training.frozen_prefix import FeaturesCannotBeKept, find_cut, recorded, replayed
 from deltalens.training.settings import PRECISIONS, TrainingSettings
 
@@ -75,6 +75,7 @@ def cached_features(
     examples = default_collate([data.train[index][0] for index in range(min(2, len(data.train)))])
     with fabric.autocast():
         cut = find_cut(model, examples.to(fabric.device, dtype))
+    remove_leftovers(folder)
     writer = _Writer(fabric, model, cut, settings, Path(folder))
     parts = {name: part for name in ("train", "val", "test") if (part := getattr(data, name)) is not None}
     kept = {name: writer.features_of(part, name) for name, part in parts.items()}

@@ -119,9 +119,15 @@ def preparation_loader(dataset: Dataset, batch_size: int, seed: int, workers: in
     return DataLoader(SeededItems(dataset, seed), batch_size, sampler=Passes(len(dataset)), **_worker_options(workers))
 
 
-def default_workers() -> int:
-    """Loader processes: one less than the cores at hand, at most 8; none on one or two cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores_at_hand() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(cores: int | None = None) -> int:
+    """Loader processes: one less than the cores, at most 8; none on one or two cores. cores: None for those at
+    hand."""
+    cores = cores_at_hand() if cores is None else cores
     return 0 if cores <= 2 else min(8, cores - 1)
 
 

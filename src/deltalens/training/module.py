@@ -63,10 +63,16 @@ class TaskModule(pl.LightningModule):
 
     # ------------------------------------------------------------------ optimiser
     def configure_optimizers(self):
-        groups = parameter_groups(self.task, self.settings.lr, self.settings.weight_decay)
+        groups = self._groups()
         optimizer = make_optimizer(self.settings.optimizer, groups)
-        scheduler = warmup_cosine(optimizer, self._warmup_steps(), self.trainer.estimated_stepping_batches)
+        scheduler = warmup_cosine(
+            optimizer, self._warmup_steps(), self.trainer.estimated_stepping_batches, self.settings.min_lr
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        settings = self.settings
+        return parameter_groups(self.task, settings.lr, settings.weight_decay, settings.no_decay)
 
     def _warmup_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches
@@ -74,8 +80,10 @@ class TaskModule(pl.LightningModule):
 
     def _use_rates_of_settings(self) -> None:
         """Learning rates and weight decay come from the settings, also where a checkpoint has brought others."""
-        groups = parameter_groups(self.task, self.settings.lr, self.settings.weight_decay)
-        factor = warmup_cosine_factor(self.global_step, self._warmup_steps(), self.trainer.estimated_stepping_batches)
+        groups = self._groups()
+        factor = warmup_cosine_factor(
+            self.global_step, self._warmup_steps(), self.trainer.estimated_stepping_batches, self.settings.min_lr
+        )
         scheduler = self.lr_schedulers()
         scheduler.base_lrs = [group["lr"] for group in groups]
         for present, wanted in zip(self.optimizers().param_groups, groups, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,14 @@ def default_learning_rate(methods: Iterable[Method]) -> float:
     return min(method.learning_rate for method in methods)
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, no_decay: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Groups of the trainable parameters for a torch optimiser.
 
     Weight decay acts on the matrices of linear and convolution layers only: not on biases, norms, other 1-D tensors,
-    nor on free tensors such as prompts, position embeddings, tokens and tables. Learning rates are multiplied as the
+    nor on free tensors such as prompts, position embeddings, tokens and tables. With no_decay it acts on every one
+    instead, but for those whose path has one of these texts in it. Learning rates are multiplied as the
     active adapters' `lr_multipliers` ask; where several substrings match a path, their factors multiply.
 
     Raises ValueError where nothing is trainable.
@@ -44,7 +47,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         factor = 1.0
         for substring, multiplier in multipliers:
             factor *= multiplier if substring in path else 1.0
-        decay = weight_decay if id(parameter) in decayed else 0.0
+        spared = id(parameter) not in decayed if no_decay is None else any(text in path for text in no_decay)
+        decay = 0.0 if spared else weight_decay
         group = groups.setdefault(
             (decay, factor), {"params": [], "names": [], "lr": lr * factor, "weight_decay": decay}
         )

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deltalens.lifecycle.atomic import write_text
+from deltalens.lifecycle.atomic import is_leftover, remove_leftovers, write_text
 
 CONFIG, CHECKPOINT, METRICS, RESULTS = "config.yaml", "last.ckpt", "metrics.csv", "results.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
@@ -38,7 +38,8 @@ class Output:
             raise ValueError("--resume continues a run and --overwrite discards it: pass one of them")
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file; the output must be a folder")
-        present = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        files = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        present = sorted(path.name for path in files if not is_leftover(path))
         if not present or resume or overwrite:
             return
         if self.finished:
@@ -56,8 +57,13 @@ class Output:
             for name in (RESULTS, CHECKPOINT, CONFIG, METRICS, *ADAPTER):  # results first: no half-removed finished run
                 (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed while writing
-            leftover.unlink()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what a killed run has left: temporary files, and the checkpoint of a finished run."""
+        remove_leftovers(self.folder)
+        if self.finished:
+            self.checkpoint.unlink(missing_ok=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write config.yaml: the options that give this run again."""
@@ -69,12 +75,15 @@ class Output:
         """What config.yaml holds, or None where there is none."""
         import yaml
 
-        return yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.is_file() else None
+        try:
+            return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # also where another process begins the run anew just now
+            return None
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json and drop the checkpoint, which a finished run does not need."""
         write_text(self.results, json.dumps(results, indent=2) + "\n")
-        self.checkpoint.unlink(missing_ok=True)
+        self.tidy()
 
     def read_results(self) -> dict[str, Any]:
         return json.loads(self.results.read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from deltalens.lifecycle.count import count_parameters
 from deltalens.lifecycle.files import save_pretrained
 from deltalens.lifecycle.info import adapter_info
 from deltalens.lifecycle.state import KEY
+from deltalens.lifecycle.storage import stored_bytes
 from deltalens.training.feature_cache import cached_features
 from deltalens.training.output import Output, is_main_process
 from deltalens.training.settings import PRECISIONS, TrainingSettings
@@ -35,6 +36,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     config: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
     cache_features: str | os.PathLike | None = None,
     after_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
@@ -44,15 +46,17 @@ def fit(
     data: datasets with their transforms; validation, where there is one, is measured after every epoch and the last
     epoch's values are reported; test, where there is one, is measured once, at the end. output: a folder for the
     adapter (`task.model` must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing.
-    resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on the CPU bit for bit.
-    See `Output.check` for what is refused. config: written to `config.yaml`. cache_features: a folder in which the
-    features of a network that is frozen up to its last blocks or its head are kept and read from, instead of being
-    computed in every epoch (see `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch:
-    called with the row of every finished epoch, before its checkpoint is written; what it raises ends the training.
+    resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on one CPU thread bit for
+    bit, on several and on a GPU with `settings.deterministic`. See `Output.check` for what is refused. config: written
+    to `config.yaml`. facts: written into the results as they are. cache_features: a folder in which the features of a
+    network that is frozen up to its last blocks or its head are kept and read from, instead of being computed in every
+    epoch (see `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch: called with the row of
+    every finished epoch, before its checkpoint is written; what it raises ends the training.
 
-    Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
-    "device", "machine", "finished" (date and time, UTC), "settings", "versions", "peak_memory_bytes" of training on a
-    GPU (None elsewhere), and "features" where they were kept.
+    Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds" (all
+    epochs and the last start; what a stop has lost does not count), "device", "machine", "finished" (date and time,
+    UTC), "settings", "versions", "peak_memory_bytes" of training on a GPU (None elsewhere), "features" where they were
+    kept, and "bytes" where there is a folder (see `deltalens.lifecycle.storage.stored_bytes`).
 
     Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays. Raises
     FeaturesCannotBeKept with cache_features where something is trained or random from the start.
@@ -64,10 +68,11 @@ def fit(
                 "the task's model has no adapter to save: call deltalens.attach first, or pass output=None"
             )
         if resume and not overwrite and place.finished:
+            place.tidy()
             return place.read_results()
     started = time.perf_counter()
     features: dict[str, Any] = {}
-    with quiet_lightning(), contextlib.ExitStack() as stack:
+    with quiet_lightning(), _determinism_restored(), contextlib.ExitStack() as stack:
         inputs = data
         if cache_features is not None:
             inputs, features["features"] = stack.enter_context(cached_features(task, data, settings, cache_features))
@@ -76,12 +81,16 @@ def fit(
             if config is not None:
                 place.write_config(config)
         history, test, device, peak = _train(task, inputs, settings, place, resume, after_epoch)
+    rows = history.rows
     results = {
-        "val": _metrics(history[-1], "val_"),
+        "val": _metrics(rows[-1], "val_"),
         "test": _metrics(test, "test_"),
         "parameters": _parameters(task.model),
         "data": _counts(data),
-        "seconds": {"total": time.perf_counter() - started, "training": sum(row["seconds"] for row in history)},
+        "seconds": {
+            "total": history.earlier_seconds + time.perf_counter() - started,
+            "training": sum(row["seconds"] for row in rows),
+        },
         "device": device,
         "machine": machine_text(device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -89,20 +98,22 @@ def fit(
         "settings": vars(settings),
         "versions": _versions(),
         **features,
-        "history": history,
+        **(facts or {}),
+        "history": rows,
     }
     if place is not None and is_main_process():
         _describe(task, data, results)
         save_pretrained(task.model, place.folder)
+        results["bytes"] = stored_bytes(task.model, place.folder)
         place.write_results(results)
     return results
 
 
 def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool, after_epoch):
-    """(history rows, test metrics, device name, most memory of the GPU while training or None)."""
+    """(history, test metrics, device name, most memory of the GPU while training or None)."""
     import lightning.pytorch as pl
 
-    from deltalens.training.callbacks import History, KeepLast, StopOnBadLoss
+    from deltalens.training.callbacks import History, KeepLast, StopOnBadLoss, WholeCheckpoints
     from deltalens.training.module import PROGRESS, TaskModule
     from deltalens.training.progress import StepBar
 
@@ -128,6 +139,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         gradient_clip_val=settings.clip_grad or None,
         deterministic=settings.deterministic or None,
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         default_root_dir=place.folder if place else None,
         use_distributed_sampler=False,
         logger=False,
@@ -150,7 +162,18 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
     device = str(module.device)
     module.cpu()
     task.eval()
-    return history.rows, test, device, peak
+    return history, test, device, peak
+
+
+@contextlib.contextmanager
+def _determinism_restored() -> Iterator[None]:
+    """Lightning asks torch for deterministic algorithms in the whole process, and for good: take that back."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,14 @@ class TrainingSettings:
     """Settings of one training run. Raises ValueError for values that make no sense.
 
     epochs: passes over the training data. batch_size: images a step, over all devices together. lr: peak learning
-    rate. warmup_epochs: length of the linear warm-up (fractions allowed); a cosine to zero follows. optimizer: adamw
-    or sgd. clip_grad: largest norm of the gradient, 0 for no clipping. seed: of everything random. workers: loader
-    processes. precision: 32, bf16 or 16 (mixed), 64. compile: torch.compile the model. devices: how many, or "0,2",
-    or "auto". accelerator: cpu, gpu, mps or auto. deterministic: torch's deterministic algorithms, needed on a GPU
-    for bit-equal runs. checkpoint_every_steps: besides every epoch, 0 for never. progress: print a line per epoch,
-    and a bar on a terminal.
+    rate. warmup_epochs: length of the linear warm-up (fractions allowed); a cosine follows, to min_lr, a share of lr.
+    optimizer: adamw, or sgd with momentum 0.9. no_decay: weight decay acts on all trained parameters but those whose
+    path has one of these texts in it; None for matrices of linear and convolution layers only. clip_grad: largest norm
+    of the gradient, 0 for no clipping. seed: of everything random. workers: loader processes. precision: 32, bf16 or 16
+    (mixed), 64. compile: torch.compile the model. devices: how many, or "0,2", or "auto". accelerator: cpu, gpu, mps or
+    auto. deterministic: torch's deterministic algorithms, needed for bit-equal runs on a GPU and on several processor
+    threads. checkpoint_every_steps: besides every epoch, 0 for never. progress: print a line per epoch, and a bar on a
+    terminal.
     """
 
     epochs: int = 10
@@ -25,7 +27,9 @@ class TrainingSettings:
     lr: float = 1e-3
     weight_decay: float = 1e-4
     warmup_epochs: float = 1.0
+    min_lr: float = 0.0
     optimizer: str = "adamw"
+    no_decay: tuple[str, ...] | None = None
     clip_grad: float = 0.0
     seed: int = 0
     workers: int = 0
@@ -53,6 +57,10 @@ class TrainingSettings:
         for name, value in other.items():
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if not 0 <= self.min_lr <= 1:
+            raise ValueError(f"min_lr is a share of lr, between 0 and 1, got {self.min_lr}")
+        if isinstance(self.no_decay, str):
+            raise ValueError(f"no_decay must be a list of texts, or None, got {self.no_decay!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.optimizer not in ("adamw", "sgd"):

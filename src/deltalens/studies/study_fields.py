@@ -1,0 +1,56 @@
+"""Checks of single values that a study file may give for a training, wherever they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from deltalens.studies.study import Training
+from deltalens.studies.study_yaml import Document, Place
+
+SHARES = ("min_crop", "hflip")
+TRAINING = {each.name: each.default for each in fields(Training)}
+
+
+def plain_fields(document: Document, value: Any, place: Place, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the type of these defaults."""
+    found = document.mapping(value, place, defaults)
+    return {key: plain_field(document, each, (*place, key), defaults[key]) for key, each in found.items()}
+
+
+def plain_field(document: Document, value: Any, place: Place, default: Any) -> Any:
+    """A value of the type of a default; where that is None, a list of texts, or None."""
+    if default is None:
+        return None if value is None else _texts(document, value, place)
+    if isinstance(default, str):
+        return document.text(str(value), place)
+    document.number(value, place, whole=isinstance(default, int))
+    if place[-1] in SHARES:
+        check_share(document, value, place)
+    return value
+
+
+def training_fields(document: Document, value: Any, place: Place) -> dict[str, Any]:
+    """Fields of a `Training`."""
+    return plain_fields(document, value, place, TRAINING)
+
+
+def check_training(document: Document, training: Training, said: Mapping[str, Any], place: Place) -> None:
+    """What the runner refuses, as an error at the field that was said."""
+    try:
+        training.settings(lr=1.0, seed=0)
+    except ValueError as error:
+        named = next((key for key in said if str(error).startswith(key)), None)
+        raise document.error((*place, *([named] if named else [])), str(error)) from error
+
+
+def check_share(document: Document, value: Any, place: Place) -> None:
+    if not 0 <= document.number(value, place) <= 1 or (place[-1] == "min_crop" and value == 0):
+        raise document.error(place, f"expected a share between 0 and 1, got {value!r}")
+
+
+def _texts(document: Document, value: Any, place: Place) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise document.error(place, f"expected a list of texts, or null, got {value!r}")
+    return tuple(document.text(each, (*place, index)) for index, each in enumerate(value))
