@@ -19,6 +19,7 @@ from deltalens.methods.tip_adapter import FeatureCache
 from deltalens.tasks import ClassificationTask
 from deltalens.training import TrainingSettings, fit
 from deltalens.training.loaders import preparation_loader
+from deltalens.training.optim import parameter_groups
 
 needs_vectors = pytest.mark.skipif(not VECTORS.exists(), reason="needs ../shared/reference_vectors")
 MODELS = {"open_clip": open_clip_model, "transformers": hf_model}
@@ -252,6 +253,12 @@ def test_every_pass_augments_anew():
     assert not torch.equal(first, second)
     again = torch.cat([images for images, _ in preparation_loader(Noisy(10), 4, seed=1)])
     assert torch.equal(first, again)
+
+
+def test_nothing_to_train_is_said():
+    model = dl.attach(zero_shot(), TipAdapterConfig())
+    with pytest.raises(ValueError, match=r"made by deltalens\.prepare\(model, loader\) alone"):
+        parameter_groups(model, 1e-3, 0.0)
 
 
 def test_fit_prepares_and_trains_keys(tmp_path):

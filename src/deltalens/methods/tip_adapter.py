@@ -38,6 +38,10 @@ class FeatureCache(SizedByData):
         self.compared: tuple[str, ...] | None = None  # names that were found to be those of the images
 
     @property
+    def training_free(self) -> bool:
+        return not isinstance(self.keys, nn.Parameter)
+
+    @property
     def filled(self) -> bool:
         return len(self.keys) > 0
 
@@ -75,7 +79,7 @@ class FeatureCache(SizedByData):
         if not self.filled:
             raise RuntimeError(
                 "Tip-Adapter has no images yet: call deltalens.prepare(model, loader) with the training data once "
-                "(deltalens.training.fit does it by itself)"
+                "(deltalens.training.fit does it by itself for keys that are trained)"
             )
         if features.dim() != 2:
             raise TypeError("Tip-Adapter needs one feature of each image; another adapter reads several tokens")
@@ -103,8 +107,9 @@ class TipAdapterConfig(Method):
         logits + alpha exp(-beta (1 - f K^T)) V          f (B, D) normalised, K (N, D) keys, V (N, C) one-hot labels
 
     Keys are the mean over `passes` of the images' features under augmentation, then normalised. `deltalens.prepare`
-    computes them from a loader that gives the images in the same order in every pass, and `deltalens.training.fit` by
-    itself; adapter files hold them. train_keys is Tip-Adapter-F: the keys are trained, from there on not normalised.
+    computes them from a loader that gives the images in the same order in every pass; adapter files hold them. That is
+    all of Tip-Adapter. train_keys is Tip-Adapter-F: the keys are then trained, from there on not normalised;
+    `deltalens.training.fit` prepares them by itself.
     Keys belong to their classes: with others the model refuses to run.
 
     Published: alpha 1.17, beta 1 on ImageNet, then both searched on a grid (`lifecycle.cache_search`); the official
