@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,9 @@ def two_towers_of(model: nn.Module) -> TwoTowers:
     """How this model is read. TypeError for one that has no two towers that we know."""
     for cls in original_class(model).__mro__:
         if cls.__module__ in READERS:
-            found: Any = importlib.import_module(READERS[cls.__module__]).two_towers(model)
+            reader: Any = sys.modules.get(READERS[cls.__module__])  # torch.compile traces no imports
+            reader = importlib.import_module(READERS[cls.__module__]) if reader is None else reader
+            found = reader.two_towers(model)
             if found is not None:
                 return found
     raise TypeError(

@@ -4,6 +4,7 @@ from deltalens.methods.adapter import AdapterConfig
 from deltalens.methods.adaptformer import AdaptFormerConfig
 from deltalens.methods.base import Method, list_methods, make_config, method_class, register, setting
 from deltalens.methods.bitfit import BitFitConfig
+from deltalens.methods.clip_adapter import CLIPAdapterConfig
 from deltalens.methods.cocoop import CoCoOpConfig
 from deltalens.methods.convpass import ConvpassConfig
 from deltalens.methods.coop import CoOpConfig
@@ -27,6 +28,7 @@ from deltalens.methods.rpo import RPOConfig
 from deltalens.methods.sct import SCTConfig
 from deltalens.methods.sidetune import SidetuneConfig
 from deltalens.methods.ssf import SSFConfig
+from deltalens.methods.tip_adapter import TipAdapterConfig
 from deltalens.methods.vpt import VPTConfig
 from deltalens.methods.vpt_prototypes import class_prototypes
 
@@ -34,6 +36,7 @@ __all__ = [
     "AdaptFormerConfig",
     "AdapterConfig",
     "BitFitConfig",
+    "CLIPAdapterConfig",
     "CoCoOpConfig",
     "CoOpConfig",
     "ConvpassConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "SCTConfig",
     "SSFConfig",
     "SidetuneConfig",
+    "TipAdapterConfig",
     "VPTConfig",
     "class_prototypes",
     "from_peft",

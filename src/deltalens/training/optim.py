@@ -57,6 +57,10 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(path)
     if not groups:
+        if any(getattr(module, "training_free", False) for module in model.modules()):
+            raise ValueError(
+                "nothing is trainable: this adapter is made by deltalens.prepare(model, loader) alone, without training"
+            )
         raise ValueError("nothing is trainable: attach an adapter first")
     return list(groups.values())
 
