@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ def vocabulary() -> Tensor | None:
     return load_file(file)["vocab_map"] if file.exists() else None
 
 
+@functools.cache
 def tokenizer() -> CutTokenizer:
     return CutTokenizer(vocabulary())
 

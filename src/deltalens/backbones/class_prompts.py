@@ -1,8 +1,8 @@
-"""Classes as texts: a name in one or several templates, as tokens."""
+"""Classes as texts: a name in one or several templates, or sentences about each class, as tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 Tokenizer = Callable[[list[str]], Tensor]  # texts -> token ids (n, L), padded to the context length
+Descriptions = Mapping[str, tuple[str, ...]]  # class -> its sentences
 TEMPLATE = "a photo of a {}."
 
 
 @dataclass(frozen=True, eq=False)
 class ClassPrompts:
-    """The texts of C classes in T templates each, class by class.
+    """The P texts of C classes, class by class: T templates of each, or any number of sentences.
 
-    names: as shown; "_" is read as a space. ids: (C * T, L). ends: (C * T,), the position whose features count.
-    name_lengths: (C,), tokens of each name.
+    names: as shown; "_" is read as a space. templates: empty where the texts are sentences. ids: (P, L). ends: (P,),
+    the position whose features count. name_lengths: (C,), tokens of each name. counts: texts of each class.
     """
 
     names: tuple[str, ...]
@@ -26,11 +27,18 @@ class ClassPrompts:
     ids: Tensor
     ends: Tensor
     name_lengths: Tensor
+    counts: tuple[int, ...]
 
     @property
-    def count(self) -> int:
-        """Templates of a class, T."""
-        return len(self.templates)
+    def single(self) -> bool:
+        """Whether every class has one text."""
+        return len(self.ids) == len(self.names)
+
+    def averaged(self, features: Tensor, axis: int = 0) -> Tensor:
+        """Means over the texts of each class: P becomes C on that axis."""
+        if len(set(self.counts)) == 1:
+            return features.unflatten(axis, (len(self.names), self.counts[0])).mean(axis + 1)
+        return torch.stack([part.mean(axis) for part in features.split(self.counts, axis)], axis)
 
     def to(self, device: Any) -> ClassPrompts:
         """The same on a device."""
@@ -52,10 +60,7 @@ def class_prompts(
     ends: ids (n, L) -> positions (n,). Raises ValueError for no or repeated names, a template without {}, and a text
     that is longer than the model's context.
     """
-    names, templates = tuple(names), tuple(templates)
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if not names or repeated:
-        raise ValueError(f"every class needs a name of its own, got {'none' if not names else repeated[0] + ' twice'}")
+    names, templates = _checked(names), tuple(templates)
     for template in templates:
         if "{}" not in template:
             raise ValueError(
@@ -63,8 +68,53 @@ def class_prompts(
             )
     if not templates:
         raise ValueError("no template was given")
+    return _tokenized(names, [templates] * len(names), templates, tokenizer, ends)
+
+
+def described_prompts(
+    names: Sequence[str], descriptions: Descriptions, tokenizer: Tokenizer, ends: Callable[[Tensor], Tensor]
+) -> ClassPrompts:
+    """The same with sentences of each class, any number; {} in them, if any, is where the name goes."""
+    names = _checked(names)
+    sentences = [descriptions.get(name, ()) for name in names]
+    missing = [name for name, found in zip(names, sentences, strict=True) if not found]
+    if missing:
+        raise ValueError(f"the descriptions have no sentences for {len(missing)} classes: {', '.join(missing[:5])}")
+    return _tokenized(names, sentences, (), tokenizer, ends)
+
+
+def as_descriptions(names: Sequence[str], descriptions: Any) -> Descriptions:
+    """Sentences by class, from a mapping (which may have more classes), or from one list for each name, in order."""
+    if not isinstance(descriptions, Mapping):
+        lists = list(descriptions)
+        if len(lists) != len(names):
+            raise ValueError(f"there are {len(names)} classes and descriptions of {len(lists)}")
+        descriptions = dict(zip(names, lists, strict=True))
+    wrong = next((name for name, found in descriptions.items() if isinstance(found, str)), None)
+    if wrong is not None:
+        raise ValueError(f"descriptions are lists of sentences, and that of {wrong} is one string")
+    return {name: tuple(found) for name, found in descriptions.items()}
+
+
+# ------------------------------------------------------------------ details
+def _checked(names: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(names)
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if not names or repeated:
+        raise ValueError(f"every class needs a name of its own, got {'none' if not names else repeated[0] + ' twice'}")
+    return names
+
+
+def _tokenized(
+    names: tuple[str, ...],
+    forms: Sequence[Sequence[str]],
+    templates: tuple[str, ...],
+    tokenizer: Tokenizer,
+    ends: Callable[[Tensor], Tensor],
+) -> ClassPrompts:
+    """forms: of each class, texts with {} for its name."""
     words = [name.replace("_", " ").strip() for name in names]
-    texts = [template.replace("{}", word) for word in words for template in templates]
+    texts = [form.replace("{}", word) for word, own in zip(words, forms, strict=True) for form in own]
     ids = tokenizer(texts)
     positions = ends(ids)
     cut = _cut_off(texts, ids, tokenizer)
@@ -72,7 +122,7 @@ def class_prompts(
         raise ValueError(f"{cut!r} is longer than the {ids.shape[1]} tokens that the text tower reads")
     start = int(ends(tokenizer([""]))[0])  # tokens before an empty text's end: those that begin every text
     lengths = ends(tokenizer(words)) - start
-    return ClassPrompts(names, templates, ids, positions, lengths)
+    return ClassPrompts(names, templates, ids, positions, lengths, tuple(map(len, forms)))
 
 
 def _cut_off(texts: list[str], ids: Tensor, tokenizer: Tokenizer) -> str | None:

@@ -98,7 +98,7 @@ def may_keep_class_row_only(slots: Slots) -> bool:
     return all(
         getattr(module, "pointwise", False)
         for slot in slots._modules
-        if slot not in ("attention_prompts", "tokens_in")
+        if slot not in ("attention_prompts", "tokens_in", "words_in")  # they act before the block
         for module in slots.live(slot)
     )
 

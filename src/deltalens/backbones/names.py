@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +56,7 @@ def create_backbone(
     checkpoint: str | os.PathLike | None = None,
     class_names: Sequence[str] | None = None,
     templates: str | Sequence[str] = TEMPLATE,
+    descriptions: Mapping[str, Sequence[str]] | Sequence[Sequence[str]] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a classifier by the name of its backbone, and remember its source and its preprocessing.
@@ -66,8 +67,9 @@ def create_backbone(
     num_classes: classes of a fresh head; None for the head that the weights have, if any; 0 for features. checkpoint:
     a .safetensors or .pth file (read with weights_only=True) whose weights are loaded instead of the published ones;
     its head is dropped where class counts differ. class_names: of an open_clip or transformers model with two towers,
-    make the classifier whose classes are these texts (`ZeroShotClassifier`), in one or several templates. kwargs go to
-    the model's constructor (drop_path_rate, features_only...); img_size is understood for every library.
+    make the classifier whose classes are these texts (`ZeroShotClassifier`), in one or several templates, or with
+    descriptions: sentences of each class. kwargs go to the model's constructor (drop_path_rate, features_only...);
+    img_size is understood for every library.
 
     Raises ValueError for an unknown name (with the nearest ones), FileNotFoundError for a missing checkpoint,
     ConnectionError where weights cannot be fetched, PermissionError for a gated repository, ImportError where the
@@ -93,7 +95,7 @@ def create_backbone(
         else:
             towers = _resolver(library).create_two_towers(inner, pretrained, weights, dict(kwargs))
             full_name = towers.name
-            model = ZeroShotClassifier(towers.model, towers.tokenizer, class_names, templates)
+            model = ZeroShotClassifier(towers.model, towers.tokenizer, class_names, templates, descriptions)
             record(model, towers.preprocessing)
     written = {key: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for key, v in kwargs.items()}
     source = Source(full_name, written, weights, pretrained or checkpoint is not None)
@@ -106,6 +108,8 @@ def source_of(model: nn.Module) -> Source | None:
     recorded = model.__dict__.get(SOURCE_KEY)
     if recorded is not None and isinstance(model, ZeroShotClassifier):
         texts = {"class_names": list(model.class_names), "templates": list(model.templates)}
+        if model.descriptions is not None:
+            texts["descriptions"] = {name: list(model.descriptions[name]) for name in model.class_names}
         return Source(**{**recorded, "kwargs": {**recorded["kwargs"], **texts}})
     if recorded is not None:
         return Source(**{**recorded, "kwargs": {**recorded["kwargs"], **timm_names.constructor_options(model)}})

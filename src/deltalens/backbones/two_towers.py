@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ class TwoTowers:
     image: (model, images (B, C, H, W)) -> features (B, D), not normalised. text: (model, ids (n, L)) -> features
     (n, D), the library's own pass. scale, bias: what cosines are multiplied with, and what is added (SigLIP, or None).
     reading: the text tower's steps, None for towers that are not known inside: their texts are computed whole.
+    class_token: the image tower's learned class token (C,) without its position; None where there is none.
     """
 
     image: Callable[[nn.Module, Tensor], Tensor]
@@ -50,6 +52,7 @@ class TwoTowers:
     scale: Callable[[nn.Module], Tensor]
     bias: Callable[[nn.Module], Tensor | None]
     reading: Callable[[nn.Module], TextReading | None]
+    class_token: Callable[[nn.Module], Tensor | None] = lambda model: None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ def two_towers_of(model: nn.Module) -> TwoTowers:
     """How this model is read. TypeError for one that has no two towers that we know."""
     for cls in original_class(model).__mro__:
         if cls.__module__ in READERS:
-            found: Any = importlib.import_module(READERS[cls.__module__]).two_towers(model)
+            reader: Any = sys.modules.get(READERS[cls.__module__])  # torch.compile traces no imports
+            reader = importlib.import_module(READERS[cls.__module__]) if reader is None else reader
+            found = reader.two_towers(model)
             if found is not None:
                 return found
     raise TypeError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltalens.lifecycle import official_adapters
+from deltalens.lifecycle import official_adapters, official_clip
 from deltalens.lifecycle.state import adapter_of, state_of
 from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors
 from deltalens.methods.base import Method
@@ -22,9 +22,10 @@ def import_official(
     source: "mona" (Leiyi-Hu/mona, STAR-MMRotate) or "vpt" (KMnP/vpt: ViT, MAE, MoCo-v3 and Swin, all locations and
     depths; PROJECT is loaded as such, or applied to the prompts where the configuration has none); of the baselines
     "mona_adapter", "mona_adaptformer" and "mona_lorand" (Leiyi-Hu/mona, STAR-MMRotate), "vpt_adapter", "vpt_side" and
-    "vpt_mlp" (KMnP/vpt). Attach the same configuration first. Backbone weights in the checkpoint are ignored, as they
-    are the frozen ones; a checkpoint without a head leaves the head as it is. ValueError for missing or misshapen
-    tensors.
+    "vpt_mlp" (KMnP/vpt); beside a CLIP "mma" (Multi-Modal-Adapter), "coop", "cocoop", "clip_adapter" and "tip_adapter".
+    Attach the same configuration first. Backbone weights and embeddings of class names in the checkpoint are ignored,
+    as they are the frozen ones; a checkpoint without a head leaves the head as it is. ValueError for missing or
+    misshapen tensors.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}; known: {', '.join(SOURCES)}")
@@ -170,4 +171,4 @@ def _with_head(model, name, state_dict, found: dict[str, Tensor], used: int, off
 
 
 SOURCES: dict[str, Callable[[nn.Module, str, Mapping[str, Tensor]], Import]] = {"mona": _mona, "vpt": _vpt}
-SOURCES |= official_adapters.SOURCES
+SOURCES |= official_adapters.SOURCES | official_clip.SOURCES

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deltalens.backbones.describe import describe
 from deltalens.lifecycle.state import adapter_of, all_slots, state_of
 from deltalens.lifecycle.wrapped import on_plain_layers, plain_layers
+from deltalens.methods.sized_by_data import SizedByData
 from deltalens.sites.anatomy import Anatomy
 
 
@@ -85,21 +86,34 @@ def adapter_tensors(model: nn.Module, name: str | None = None) -> dict[str, Tens
     return added | unfrozen_tensors(model, name) | head_tensors(model, name)
 
 
+def _sized_by_data(model: nn.Module, name: str) -> dict[str, tuple[SizedByData, str]]:
+    """Name -> (module, tensor) of what is as long as a file says."""
+    file_name = names_in_files(model)
+    return {
+        file_name(f"{owner}.{place}.{f'{path}.' if path else ''}{leaf}".lstrip(".")): (part, leaf)
+        for owner, slots in all_slots(model)
+        for place, module in slots.of(name)
+        for path, part in module.named_modules()
+        if isinstance(part, SizedByData)
+        for leaf in part.open_length
+    }
+
+
 def load_tensors(
     model: nn.Module, name: str, tensors: Mapping[str, Tensor], may_be_extra: Callable[[str], bool] = lambda key: False
 ) -> None:
     """Copy tensors into an adapter. Missing, extra or misshapen ones are a ValueError that names them, before any
-    change.
+    change. Tensors that are made of data get the length that they come with.
 
     may_be_extra: whether a tensor of this name is passed over where the adapter has no place for it.
     """
-    own = adapter_tensors(model, name)
+    own, open_length = adapter_tensors(model, name), _sized_by_data(model, name)
     missing = sorted(own.keys() - tensors.keys())
     extra = sorted(key for key in tensors.keys() - own.keys() if not may_be_extra(key))
     wrong = [
         f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
         for key in own.keys() & tensors.keys()
-        if own[key].shape != tensors[key].shape
+        if own[key].shape[key in open_length :] != tensors[key].shape[key in open_length :]
     ]
     problems = [
         f"{label}: {', '.join(found[:4])}{f' and {len(found) - 4} more' if len(found) > 4 else ''}"
@@ -113,5 +127,8 @@ def load_tensors(
             keys = wrapping.tensors().keys()
             wrapping.load({key: tensors[key] for key in keys})
             own = {key: tensor for key, tensor in own.items() if key not in keys}
+        for key, (module, leaf) in open_length.items():
+            if key in own:
+                module.make_room(leaf, len(tensors[key]))
         for key, tensor in own.items():
             tensor.copy_(tensors[key])

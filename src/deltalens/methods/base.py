@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
+import torch
 from torch import Tensor, nn
 
 from deltalens.methods.wrapping import Wrapping
@@ -62,9 +63,23 @@ class Method:
         """Further loss terms of the method, by name; a task adds them to its own loss."""
         return {}
 
+    def combine(self, gradients: dict[str, list[Tensor]]) -> list[Tensor]:
+        """A gradient rule: what the optimiser gets instead of the gradient of the sum of all loss terms.
+
+        gradients: loss term -> its gradient for each trained parameter. The task's own terms go by their names
+        ("cross_entropy"), those of `losses` by "<method>.<term>". All may be multiplied with one factor (loss scaling):
+        a rule gives c times its result for c times the gradients. `deltalens.tasks.backward` runs one backward for each
+        term where a method overrides this, and a plain one elsewhere.
+        """
+        return [torch.stack(each).sum(0) for each in zip(*gradients.values(), strict=True)]
+
     def prepare(self, model: nn.Module, loader: Iterable) -> None:
         """Compute state from training data once, before training (caches, prototypes, choices), into buffers or
         parameters of the method's modules. `deltalens.prepare` calls it; what is already there stays as it is."""
+
+    def unfreeze_multiplier(self) -> float:
+        """Factor on the learning rate of the tensors that `unfreeze` names."""
+        return 1.0
 
     def lr_multipliers(self) -> dict[str, float]:
         """Substring of a parameter's path -> factor on the learning rate."""

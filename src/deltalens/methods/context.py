@@ -60,6 +60,19 @@ class Context(nn.Module):
         return torch.cat([begin, torch.stack(rows, -3)], -2)
 
 
+class ComparedContext(Context):
+    """CoOp's words, for methods whose loss terms read the step's features."""
+
+    features_in_losses = True
+
+
+def classifier_of(model: nn.Module, method: str) -> ZeroShotClassifier:
+    """The model as a classifier made of texts; TypeError for others."""
+    if not isinstance(model, ZeroShotClassifier):
+        raise TypeError(f"{method} needs a classifier made of class names, not {type(model).__name__}")
+    return model
+
+
 def text_owner(anatomy: Anatomy, slot: str, method: str) -> tuple[Site, ZeroShotClassifier, TextReading]:
     """(place of the classifier's text slots, the classifier, how its text tower is read). TypeError for other models,
     and for towers that do not read texts from front to end."""

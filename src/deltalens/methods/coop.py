@@ -23,6 +23,7 @@ class CoOpConfig(Method):
     """
 
     learning_rate: ClassVar = 2e-3
+    context: ClassVar[type[Context]] = Context
 
     num_words: int = setting(default=16, help="learned words m, where there is no init")
     init: str | None = setting(default=None, help='a text whose words are the first values, such as "a photo of a"')
@@ -35,7 +36,7 @@ class CoOpConfig(Method):
             raise ValueError(f"num_words must be at least 1, got {self.num_words}")
 
     def place(self, anatomy):
-        owner, model, reading = text_owner(anatomy, "text.context", "CoOp")
+        owner, model, reading = text_owner(anatomy, "text.context", type(self).__name__.removesuffix("Config"))
         classes = model.num_classes if self.per_class else None
         words, template = first_words(model, reading, self.num_words, self.init, classes)
-        yield owner, "text.context", Context(words, template, self.position)
+        yield owner, "text.context", self.context(words, template, self.position)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.methods.base import Method, may_fetch, register, setting
-from deltalens.sites.anatomy import Anatomy, Site, require
+from deltalens.sites.anatomy import Anatomy
+from deltalens.sites.output import features_site
 
 ALEXNET_SMALLEST = 63  # pixels; below, its poolings run out of rows
 ALEXNET_FEATURES = 256 * 6 * 6
@@ -66,21 +67,8 @@ class SidetuneConfig(Method):
             raise ValueError(f"min_size must be at least {ALEXNET_SMALLEST}, AlexNet's smallest, got {self.min_size}")
 
     def place(self, anatomy: Anatomy):
-        site = _classifier(anatomy)
-        require(site, "output", "Sidetune", anatomy.model)
-        yield site, "output", SideNetwork(site.width, self.min_size, self.pretrained and may_fetch())
-
-
-def _classifier(anatomy: Anatomy) -> Site:
-    """The model that reads the features; TypeError where there is none."""
-    sites = [tower.classifier for tower in anatomy.towers if tower.classifier is not None]
-    of_timm = sites and hasattr(sites[0].module, "get_classifier")
-    if not sites or (of_timm and not isinstance(sites[0].module.get_classifier(), nn.Module)):
-        raise TypeError(
-            f"Sidetune needs the features that a classifier layer reads, and {type(anatomy.model).__name__} has no "
-            "such place: use a classifier with timm's interface (forward_features, forward_head, get_classifier)"
-        )
-    return sites[0]
+        site = features_site(anatomy, "Sidetune")
+        yield site, "output", SideNetwork(site.width_of("output"), self.min_size, self.pretrained and may_fetch())
 
 
 def _alexnet(pretrained: bool) -> nn.Module:

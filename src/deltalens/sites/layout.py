@@ -51,6 +51,10 @@ class Layout:
         """Drop every token that is neither one of the backbone's prefix tokens nor part of the map."""
         return x
 
+    def added(self, x: Tensor) -> int:
+        """How many tokens of the stream adapters have added, right after the prefix."""
+        return 0
+
 
 class ChannelsLast(Layout):
     """(B, H, W, C), as in Swin."""
@@ -188,6 +192,10 @@ class Tokens(Layout):
 
     def insert(self, x, tokens):
         return _insert_after(x, tokens, self.prefix)
+
+    def added(self, x):
+        height, width = self._grid_of(x)
+        return x.shape[1] - height * width - self.prefix
 
     def trim(self, x):
         if self.grid is None:

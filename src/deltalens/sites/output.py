@@ -13,7 +13,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltalens.sites.anatomy import Anatomy, Site, require
 from deltalens.sites.layout import Layout
+
+
+def features_site(anatomy: Anatomy, method: str) -> Site:
+    """The model that reads the features, which offers `output`; `width_of("output")` is theirs. TypeError where there
+    is none."""
+    sites = [tower.classifier for tower in anatomy.towers if tower.classifier is not None]
+    of_timm = sites and hasattr(sites[0].module, "get_classifier")
+    if not sites or (of_timm and not isinstance(sites[0].module.get_classifier(), nn.Module)):
+        raise TypeError(
+            f"{method} needs the features that a classifier layer reads, and {type(anatomy.model).__name__} has no "
+            "such place: use a classifier with timm's interface (forward_features, forward_head, get_classifier)"
+        )
+    require(sites[0], "output", method, anatomy.model)
+    return sites[0]
 
 
 def live(owner: nn.Module, slot: str) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """Tasks, one file each: model + loss + metrics + decoding for one kind of problem."""
 
 from deltalens.tasks.classification import ClassificationTask
+from deltalens.tasks.gradients import backward, gradient_rule
 from deltalens.tasks.multilabel import MultiLabelTask
 
 TASKS = {task.name: task for task in (ClassificationTask, MultiLabelTask)}
@@ -14,4 +15,4 @@ def task_class(name: str | None) -> type[ClassificationTask]:
     return TASKS[name]
 
 
-__all__ = ["TASKS", "ClassificationTask", "MultiLabelTask", "task_class"]
+__all__ = ["TASKS", "ClassificationTask", "MultiLabelTask", "backward", "gradient_rule", "task_class"]

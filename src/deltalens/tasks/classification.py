@@ -23,6 +23,8 @@ class ClassificationTask(nn.Module):
         for batch in loader:                       # (images (B, C, H, W), labels (B,) integers)
             loss = task(batch)["loss"]
 
+    Where a method has a gradient rule (ProGrad), `deltalens.tasks.backward(task, task(batch))` is its backward.
+
     The loss is cross-entropy with `label_smoothing`, plus, in training mode, the loss terms of the model's active
     adapters (`Method.losses`). task.train() goes through the model's own train(), which holds frozen modules in eval
     mode.
@@ -49,7 +51,8 @@ class ClassificationTask(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: Sequence[Tensor]) -> dict[str, Any]:
-        """(images, labels) -> {"loss": scalar, "output": logits (B, classes), "losses": the loss's terms, detached}."""
+        """(images, labels) -> {"loss": scalar, "output": logits (B, classes), "losses": the loss's terms, detached,
+        "terms": the same with their graph}."""
         images, labels = batch
         output = logits_of(self.model(images))
         if output.dim() != 2 or output.shape[1] != len(self.class_names):
@@ -65,6 +68,7 @@ class ClassificationTask(nn.Module):
             "loss": sum(terms.values()),
             "output": logits,
             "losses": {name: term.detach() for name, term in terms.items()},
+            "terms": terms,
         }
 
     def own_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -99,10 +99,24 @@ def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0, rank:
     return DataLoader(dataset, batch_size, sampler=list(indices), **_worker_options(workers))
 
 
+class Passes(Sampler):
+    """(pass, index) keys in order, every index once a pass; passes are counted from 0."""
+
+    def __init__(self, length: int):
+        self.length, self.passes = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self.passes += 1
+        return iter([(self.passes - 1, index) for index in range(self.length)])
+
+
 def preparation_loader(dataset: Dataset, batch_size: int, seed: int, workers: int = 0) -> DataLoader:
-    """Every training item once, in order, as the first epoch would augment it; the same in every process."""
-    keys = [(0, index) for index in range(len(dataset))]
-    return DataLoader(SeededItems(dataset, seed), batch_size, sampler=keys, **_worker_options(workers))
+    """Every training item once, in order; the first pass as the first epoch would augment it, the second as the second.
+    The same in every process."""
+    return DataLoader(SeededItems(dataset, seed), batch_size, sampler=Passes(len(dataset)), **_worker_options(workers))
 
 
 def cores_at_hand() -> int:

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from deltalens.data.splits import Splits
 from deltalens.lifecycle.prepare import prepare
 from deltalens.lifecycle.state import KEY
+from deltalens.tasks.gradients import backward, gradient_rule
 from deltalens.training.loaders import evaluation_loader, mixed_seed, preparation_loader, training_loader
 from deltalens.training.optim import make_optimizer, parameter_groups
 from deltalens.training.schedule import warmup_cosine, warmup_cosine_factor
@@ -37,6 +38,7 @@ class TaskModule(pl.LightningModule):
         self.position = self.resumed_at = resumed_at
         self.strict_loading = False
         self.loss_sum, self.loss_count = torch.zeros(()), 0
+        self.result: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ data
     def train_dataloader(self):
@@ -99,7 +101,17 @@ class TaskModule(pl.LightningModule):
                 preparation_loader(self.data.train, self._batch_size(), settings.seed, settings.workers),
             )
 
+    def _check_gradient_rule(self) -> None:
+        rule = gradient_rule(self.task.model)
+        if rule is None:
+            return
+        if self.trainer.world_size > 1:
+            raise ValueError(f"{rule.name} has a gradient rule, which works on one device: set devices=1")
+        if self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(f"{rule.name} has a gradient rule, which wants whole batches: do not accumulate gradients")
+
     def on_train_start(self) -> None:
+        self._check_gradient_rule()
         self.task.train()
         self._use_rates_of_settings()
 
@@ -109,10 +121,20 @@ class TaskModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         torch.manual_seed(mixed_seed(self.settings.seed, self.global_step, self.trainer.global_rank))
-        loss = self.task(batch)["loss"]
+        result = self.task(batch)
+        loss = result["loss"]
+        self.result = result if gradient_rule(self.task.model) is not None else None
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
         self.loss_count += 1
         return loss
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, or that of a method with a gradient rule."""
+        if self.result is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        result, self.result = self.result, None
+        backward(self.task, result, loss)
 
     def mean_training_loss(self) -> float:
         """Over this epoch so far, and over all processes."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from deltalens.backbones import describe
 from deltalens.lifecycle.state import KEY, state_of
 from deltalens.methods.base import Method
 
@@ -27,12 +28,13 @@ def parameter_groups(
 
     Weight decay acts on the matrices of linear and convolution layers only: not on biases, norms, other 1-D tensors,
     nor on free tensors such as prompts, position embeddings, tokens and tables. With no_decay it acts on every one
-    instead, but for those whose path has one of these texts in it. Learning rates are multiplied as the
-    active adapters' `lr_multipliers` ask; where several substrings match a path, their factors multiply.
+    instead, but for those whose path has one of these texts in it. Learning rates are multiplied as the active
+    adapters' `lr_multipliers` and `unfreeze_multiplier` ask; where several substrings match a path, their factors
+    multiply.
 
     Raises ValueError where nothing is trainable.
     """
-    multipliers = _multipliers(model)
+    multipliers, unfrozen = _multipliers(model), _unfrozen_multipliers(model)
     decayed = {
         id(parameter)
         for module in model.modules()
@@ -44,7 +46,7 @@ def parameter_groups(
     for path, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = 1.0
+        factor = unfrozen.get(id(parameter), 1.0)
         for substring, multiplier in multipliers:
             factor *= multiplier if substring in path else 1.0
         spared = id(parameter) not in decayed if no_decay is None else any(text in path for text in no_decay)
@@ -55,6 +57,10 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(path)
     if not groups:
+        if any(getattr(module, "training_free", False) for module in model.modules()):
+            raise ValueError(
+                "nothing is trainable: this adapter is made by deltalens.prepare(model, loader) alone, without training"
+            )
         raise ValueError("nothing is trainable: attach an adapter first")
     return list(groups.values())
 
@@ -78,4 +84,18 @@ def _multipliers(model: nn.Module) -> list[tuple[str, float]]:
             for name in state.active:
                 for method in state.adapters[name].configs:
                     found += list(method.lr_multipliers().items())
+    return found
+
+
+def _unfrozen_multipliers(model: nn.Module) -> dict[int, float]:
+    """id of a parameter -> factor, for what active methods unfreeze at another rate."""
+    found: dict[int, float] = {}
+    for module in model.modules():
+        if KEY in module.__dict__:
+            state = state_of(module)
+            methods = [method for name in state.active for method in state.adapters[name].configs]
+            for method in (method for method in methods if method.unfreeze_multiplier() != 1):
+                anatomy = describe(module, state.backbone, state.blocks, state.tower)
+                for path in method.unfreeze(anatomy):
+                    found[id(module.get_parameter(path))] = method.unfreeze_multiplier()
     return found

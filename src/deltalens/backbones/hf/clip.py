@@ -18,7 +18,17 @@ from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.siglip2 import modeling_siglip2 as siglip2
 
 from deltalens.backbones.hf.attention import KeysValues, attend, attention_family, keys_values
-from deltalens.backbones.hf.towers import Kind, Reading, classifier_family, identity, layer_parts, leave, readers
+from deltalens.backbones.hf.towers import (
+    EMBED_WITH_SLOT,
+    POOLING_OWNER,
+    Kind,
+    Reading,
+    classifier_family,
+    identity,
+    layer_parts,
+    leave,
+    readers,
+)
 from deltalens.backbones.unknown import UNKNOWN_BLOCK
 from deltalens.sites.anatomy import Family, Tower
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
@@ -113,6 +123,8 @@ KINDS = (
         linears=_LINEARS,
         classifiers={clip.CLIPForImageClassification: CLASSIFIER},
         resizable=_RESIZABLE,
+        embed=EMBED_WITH_SLOT,
+        owner=POOLING_OWNER,
     ),
     Kind(
         embeddings=siglip.SiglipVisionEmbeddings,

@@ -41,6 +41,18 @@ def _embed_forward(self: nn.Module, pixel_values: Tensor, *args, **kwargs):
 EMBED = Family(name="deltalens.backbones.hf.towers:EMBED", methods={"forward": _embed_forward})
 
 
+def _embed_with_slot(self: nn.Module, pixel_values: Tensor, *args, **kwargs) -> Tensor:
+    tokens = _embed_forward(self, pixel_values, *args, **kwargs)
+    return self.delta.tokens("embed", tokens, self.__dict__["delta_layout"])
+
+
+EMBED_WITH_SLOT = Family(
+    name="deltalens.backbones.hf.towers:EMBED_WITH_SLOT",
+    methods={"forward": _embed_with_slot},
+    slots=frozenset({"embed"}),
+)  # of towers whose embeddings return tokens with positions, before the first norm
+
+
 # ------------------------------------------------------------------ the model that records hidden states and attentions
 def _model_forward(self: nn.Module, *args, **kwargs):
     """The image as adapters change it; what was recorded, without the tokens that adapters added."""
@@ -55,6 +67,9 @@ def _model_forward(self: nn.Module, *args, **kwargs):
     layout = self.__dict__.get("delta_layout") or self.delta.layout
     if isinstance(layout, Tokens):
         _trim_recorded(output, layout)
+    if live(self, "pool"):
+        output.pooler_output = pooled(self, self.post_layernorm(output.last_hidden_state), layout)
+        output.last_hidden_state = layout.trim(output.last_hidden_state)
     return output if wanted else output.to_tuple()
 
 
@@ -78,6 +93,9 @@ def _of_own_tokens(weights: Tensor | None, own: int, prefix: int) -> Tensor | No
 
 
 OWNER = Family(name="deltalens.backbones.hf.towers:OWNER", methods={"forward": _model_forward})
+POOLING_OWNER = Family(
+    name="deltalens.backbones.hf.towers:POOLING_OWNER", methods={"forward": _model_forward}, slots=frozenset({"pool"})
+)  # of towers that norm the class token last, in `post_layernorm`
 IMAGE = Family(
     name="deltalens.backbones.hf.towers:IMAGE", methods={"forward": _model_forward}, slots=frozenset({"image"})
 )  # the same reading: either may be put on top of the other
@@ -147,7 +165,8 @@ class Kind:
     layer, attention: classes of a block and of its attention at the path `attention_path`. family: the reading of a
     block. linears: paths of layers without which a block is of another version and counts as unknown. prefix:
     embeddings -> number of class, distillation and register tokens. recorder: path in the model of what records hidden
-    states. classifiers: class -> reading. resizable: the setting without which other image sizes are refused.
+    states. classifiers: class -> reading. resizable: the setting without which other image sizes are refused. embed,
+    owner: how the embeddings and what records hidden states are read.
     """
 
     embeddings: type
@@ -161,6 +180,8 @@ class Kind:
     classifiers: dict[type, Family] | None = None
     class_token: bool = True
     resizable: str = ""
+    embed: Family = EMBED
+    owner: Family = OWNER
 
     def family_of(self, block: nn.Module) -> Family:
         attention = getattr(block, self.attention_path, None)
@@ -196,9 +217,9 @@ class Kind:
                 tower.add(f"{owner_path}.{name}".lstrip("."), block, self.family_of(block), width, grid)
         width = config.hidden_size
         if stem is not None:
-            tower.embed = Site(path, embeddings, EMBED, width, tower=tower)
+            tower.embed = Site(path, embeddings, self.embed, width, tower=tower)
             recorder = f"{owner_path}.{self.recorder}".strip(".")
-            tower.owner = Site(recorder, model.get_submodule(recorder), OWNER, width, tower=tower)
+            tower.owner = Site(recorder, model.get_submodule(recorder), self.owner, width, tower=tower)
             tower.image = Site(owner_path, owner, IMAGE, width, tower=tower)
             tower.stem = Site(f"{path}.{stem[0]}".lstrip("."), stem[1], STEM, width, tower=tower)
             tower.resizable = self.resizable

@@ -92,14 +92,23 @@ def _reading_of_siglip(model: nn.Module) -> TextReading | None:
 
 
 def _image(model: nn.Module, images: Tensor) -> Tensor:
-    return embedding_of(model.get_image_features(images))
+    """(B, D), or (B, K, D) where a `pool` module reads K tokens. Earlier versions of transformers return the tensor."""
+    features = model.get_image_features(images)
+    return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def _text(model: nn.Module, ids: Tensor) -> Tensor:
     return embedding_of(model.get_text_features(ids))
 
 
-CLIP = TwoTowers(_image, _text, lambda model: model.logit_scale.exp(), lambda model: None, _reading_of_clip)
+CLIP = TwoTowers(
+    _image,
+    _text,
+    lambda model: model.logit_scale.exp(),
+    lambda model: None,
+    _reading_of_clip,
+    lambda model: model.vision_model.embeddings.class_embedding,
+)
 SIGLIP = TwoTowers(
     _image, _text, lambda model: model.logit_scale.exp(), lambda model: model.logit_bias, _reading_of_siglip
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.transformer import TextTransformer, Transformer
+from open_clip.transformer import TextTransformer, Transformer, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -123,4 +123,5 @@ TWO_TOWERS = TwoTowers(
     scale=lambda model: model.logit_scale.exp(),
     bias=lambda model: model.logit_bias,
     reading=_reading,
+    class_token=lambda model: model.visual.class_embedding if isinstance(model.visual, VisionTransformer) else None,
 )
