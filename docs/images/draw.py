@@ -486,12 +486,10 @@ class TowersPicture(Picture):
             for name in TOWERS:
                 self.line((492, middle - (13 if name == "text" else -13)), (492, self.inner(name, 57)))
         if "couples" in places:
-            for at, above, below in (
-                (252, self.rows["text"] + 15, self.rows["image"] - 15),
-                (360, self.inner("text", 61), self.inner("image", 61)),
-            ):
-                self.line((at, above), (at, below))
-                self.text(at + 6, middle + 4.5, places["couples"], "small faint", "start")
+            self.line((137, self.rows["text"] + 21), (137, middle), (252, middle), (252, self.rows["image"] - 15))
+            self.line((360, self.inner("text", 61)), (360, self.inner("image", 61)))
+            for at in (258, 366):
+                self.text(at, middle + 18, places["couples"], "small faint", "start")
         if "meta" in places:
             y = self.rows["image"]
             self.dot(600, y)
