@@ -16,6 +16,7 @@ from deltalens.studies.significance import LEVEL, Comparisons, PairedTest, compa
 from deltalens.studies.study import Study
 from deltalens.studies.study_details import Details, read_details
 from deltalens.studies.study_plots import method_numbers
+from deltalens.studies.study_report_examples import example_sections
 from deltalens.studies.study_report_plots import MOST_TASKS, curve_figures, parameter_figures, rank_figure, task_figures
 from deltalens.studies.study_table import RunRow, StudyTable, measured_text, overview
 from deltalens.studies.vtab_table import vtab_rows
@@ -47,6 +48,7 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
         _ranks(table, numbers),
         _tests(table, study, numbers),
         _figures("Validation accuracy during training", _CURVES, curve_figures(table, details, numbers)),
+        *example_sections(table, details.examples, details.pictures),
         *(_task_table(table, task, numbers) for task in tasks_of(table.cells)),
         _failures(table.rows),
         _run_list(table.rows),

@@ -37,6 +37,7 @@ def fit(
     config: dict[str, Any] | None = None,
     cache_features: str | os.PathLike | None = None,
     after_epoch: Callable[[dict[str, float]], None] | None = None,
+    more_results: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
     The task is left on the CPU, in eval mode.
@@ -49,6 +50,7 @@ def fit(
     features of a network that is frozen up to its last blocks or its head are kept and read from, instead of being
     computed in every epoch (see `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch:
     called with the row of every finished epoch, before its checkpoint is written; what it raises ends the training.
+    more_results: called when the task is trained and tested; what it gives is added to the results.
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
     "device", "machine", "finished" (date and time, UTC), "settings", "versions", "peak_memory_bytes" of training on a
@@ -91,6 +93,7 @@ def fit(
         **features,
         "history": history,
     }
+    results |= more_results() if more_results else {}
     if place is not None and is_main_process():
         _describe(task, data, results)
         save_pretrained(task.model, place.folder)
