@@ -12,7 +12,10 @@ sys.path.insert(0, str(ROOT))
 
 from tools.results.__main__ import main, make  # noqa: E402
 from tools.results.page import END, Page  # noqa: E402
-from tools.results.tables import TABLES, Table  # noqa: E402
+from tools.results.study import Table  # noqa: E402
+from tools.results.tables import TABLES  # noqa: E402
+
+STUDIES = {name: table for name, table in TABLES.items() if isinstance(table, Table)}
 
 STUDY = """\
 title: Colours
@@ -58,7 +61,7 @@ def test_a_table_is_made_completed_and_made_again(place):
     made = block(page)
     before, after = TEXT.split("<!-- table")[0], TEXT.split(END)[1]
     assert page.file.read_text() == f"{before}<!-- table colours: begin -->\n{made}{END}{after}"
-    assert "`python -m tools.results colours --data DATA`" in made
+    assert "`python -m tools.results colours --data DATA --runs RUNS`" in made
     assert "deltalens compare colours.yaml --data photos=DATA/sets/photos --output RUNS/colours --threads 1\n" in made
     assert str(place) not in made
     assert re.search(r"\n\w+ \w+, \d+ CPU cores; \d+ \w+ 20\d\d; python [\d.]+, torch ", made)
@@ -114,7 +117,8 @@ def test_the_list_names_studies_that_can_be_read(capsys, tmp_path):
     main(["--list"])
     printed = capsys.readouterr().out
     for name, table in TABLES.items():
-        assert f"{name}: {table.file.name}\n  needs {', '.join(table.data.values())} below --data" in printed
+        assert f"{name}\n  needs {', '.join(table.needs)} below --data\n  takes {table.time}" in printed
+    for table in STUDIES.values():
         grid = table.grid(tmp_path, tmp_path)
         assert {dataset.name for dataset in grid.study.datasets} >= set(table.data)
         assert grid.counts()["open"] > 10
@@ -126,15 +130,21 @@ def test_the_list_names_studies_that_can_be_read(capsys, tmp_path):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_of_the_page_says_how_it_was_made(name):
     made = block(Page(), name)
-    assert f"Made with `python -m tools.results {name} --data DATA`" in made
-    assert f"deltalens compare benchmarks/studies/{name}.yaml --data " in made
+    assert f"Made with `python -m tools.results {name} --data DATA --runs RUNS`" in made
+    assert re.search(r"```bash\ndeltalens \w+ .*DATA/cls/", made)
     assert re.search(r"\d CPU cores|machine not recorded in \d+ of \d+ runs", made)
     assert re.search(r"; \d+ [A-Z][a-z]+ 20\d\d", made)
     assert re.search(r"torch \d", made)
-    assert made.count("\n| --- |") >= 1
+    assert re.search(r"\n\| -+ \| -+:", made)
     for file in re.findall(r"!\[.+\]\((.+)\)", made):
         assert (ROOT / "docs" / file).is_file()
-    labels = [variant.label for variant in TABLES[name].grid(ROOT, ROOT).study.variants]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_row_of_a_study_is_on_the_page(name):
+    made = block(Page(), name)
+    assert f"deltalens compare benchmarks/studies/{name}.yaml --data " in made
+    labels = [variant.label for variant in STUDIES[name].grid(ROOT, ROOT).study.variants]
     assert [label for label in labels if f"\n| {label} | " not in made] == []
 
 

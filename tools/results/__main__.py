@@ -13,8 +13,10 @@ from __future__ import annotations
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
 
-from .page import Page
-from .tables import ROOT, TABLES, Table
+from .adapters import Adapters
+from .page import ROOT, Page
+from .study import Table
+from .tables import TABLES, describe
 
 
 def parse_args(words: list[str] | None = None) -> Namespace:
@@ -31,26 +33,18 @@ def parse_args(words: list[str] | None = None) -> Namespace:
     return args
 
 
-def make(table: Table, data: Path, runs: Path, page: Page, only_page: bool = False) -> None:
-    """Carry out the study of a table, as far as it is not done, and write the table, its plots and how it was made.
-
-    Raises FileNotFoundError for a missing folder of images, RuntimeError where the study could not be carried out.
-    """
-    from deltalens.cli.main import main as deltalens
-
-    missing = [folder for folder in table.folders(data).values() if not folder.is_dir()]
-    if missing and not only_page:
-        raise FileNotFoundError(f"the table {table.name} needs {missing[0]}; see --list")
-    output = runs / table.name
-    if not only_page and deltalens(table.words(data, output)):
-        raise RuntimeError(f"the study of the table {table.name} was not carried out; the page is as it was")
-    page.write(table, table.grid(data, output))
+def make(table: Table | Adapters, data: Path, runs: Path, page: Page, only_page: bool = False) -> None:
+    """Do what is left of a table's runs, and write it to the page. FileNotFoundError for a missing folder of images."""
+    missing = [] if only_page else [folder for folder in table.needs if not (data / folder).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"the table {table.name} needs {data / missing[0]}; see --list")
+    table.make(data, runs, page, only_page)
 
 
 def main(words: list[str] | None = None) -> None:
     args = parse_args(words)
     if args.list:
-        print("\n\n".join(table.describe() for table in TABLES.values()))
+        print("\n\n".join(describe(table) for table in TABLES.values()))
         return
     page = Page()
     make(TABLES[args.table], args.data, args.runs, page, args.only_page)
