@@ -106,12 +106,13 @@ STUDIES = recipe_files("compare")
 @pytest.mark.parametrize("name", STUDIES)
 def test_studies_in_the_package_are_valid(name):
     study = read_study(STUDIES[name], {"d": "."})
-    assert [dataset.path for dataset in study.datasets] == ["."]
+    assert {(dataset.source, dataset.path) for dataset in study.datasets} == {("d", ".")}
     assert summary(STUDIES[name]).endswith(f"deltalens compare {name} --data NAME=FOLDER --output DIR")
 
 
 def test_studies_and_training_recipes_are_kept_apart(capsys):
-    assert set(STUDIES) == {"methods", "mona-ablations", "prompt-depth", "prompt-length", "vpt-locations"}
+    varied = {"data-fraction", "model-size", "mona-ablations", "prompt-depth", "prompt-length", "vpt-locations"}
+    assert set(STUDIES) == {"methods", *varied}
     assert set(recipe_files("train")) == set(recipe_files()) - set(STUDIES) - set(recipe_files("tune"))
     assert main(["train", "--recipe", "methods", "--data", "d", "--output", "o"]) == 2
 

@@ -56,7 +56,7 @@ def test_the_command_writes_all_of_it_and_says_where(study, capsys):
     assert (grid.output / "table.tex").read_text(encoding="utf-8") == to_latex(table_of(grid))
     rows = list(csv.DictReader((grid.output / "runs.csv").open()))
     assert {row["peak_memory_bytes"] for row in rows} == {"3400000000", ""}
-    assert len(list((grid.output / "plots").glob("*.svg"))) == 6
+    assert len(list((grid.output / "plots").glob("*.svg"))) == 6 + 3 + 2  # every task, sizes of backbones, storage
 
 
 # ------------------------------------------------------------------ the page
@@ -147,9 +147,9 @@ def test_a_method_has_one_colour_everywhere(study):
         tips = re.findall(rf'class="(c\d) dot"[^>]*><title>{label}[:,]', page)
         assert len(tips) > 6
         names = re.findall(rf'class="(c\d) name"[^>]*>{label}<', page)
-        assert len(names) == 8 + 2 + 1 + 6  # parameters, two tasks, ranks, curves
+        assert len(names) == 8 + 3 + 2 + 2 + 1 + 6  # parameters, sizes, storage, two tasks, ranks, curves
         rows = re.findall(rf'<tr class="(c\d)"><td><span class="method">{label}<', page)
-        assert len(rows) == 1 + 6 + (label != "Full")
+        assert len(rows) == 1 + 6 + 2 + (label != "Full")
         assert set(tips + names + rows) == {f"c{number}"}
 
 

@@ -2,7 +2,8 @@
 
 embeddings: what the heads of several adapters read, by t-SNE, one panel each, with the accuracy of 5 nearest neighbours
 and the silhouette. attention: where a block of a ViT or Swin looks in one picture, over patches and prompts, head by
-head. ensemble: accuracy of several VPT adapters of one backbone alone and averaged, in one forward pass.
+head. ensemble: accuracy of several VPT adapters of one backbone alone and averaged, in one forward pass. storage: bytes
+on disk of one backbone and all adapters, against a whole model for each.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-ANALYSES = ("embeddings", "attention", "ensemble")
+ANALYSES = ("embeddings", "attention", "ensemble", "storage")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str | None,
         default=None,
         help="embeddings, attention: figure (.svg, .png, .pdf); attention writes its arrays beside it as .npz; "
-        "ensemble: JSON file",
+        "ensemble, storage: JSON file",
     )
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--seed", type=int, default=0, help="of t-SNE")
@@ -39,17 +40,20 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     """Do the analysis, print its numbers, and write what was asked for."""
-    wanted = {"embeddings": ("data", "output"), "attention": ("image", "output"), "ensemble": ("data",)}[args.analysis]
+    wanted = {"embeddings": ("data", "output"), "attention": ("image", "output"), "ensemble": ("data",)}.get(
+        args.analysis, ()
+    )
     missing = [f"--{name}" for name in wanted if getattr(args, name) is None]
     if missing:
         raise ValueError(f"deltalens analyze {args.analysis} needs {' and '.join(missing)}")
     for name in ("images", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    {"embeddings": _embeddings, "attention": _attention, "ensemble": _ensemble}[args.analysis](args)
+    analyses = {"embeddings": _embeddings, "attention": _attention, "ensemble": _ensemble, "storage": _storage}
+    analyses[args.analysis](args)
 
 
-# ------------------------------------------------------------------ the three
+# ------------------------------------------------------------------ the four
 def _embeddings(args: Namespace) -> None:
     from deltalens.cli.trained import load_trained
     from deltalens.studies.embeddings import embed, plot_embeddings
@@ -139,6 +143,26 @@ def _ensemble(args: Namespace) -> None:
     print(f"{count} images ({args.split})")
     if args.output:
         write_text(args.output, json.dumps({"images": count, "accuracy": accuracies}, indent=2) + "\n")
+
+
+def _storage(args: Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from deltalens.lifecycle.atomic import write_text
+    from deltalens.studies.markdown import markdown_table
+    from deltalens.studies.storage import storage_table
+    from deltalens.studies.stored_adapters import StoredAdapters
+
+    stored = StoredAdapters()
+    by_backbone = stored.rows(args.adapters)
+    for backbone, rows in by_backbone.items():
+        header, body, note = storage_table(rows)
+        print(f"{backbone}\n\n{markdown_table(header, body)}\n")
+    print("\n".join([note, *stored.notes]))
+    if args.output:
+        found = {backbone: [asdict(row) for row in rows] for backbone, rows in by_backbone.items()}
+        write_text(args.output, json.dumps(found, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------ details

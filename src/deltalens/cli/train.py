@@ -77,6 +77,9 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add(
         "--test-fraction", type=float, default=0.15, help="share of images for test where the data has no split folders"
     )
+    add("--split-seed", type=int | None, default=None, help="of the split and the training subset; by default --seed")
+    add("--train-fraction", type=float | None, default=None, help="train on this share of every class's images only")
+    add("--shots", type=int | None, default=None, help="train on so many images of every class only")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--allow-missing-classes", type=bool, default=False, help="let val and test lack classes of train")
     add("--min-crop", type=float, default=0.5, help="smallest share of an image that a training crop keeps")
@@ -160,7 +163,7 @@ def run(args: Namespace) -> None:
 
 # ------------------------------------------------------------------ building
 def settled(options: dict[str, Any], methods: list) -> dict[str, Any]:
-    """The options with everything written out that was left to a default of the methods or the machine."""
+    """The options with everything written out that was left to a default of the methods, the seed or the machine."""
     from deltalens.cli.method_options import method_entries
     from deltalens.training.loaders import default_workers
     from deltalens.training.optim import default_learning_rate
@@ -170,7 +173,14 @@ def settled(options: dict[str, Any], methods: list) -> dict[str, Any]:
         "method": method_entries(methods),
         "lr": default_learning_rate(methods) if lr is None else lr,
         "workers": default_workers() if workers is None else workers,
+        "split_seed": split_seed(options),
     }
+
+
+def split_seed(options: dict[str, Any]) -> int:
+    """The seed that draws parts and subsets of the data."""
+    own = options.get("split_seed")
+    return options["seed"] if own is None else own
 
 
 def settings_of(options: dict[str, Any]):
@@ -184,11 +194,13 @@ def settings_of(options: dict[str, Any]):
 
 
 def read_images(options: dict[str, Any]):
-    """The data, without transforms."""
-    from deltalens.data import ReadOptions, read_data
+    """The data, without transforms, and with the training images that are asked for."""
+    from deltalens.data import ReadOptions, TrainingSubset, read_data
 
-    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())})
-    return read_data(options["data"], options["format"], protocol=options["protocol"], options=reading)
+    seed = split_seed(options)
+    subset = TrainingSubset(options.get("train_fraction"), options.get("shots"), seed)
+    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())} | {"seed": seed})
+    return subset.take(read_data(options["data"], options["format"], protocol=options["protocol"], options=reading))
 
 
 def build_task(options: dict[str, Any], methods: list, data):

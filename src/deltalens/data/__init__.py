@@ -6,6 +6,7 @@ from deltalens.data.image_folder import ImageFiles, read_image_folder, read_spli
 from deltalens.data.image_items import ImageItems
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits, stratified_split
+from deltalens.data.subsets import TrainingSubset
 from deltalens.data.transforms import eval_transform, train_transform
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ImageItems",
     "ReadOptions",
     "Splits",
+    "TrainingSubset",
     "eval_transform",
     "read_data",
     "read_image_folder",

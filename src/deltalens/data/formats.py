@@ -25,6 +25,7 @@ from deltalens.data.assemble import Images
 from deltalens.data.image_folder import read_split
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits
+from deltalens.data.subsets import TrainingSubset
 
 FORMATS = {
     "vtab1k": "deltalens.data.vtab1k",
@@ -77,20 +78,21 @@ def read_part(
     """Read one part to measure a trained model on: "train", "val", "test", or "all".
 
     Labels index `class_names`, the model's. origin: `Splits.origin` of the training run, which tells how the parts were
-    drawn, and the format where `format` is None. Raises ValueError for classes that the model does not know, and for a
-    part that the data does not have.
+    drawn, which training images were used, and the format where `format` is None. Raises ValueError for classes that
+    the model does not know, and for a part that the data does not have.
     """
     origin = origin or {}
     root = Path(root).expanduser()
     if format in (None, "auto"):
         format = origin.get("format", "auto") if format is None else "auto"
         format = (recognise(root) or "folder") if format == "auto" else format
+    used = TrainingSubset.of_origin(origin) if split == "train" else TrainingSubset()
     if format == "folder":
-        return _folder_part(root, split, class_names, origin, skip_broken)
+        return used.of(_folder_part(root, split, class_names, origin, skip_broken))
     drawn = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
     options = ReadOptions(**drawn, skip_broken=skip_broken, allow_missing_classes=True, download=download)
     splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
-    return _with_labels_of(class_names, splits, _part(splits, split, root))
+    return _with_labels_of(class_names, splits, used.of(_part(splits, split, root)))
 
 
 def recognise(root: Path) -> str | None:

@@ -88,14 +88,22 @@ def scatter(
 
 
 def lines(
-    series: Sequence[Line], x_title: str, y_title: str, as_percent: bool, size: tuple[int, int] = (WIDTH, HEIGHT)
+    series: Sequence[Line],
+    x_title: str,
+    y_title: str,
+    as_percent: bool,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    logarithmic: bool | None = None,
+    x_text: Callable[[float], str] = "{:g}".format,
 ) -> str:
-    """Lines over any x, logarithmic where x is positive and spans a factor of 20, each named at its end, with one
-    standard deviation as a bar. as_percent: y are fractions; otherwise the y axis begins at 0."""
+    """Lines over any x, each named at its end, with one standard deviation as a bar. as_percent: y are fractions;
+    otherwise the y axis begins at 0. logarithmic: the x axis; None where x is positive and spans a factor of 20.
+    x_text: how a value of x is written."""
     values = [y + sign * (deviation or 0) for line in series for _, y, deviation in line.points for sign in (1, -1)]
     y_low, y_high, y_ticks = close_axis(values, 0.0, 1.0) if as_percent else _axis_from_zero(values)
     xs = sorted({x for line in series for x, _, _ in line.points})
-    logarithmic = xs[0] > 0 and xs[-1] / xs[0] >= 20
+    if logarithmic is None:
+        logarithmic = xs[0] > 0 and xs[-1] / xs[0] >= 20
     scale: Callable[[float], float] = math.log10 if logarithmic else float
     room = max(text_width(line.label) for line in series) + 22
     frame = Box(LEFT, TOP, size[0] - room, size[1] - BOTTOM)
@@ -106,8 +114,8 @@ def lines(
 
     x_marks: list[Mark] = []
     for x in xs:
-        if not x_marks or across(x) - x_marks[-1][0] > text_width(f"{x:g}") + 4:
-            x_marks.append((across(x), f"{x:g}"))
+        if not x_marks or across(x) - x_marks[-1][0] > text_width(x_text(x)) + 4:
+            x_marks.append((across(x), x_text(x)))
     y_marks = [(height_of(t, y_low, y_high, frame), f"{100 * t:.4g}" if as_percent else f"{t:g}") for t in y_ticks]
     parts, ends = [draw_axes(frame, x_marks, y_marks, x_title, y_title)], []
     for line in series:
@@ -120,7 +128,9 @@ def lines(
                 parts.append(f'<path class="{colour(line.number)} line" d="M{left:.1f} {top:.1f}V{bottom:.1f}"/>')
             shown = f"{100 * y:.1f} %" if as_percent else f"{y:.3g}"
             parts.append(
-                draw_dot(left, height_of(y, y_low, y_high, frame), line.number, 3.5, f"{line.label}, {x:g}: {shown}")
+                draw_dot(
+                    left, height_of(y, y_low, y_high, frame), line.number, 3.5, f"{line.label}, {x_text(x)}: {shown}"
+                )
             )
     parts += _names(series, ends, frame)
     said = "; ".join(f"{line.label} ends at {line.points[-1][1]:.3g}" for line in series)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from deltalens.data.subsets import TrainingSubset
 from deltalens.methods import FullConfig, Method
 from deltalens.training.optim import default_learning_rate
 from deltalens.training.settings import TrainingSettings
@@ -41,6 +42,13 @@ class DatasetEntry:
     format: str = "auto"
     protocol: str = "val"
     download: bool = False
+    subset: TrainingSubset = field(default_factory=TrainingSubset)
+    origin: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The name of the dataset as a whole: what parts of one dataset share."""
+        return self.origin or self.name
 
 
 @dataclass(frozen=True)
@@ -136,8 +144,8 @@ class Study:
 
     @property
     def scatter_datasets(self) -> tuple[str, str] | None:
-        """The two datasets of the plot of two tasks; None where there is but one."""
-        names = [dataset.name for dataset in self.datasets]
+        """The two datasets of the plot of two tasks; None where there is but one, whole or in parts."""
+        names = list({dataset.source: dataset.name for dataset in self.datasets}.values())  # parts: the largest
         return self.scatter or ((names[0], names[1]) if len(names) > 1 else None)
 
     def candidates(self, variant: Variant) -> list[float]:

@@ -69,8 +69,9 @@ def read_details(grid: Grid) -> Details:
 
 
 def _pictures(grid: Grid, examples: Mapping[tuple[str, str, str], Examples]) -> dict[tuple[str, int], Path]:
+    sources = {dataset.name: dataset.source for dataset in grid.study.datasets}  # parts of one share its pictures
     files = {
-        (dataset, example.index): picture_file(grid.output, dataset, example.index)
+        (dataset, example.index): picture_file(grid.output, sources[dataset], example.index)
         for (_, dataset, _), own in examples.items()
         for example in own.shown
     }

@@ -10,30 +10,43 @@ from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.figure import page_colours
 from deltalens.studies.labels import short_name
 from deltalens.studies.plots import COLOURS, Line, Point, lines, scatter
+from deltalens.studies.plots_storage import storage_plot
 from deltalens.studies.results import count_text
+from deltalens.studies.storage import study_storage
 from deltalens.studies.study import folder_name
-from deltalens.studies.study_table import Cell, StudyTable, measured_text
+from deltalens.studies.study_panels import image_panels, panel_plot, size_panels
+from deltalens.studies.study_table import Cell, StudyTable, accuracy_title
 
 SIZE = (720, 440)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 
 
 def write_plots(table: StudyTable, folder: str | os.PathLike, x_title: str) -> list[Path]:
-    """For every backbone and dataset accuracy against trained parameters, and over x where there are curves. Plots
-    without a finished run are left out. Returns the files."""
+    """For every backbone and dataset accuracy against trained parameters, and over x where there are curves; accuracy
+    over training images and over the backbone's size where a study varies them; bytes on disk. Plots without a finished
+    run are left out. Returns the files."""
     written, numbers = [], method_numbers(table.cells)
     for backbone, dataset in dict.fromkeys((cell.backbone, cell.dataset) for cell in table.cells):
         cells = [c for c in table.cells if (c.backbone, c.dataset) == (backbone, dataset) and c.mean is not None]
         name = folder_name(f"{backbone}-{dataset}")
         drawn = {
-            f"{name}-parameters.svg": parameters_plot(cells, numbers),
-            f"{name}-curves.svg": curves_plot(cells, x_title, numbers),
+            f"{name}-parameters": parameters_plot(cells, numbers),
+            f"{name}-curves": curves_plot(cells, x_title, numbers),
         }
-        for file, svg in drawn.items():
-            if svg is not None:
-                write_text(Path(folder) / file, standalone(svg, SIZE))
-                written.append(Path(folder) / file)
+        written += [_write(folder, file, svg, SIZE) for file, svg in drawn.items() if svg is not None]
+    for panel in [*image_panels(table), *size_panels(table)]:
+        svg = panel_plot(panel, numbers, SIZE)
+        written += [_write(folder, panel.name, svg, SIZE)] if svg is not None else []
+    for backbone, rows in study_storage(table.cells, table.sources).items():
+        svg, size = storage_plot(rows, numbers)
+        written.append(_write(folder, f"{folder_name(backbone)}-storage", svg, size))
     return written
+
+
+def _write(folder: str | os.PathLike, name: str, svg: str, size: tuple[int, int]) -> Path:
+    file = Path(folder) / f"{name}.svg"
+    write_text(file, standalone(svg, size))
+    return file
 
 
 def method_numbers(cells: Sequence[Cell]) -> dict[str, int]:
@@ -52,11 +65,6 @@ def parameters_plot(cells: Sequence[Cell], numbers: Mapping[str, int], size: tup
         return None
     title = accuracy_title(cells)
     return scatter(points, "trained parameters, head included", title, count_text, size, to_hundred=False)
-
-
-def accuracy_title(cells: Sequence[Cell]) -> str:
-    """The axis of accuracies: "test accuracy, %"."""
-    return f"{measured_text(cells).replace('top-1', 'accuracy')}, %"
 
 
 def curves_plot(cells: Sequence[Cell], x_title: str, numbers: Mapping[str, int]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from deltalens.studies.study import (
     folder_name,
 )
 from deltalens.studies.study_yaml import Document, Place
+from deltalens.studies.training_amounts import AMOUNTS, read_amounts, with_amounts
 
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
-DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download")
+DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download", *AMOUNTS)
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
-FIELDS += ("reference", "scatter")
+FIELDS += ("reference", "scatter", *AMOUNTS)
 
 
 def read_study(path: str | os.PathLike, datasets: Mapping[str, str] | None = None) -> Study:
@@ -53,18 +54,19 @@ class _Reader:
             if not top.get(name):
                 raise self.document.error((), f"{name} is missing; a study has {', '.join(FIELDS)}")
         rates, fixed = self._rates(top.get("lr"))
+        split = self._split(top.get("split") or {})
         study = Study(
             title=self.document.text(top.get("title", self.document.path.stem), ("title",)),
             backbones=self._backbones(top["backbones"]),
             variants=self._variants(top["methods"]),
             seeds=self._seeds(top.get("seeds", [0, 1, 2])),
             training=self._training(top.get("training") or {}),
-            split=self._split(top.get("split") or {}),
+            split=split,
             rates=rates,
             fixed_rate=fixed,
             keep_adapters=self.document.flag(top.get("keep_adapters", True), ("keep_adapters",)),
             x_title=self.document.text(top.get("x_title", "x"), ("x_title",)),
-            datasets=self._datasets(top.get("datasets") or {}, given),
+            datasets=self._datasets(top.get("datasets") or {}, given, top, split.seed),
             reference=top.get("reference"),
             scatter=tuple(top["scatter"]) if isinstance(top.get("scatter"), list) else top.get("scatter"),
         )
@@ -105,9 +107,12 @@ class _Reader:
         self._distinct_folders(found, ("backbones",))
         return tuple(found.values())
 
-    def _datasets(self, value: Any, given: dict[str, str]) -> tuple[DatasetEntry, ...]:
+    def _datasets(
+        self, value: Any, given: dict[str, str], top: Mapping[str, Any], seed: int
+    ) -> tuple[DatasetEntry, ...]:
+        amounts = read_amounts(self.document, top, (), seed)
         entries = self.document.mapping(value, ("datasets",))
-        found: dict[str, DatasetEntry] = {}
+        found: list[DatasetEntry] = []
         for name, entry in entries.items():
             place: Place = ("datasets", name)
             entry = {"path": entry} if isinstance(entry, str) else {} if entry is None else entry
@@ -121,7 +126,7 @@ class _Reader:
             protocol = entry.get("protocol", "val")
             if protocol not in PROTOCOLS:
                 raise self.document.error((*place, "protocol"), f"expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
-            found[name] = DatasetEntry(
+            whole = DatasetEntry(
                 name,
                 self.document.text(folder, place),
                 entry.get("min_crop"),
@@ -130,11 +135,13 @@ class _Reader:
                 protocol,
                 self.document.flag(entry.get("download", False), (*place, "download")),
             )
-        found |= {name: DatasetEntry(name, folder) for name, folder in given.items()}
+            found += with_amounts(whole, read_amounts(self.document, entry, place, seed) or amounts)
+        for name, folder in given.items():
+            found += with_amounts(DatasetEntry(name, folder), amounts)
         if not found:
             raise ValueError(f"{self.document.path} names no datasets: give each as --data NAME=FOLDER")
-        self._distinct_folders(found, ("datasets",))
-        return tuple(found.values())
+        self._distinct_folders([dataset.name for dataset in found], ("datasets",))
+        return tuple(found)
 
     def _variants(self, value: Any) -> tuple[Variant, ...]:
         entries = self.document.mapping(value, ("methods",))
@@ -180,11 +187,11 @@ class _Reader:
             first = min((key for key in settings if named[key]), key=lambda key: named[key].start(), default="method")
             raise self.document.error((*place, first), str(error)) from error
 
-    def _distinct_folders(self, names: Mapping[str, Any], place: Place) -> None:
-        folders: dict[str, str] = {}
-        for name in names:
-            other = folders.setdefault(folder_name(name), name)
-            if other != name:
+    def _distinct_folders(self, names: Iterable[str], place: Place) -> None:
+        folders: dict[str, tuple[int, str]] = {}
+        for number, name in enumerate(names):
+            first, other = folders.setdefault(folder_name(name), (number, name))
+            if first != number:
                 raise self.document.error(
                     (*place, name), f"{name!r} and {other!r} would share the folder {folder_name(name)!r}"
                 )

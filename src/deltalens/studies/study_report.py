@@ -10,14 +10,24 @@ from urllib.parse import quote
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.grid import Grid
 from deltalens.studies.plots import colour
+from deltalens.studies.plots_storage import storage_plot
 from deltalens.studies.report import NO_NETWORK, STYLE
 from deltalens.studies.results import bytes_text, percent_text, seconds_text
 from deltalens.studies.significance import LEVEL, Comparisons, PairedTest, compare_with, rank_methods, tasks_of
+from deltalens.studies.storage import storage_table, study_storage
 from deltalens.studies.study import Study
 from deltalens.studies.study_details import Details, read_details
+from deltalens.studies.study_panels import image_panels, size_panels
 from deltalens.studies.study_plots import method_numbers
 from deltalens.studies.study_report_examples import example_sections
-from deltalens.studies.study_report_plots import MOST_TASKS, curve_figures, parameter_figures, rank_figure, task_figures
+from deltalens.studies.study_report_plots import (
+    MOST_TASKS,
+    curve_figures,
+    panel_figures,
+    parameter_figures,
+    rank_figure,
+    task_figures,
+)
 from deltalens.studies.study_table import RunRow, StudyTable, measured_text, overview
 from deltalens.studies.vtab_table import vtab_rows
 
@@ -44,11 +54,14 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
         _figures(
             "Accuracy against trained parameters", _parameters_note(table), parameter_figures(table.cells, numbers)
         ),
+        _figures("Accuracy against training images", _CURVES_OVER, panel_figures(image_panels(table), numbers)),
+        _figures("Accuracy against the size of the backbone", _CURVES_OVER, panel_figures(size_panels(table), numbers)),
         _two_tasks(table, study, numbers),
         _ranks(table, numbers),
         _tests(table, study, numbers),
         _figures("Validation accuracy during training", _CURVES, curve_figures(table, details, numbers)),
         *example_sections(table, details.examples, details.pictures),
+        *_storage(table, numbers),
         *(_task_table(table, task, numbers) for task in tasks_of(table.cells)),
         _failures(table.rows),
         _run_list(table.rows),
@@ -63,6 +76,7 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
     )
 
 
+_CURVES_OVER = "Mean over seeds; bars are one standard deviation. plots/ has these too."
 _CURVES = "Mean over seeds of the final runs; bands are one standard deviation."
 
 
@@ -168,6 +182,18 @@ def _vtab(table: StudyTable, numbers: dict[str, int]) -> list[str]:
         rows = [[_method(label), *(escape(text) for text in rest)] for label, *rest in body]
         classes = [colour(numbers[label]) for label, *_ in body]
         sections.append(_section(f"VTAB-1k, {backbone}", note, html_table(["Method", *header[1:]], rows, classes)))
+    return sections
+
+
+def _storage(table: StudyTable, numbers: dict[str, int]) -> list[str]:
+    """Bytes on disk for every backbone, where the results say them."""
+    sections = []
+    for backbone, found in study_storage(table.cells, table.sources).items():
+        header, body, note = storage_table(found, not table.vtab_tasks)
+        rows = [[_method(label), *(escape(text) for text in rest)] for label, *rest in body]
+        drawn = html_table(["Method", *header[1:]], rows, [colour(numbers[row.method]) for row in found])
+        figure = f"<figure><figcaption>{escape(backbone)}</figcaption>{storage_plot(found, numbers)[0]}</figure>"
+        sections.append(_section(f"Storage, {backbone}", note, f'{drawn}\n<div class="plots">\n{figure}\n</div>'))
     return sections
 
 

@@ -11,8 +11,9 @@ from deltalens.studies.plots_compare import RankRow, TwoTasks, rank_plot, task_s
 from deltalens.studies.results import count_text
 from deltalens.studies.significance import Ranking, tasks_of
 from deltalens.studies.study_details import Details
-from deltalens.studies.study_plots import accuracy_title, parameters_plot
-from deltalens.studies.study_table import Cell, StudyTable
+from deltalens.studies.study_panels import Panel, panel_plot
+from deltalens.studies.study_plots import parameters_plot
+from deltalens.studies.study_table import Cell, StudyTable, accuracy_title
 
 MOST_TASKS = 12  # with more, only the means over datasets are shown; plots/ has every task
 Numbers = Mapping[str, int]
@@ -48,6 +49,12 @@ def _mean_plot(cells: Sequence[Cell], numbers: Numbers) -> str | None:
         return None
     title = accuracy_title(cells)
     return scatter(points, "trained parameters, head included", title, count_text, to_hundred=False)
+
+
+def panel_figures(panels: Sequence[Panel], numbers: Numbers) -> list[Figure]:
+    """A curve for each method in every panel; none where there are too many panels."""
+    drawn = [(panel.title, panel_plot(panel, numbers)) for panel in panels] if len(panels) <= MOST_TASKS else []
+    return [(title, svg) for title, svg in drawn if svg is not None]
 
 
 def task_figures(cells: Sequence[Cell], pair: tuple[str, str], numbers: Numbers) -> list[Figure]:

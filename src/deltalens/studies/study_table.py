@@ -12,6 +12,7 @@ from deltalens.data.vtab1k import task_of
 from deltalens.studies.grid import Grid
 from deltalens.studies.markdown import markdown_table
 from deltalens.studies.results import percent_text, seconds_text
+from deltalens.studies.storage import storage_parts
 from deltalens.studies.study import Variant
 from deltalens.studies.trial import Run, score
 from deltalens.studies.vtab_table import vtab_parts
@@ -44,6 +45,10 @@ class RunRow:
     message: str | None
     metric: str | None = None
     peak_memory_bytes: int | None = None
+    training_images: int | None = None
+    adapter_bytes: int | None = None
+    backbone_bytes: int | None = None
+    model_bytes: int | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -59,6 +64,8 @@ class Cell:
     seeds. lr: the chosen rate; at_edge: it is the smallest or largest candidate of a search. failures: messages, of
     the searches too. left: final runs that are neither finished nor failed. tested: accuracies are on test
     images. memory: most GPU memory of training in bytes, the mean over runs; None where runs were not on a GPU.
+    training_images: that a run was trained on. adapter_bytes: on disk with the head, the mean over runs;
+    backbone_bytes, model_bytes: of the plain backbone without and with the head; None where the results do not say.
     """
 
     backbone: str
@@ -77,6 +84,10 @@ class Cell:
     metric: str | None = None
     tested: bool = True
     memory: float | None = None
+    training_images: int | None = None
+    adapter_bytes: float | None = None
+    backbone_bytes: int | None = None
+    model_bytes: int | None = None
 
     @property
     def with_head(self) -> int | None:
@@ -120,6 +131,7 @@ class StudyTable:
     cells: list[Cell]
     description: str
     vtab_tasks: dict[str, str] = field(default_factory=dict)  # dataset -> task, where all datasets are VTAB-1k's
+    sources: dict[str, str] = field(default_factory=dict)  # dataset -> the one it is a part of, or itself
 
     # ------------------------------------------------------------------ texts
     def to_csv(self) -> str:
@@ -146,6 +158,7 @@ class StudyTable:
         for backbone, dataset in pairs:
             cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
             parts += [f"## {backbone}, {dataset}", _pair_table(cells), *_notes(cells)]
+        parts += storage_parts(self.cells, self.sources, bool(self.vtab_tasks))
         return "\n\n".join(parts) + "\n"
 
 
@@ -177,7 +190,8 @@ def read_table(grid: Grid) -> StudyTable:
     rows = [_row(grid, run) for run in grid.runs()]
     by_folder = {row.folder: row for row in rows}
     cells = [_cell(grid, [by_folder[_folder(grid, run)] for run in finals], finals) for finals in grid.finals.values()]
-    return StudyTable(grid.study.title, rows, cells, _description(grid), _vtab_tasks(grid))
+    sources = {dataset.name: dataset.source for dataset in grid.study.datasets}
+    return StudyTable(grid.study.title, rows, cells, _description(grid), _vtab_tasks(grid), sources)
 
 
 def _vtab_tasks(grid: Grid) -> dict[str, str]:
@@ -193,6 +207,7 @@ def _folder(grid: Grid, run: Run) -> str:
 def _row(grid: Grid, run: Run) -> RunRow:
     results = run.results() or {}
     test, parameters, seconds = (results.get(key) or {} for key in ("test", "parameters", "seconds"))
+    stored = results.get("bytes") or {}
     return RunRow(
         stage=run.stage,
         backbone=run.backbone.label,
@@ -216,6 +231,10 @@ def _row(grid: Grid, run: Run) -> RunRow:
         message=None if results else run.failure(),
         metric=next((name for name in ("accuracy", "mAP") if name in (test or results.get("val") or {})), None),
         peak_memory_bytes=results.get("peak_memory_bytes"),
+        training_images=(results.get("data") or {}).get("train"),
+        adapter_bytes=stored.get("adapter"),
+        backbone_bytes=stored.get("backbone"),
+        model_bytes=stored.get("model"),
     )
 
 
@@ -227,6 +246,7 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
     failures += [f"seed {row.seed}: {row.message}" for row in rows if row.status == "failed"]
     lr = done[0].lr if done else None
     rates = [each.rate for each in searches]
+    sizes = [row.adapter_bytes for row in done if row.adapter_bytes is not None]
     peaks = [row.peak_memory_bytes for row in done if row.peak_memory_bytes is not None]
     return Cell(
         backbone=run.backbone.label,
@@ -245,6 +265,10 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
         metric=done[0].metric if done else None,
         tested=not done or done[0].test_accuracy is not None,
         memory=statistics.fmean(peaks) if peaks else None,
+        training_images=done[0].training_images if done else None,
+        adapter_bytes=statistics.fmean(sizes) if sizes else None,
+        backbone_bytes=done[0].backbone_bytes if done else None,
+        model_bytes=done[0].model_bytes if done else None,
     )
 
 
@@ -252,6 +276,11 @@ def measured_text(cells: Sequence[Cell]) -> str:
     """What the accuracies of these cells are: "test top-1", "validation mAP"."""
     part = "test" if all(cell.tested for cell in cells) else "validation"
     return f"{part} {'mAP' if any(cell.metric == 'mAP' for cell in cells) else 'top-1'}"
+
+
+def accuracy_title(cells: Sequence[Cell]) -> str:
+    """The axis of accuracies: "test accuracy, %"."""
+    return f"{measured_text(cells).replace('top-1', 'accuracy')}, %"
 
 
 def _description(grid: Grid) -> str:

@@ -185,7 +185,7 @@ class Workplace:
         """What the task of a final run says about the example pictures, which are kept beside the runs."""
         if run.stage == "search":
             return {}
-        keep_pictures(run.study_folder, run.dataset.name, self._splits(run.dataset))
+        keep_pictures(run.study_folder, run.dataset.source, self._splits(run.dataset))
         examples = examples_of(task.eval(), data)
         return {} if examples is None else {"examples": examples.to_dict()}
 
@@ -212,9 +212,9 @@ class Workplace:
         return replace(self.study.training.settings(rate, run.seed, self.workers), accelerator=self.accelerator)
 
     def _splits(self, dataset: DatasetEntry) -> Splits:
-        if dataset.name not in self._read:
+        if dataset.source not in self._read:
             split = self.study.split
-            self._read[dataset.name] = read_data(
+            self._read[dataset.source] = read_data(
                 dataset.path,
                 dataset.format,
                 options=ReadOptions(
@@ -225,9 +225,9 @@ class Workplace:
                     download=dataset.download,
                 ),
             )
-            if dataset.protocol == "trainval" and self._read[dataset.name].test is None:
-                raise ValueError(f"{dataset.name} has no test images, and the protocol trainval leaves none for val")
-        return self._read[dataset.name]
+            if dataset.protocol == "trainval" and self._read[dataset.source].test is None:
+                raise ValueError(f"{dataset.source} has no test images, and the protocol trainval leaves none for val")
+        return self._read[dataset.source]
 
     def _data(self, run: Run, preprocessing: dict[str, Any]) -> Splits:
         """The dataset with its transforms for this backbone, and train and val together where the run asks for it."""
@@ -247,7 +247,7 @@ class Workplace:
                 files.transform, files.mode = transform, mode
                 return keep_in_memory(files, resize)
 
-            splits = splits.joined() if run.joined else splits
+            splits = run.dataset.subset.take(splits.joined() if run.joined else splits)
             train = prepared(splits.train, augment, shrink)
             val = None if splits.val is None else prepared(splits.val, judge, fit_in)
             test = splits.test
@@ -275,6 +275,7 @@ def run_config(study: Study, run: Run) -> dict[str, Any]:
     return {
         "backbone": asdict(run.backbone),
         "dataset": run.dataset.name,
+        **({} if run.dataset.subset.whole else {"training_subset": asdict(run.dataset.subset)}),
         "format": run.dataset.format,
         "protocol": run.dataset.protocol,
         "methods": run.variant.to_dict(),

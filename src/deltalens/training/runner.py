@@ -21,6 +21,7 @@ from deltalens.lifecycle.count import count_parameters
 from deltalens.lifecycle.files import save_pretrained
 from deltalens.lifecycle.info import adapter_info
 from deltalens.lifecycle.state import KEY
+from deltalens.lifecycle.storage import stored_bytes
 from deltalens.training.feature_cache import cached_features
 from deltalens.training.output import Output, is_main_process
 from deltalens.training.settings import PRECISIONS, TrainingSettings
@@ -54,7 +55,8 @@ def fit(
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds",
     "device", "machine", "finished" (date and time, UTC), "settings", "versions", "peak_memory_bytes" of training on a
-    GPU (None elsewhere), and "features" where they were kept.
+    GPU (None elsewhere), "features" where they were kept, and "bytes" where there is a folder (see
+    `deltalens.lifecycle.storage.stored_bytes`).
 
     Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays. Raises
     FeaturesCannotBeKept with cache_features where something is trained or random from the start.
@@ -97,6 +99,7 @@ def fit(
     if place is not None and is_main_process():
         _describe(task, data, results)
         save_pretrained(task.model, place.folder)
+        results["bytes"] = stored_bytes(task.model, place.folder)
         place.write_results(results)
     return results
 
