@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from deltalens.studies.plots import HEIGHT, WIDTH
 from deltalens.studies.study import Study, folder_name
+from deltalens.studies.study_panels import image_panels, panel_plot
 from deltalens.studies.study_plots import SIZE, curves_plot, method_numbers, parameters_plot, standalone
 from deltalens.studies.study_report_plots import task_figures
 from deltalens.studies.study_table import Cell, StudyTable
@@ -43,4 +44,11 @@ def _tasks(table: StudyTable, study: Study) -> dict[str, str | None]:
     return {folder_name(name): standalone(svg, (WIDTH, HEIGHT)) for name, svg in figures}
 
 
-KINDS = {"parameters": _parameters, "curves": _curves, "tasks": _tasks}
+def _images(table: StudyTable, study: Study) -> dict[str, str | None]:
+    """Accuracy over training images, for every backbone and dataset with several parts."""
+    numbers = method_numbers(table.cells)
+    drawn = {panel.name: panel_plot(panel, numbers, SIZE) for panel in image_panels(table)}
+    return {name: standalone(svg, SIZE) if svg else None for name, svg in drawn.items()}
+
+
+KINDS = {"parameters": _parameters, "curves": _curves, "tasks": _tasks, "images": _images}

@@ -109,10 +109,12 @@ def _seeds(cell: Cell) -> str:
 
 
 def body(found: StudyTable) -> str:
-    """The study's own tables; with one task without a heading, and else with headings below the page's."""
+    """The study's own tables, below the page's headings. A single task needs none."""
     _, _, text = found.to_markdown().partition("\n\n")
     tasks = {(cell.backbone, cell.dataset) for cell in found.cells}
-    text = re.sub(r"^## .*\n\n", "", text, flags=re.M) if len(tasks) == 1 else re.sub(r"^## ", "### ", text, flags=re.M)
+    if len(tasks) == 1:
+        text = text.replace(f"## {', '.join(*tasks)}\n\n", "")
+    text = re.sub(r"^## ", "### ", text, flags=re.M)
     return re.sub(r"^\|.*$", lambda row: _narrow(row[0]), text.strip(), flags=re.M)
 
 

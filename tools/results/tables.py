@@ -27,6 +27,12 @@ TABLES = {
             {"tasks": "Test accuracy on groceries against that on objects"},
             kept_features=True,
         ),
+        Table(
+            "data-fraction",
+            {"signs": "cls/sign_digits"},
+            "20 min",
+            {"images": "Test accuracy over training images"},
+        ),
         Adapters(),
     )
 }
