@@ -1,5 +1,6 @@
 """The tables of docs/results.md: how the tool makes them of a study, and that every table of the page was made so."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from picture_folders import write_splits, write_tiny_backbone
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools.results import adapters  # noqa: E402
 from tools.results.__main__ import main, make  # noqa: E402
 from tools.results.page import END, Page  # noqa: E402
 from tools.results.study import Table  # noqa: E402
@@ -114,6 +116,48 @@ def test_nothing_is_written_where_something_is_missing(place, tmp_path):
             page.place(text, "colours")
 
 
+def test_adapters_are_trained_once_and_analysed_where_they_lie(place, tmp_path, monkeypatch):
+    done = []
+
+    def deltalens(words):
+        done.append(words)
+        if words[0] == "train":
+            folder = Path(words[words.index("--output") + 1])
+            folder.mkdir(parents=True)
+            versions = {"torch": "2.15"}
+            results = {
+                "test": {"accuracy": 0.5},
+                "machine": "a machine",
+                "versions": versions,
+                "finished": "2026-11-02",
+            }
+            (folder / "results.json").write_text(json.dumps(results))
+        else:
+            print("drawn in", words[words.index("--output") + 1] if "--output" in words else "no file")
+        return 0
+
+    monkeypatch.setattr(adapters, "deltalens", deltalens)
+    page = Page(tmp_path / "docs/results.md", "pictures")
+    page.file.parent.mkdir()
+    page.file.write_text(TEXT.replace("colours", "adapters"))
+    with pytest.raises(FileNotFoundError, match="needs a finished run in"):
+        adapters.Adapters().make(place, tmp_path / "runs", page, only_page=True)
+    for _ in range(2):
+        adapters.Adapters().make(place, tmp_path / "runs", page)
+    made = block(page, "adapters")
+    assert [words[0] for words in done] == ["train"] * 5 + ["analyze"] * 6
+    assert {file.parent.name for file in (tmp_path / "runs").rglob("results.json")} == set(adapters.TRAINED)
+    assert made.count("\ndeltalens train --data DATA/cls/sign_digits --output RUNS/adapters/") == 5
+    assert "a machine; 2 November 2026; torch 2.15." in made
+    assert "\n| Mona, n = 16 | 50.0 |\n" in made
+    assert "\ndrawn in adapters-embeddings.png\ndrawn in adapters/attention.png\ndrawn in no file\n" in made
+    assert str(tmp_path) not in made
+    monkeypatch.setattr(adapters, "deltalens", lambda words: 1)
+    with pytest.raises(RuntimeError, match=r"analyze embeddings .* failed; the page is as it was"):
+        adapters.Adapters().make(place, tmp_path / "runs", page)
+    assert block(page, "adapters") == made
+
+
 def test_the_list_names_studies_that_can_be_read(capsys, tmp_path):
     main(["--list"])
     printed = capsys.readouterr().out
@@ -121,7 +165,7 @@ def test_the_list_names_studies_that_can_be_read(capsys, tmp_path):
         assert f"{name}\n  needs {', '.join(table.needs)} below --data\n  takes {table.time}" in printed
     for table in STUDIES.values():
         grid = table.grid(tmp_path, tmp_path)
-        assert {dataset.name for dataset in grid.study.datasets} >= set(table.data)
+        assert {dataset.source for dataset in grid.study.datasets} == set(table.data)
         assert grid.counts()["open"] > 10
     with pytest.raises(SystemExit):
         main(["methods"])

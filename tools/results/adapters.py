@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deltalens.cli.main import main as deltalens
-from deltalens.studies.markdown import markdown_table
 from deltalens.training.output import Output
 
 from .page import Page, made_with
@@ -41,28 +40,30 @@ class Adapters:
     def make(self, data: Path, runs: Path, page: Page, only_page: bool = False) -> None:
         """Train what is not trained yet, analyse it, and put what the analyses say on the page. only_page: train
         nothing. Raises RuntimeError where a command fails, FileNotFoundError where only_page misses a run."""
-        place, picture = runs / self.name, page.pictures / f"{self.name}-embeddings.png"
-        outputs = {name: Output(place / name) for name in TRAINED}
-        for (name, output), words in zip(outputs.items(), _trainings(data, place), strict=True):
-            if only_page and not output.finished:
-                raise FileNotFoundError(f"the table {self.name} needs a finished run in {place / name}")
-            if not output.finished:
-                _said([*words, "--resume"] if output.checkpoint.is_file() else words)
-        results = {name: output.read_results() for name, output in outputs.items()}
-        days = sorted(_day(output) for output in outputs.values())
-        shown = [*_trainings(Path("DATA"), Path("RUNS", self.name))]
+        runs.mkdir(parents=True, exist_ok=True)
+        data, picture = data.resolve(), (page.pictures / f"{self.name}-embeddings.png").resolve()
+        place = Path(self.name)
+        with contextlib.chdir(runs):
+            outputs = {name: Output(place / name) for name in TRAINED}
+            for (name, output), words in zip(outputs.items(), _trainings(data, place), strict=True):
+                if only_page and not output.finished:
+                    raise FileNotFoundError(f"the table {self.name} needs a finished run in {runs / place / name}")
+                if not output.finished:
+                    _said([*words, "--resume"] if output.checkpoint.is_file() else words)
+            said = "".join(_said(words) for words in _analyses(data, place, picture))
+            results = {name: output.read_results() for name, output in outputs.items()}
+            days = sorted(_day(output) for output in outputs.values())
+        shown = _trainings(Path("DATA"), Path("RUNS", self.name))
         shown += _analyses(Path("DATA"), Path("RUNS", self.name), Path(picture.name))
         commands = [shlex.join(["deltalens", *words]) for words in shown]
-        said = "".join(_said(words) for words in _analyses(data, place, picture))
-        said = said.replace(str(page.pictures), "").replace(str(place), f"RUNS/{self.name}")
-        accuracy = [[TRAINED[name][0], f"{100 * each['test']['accuracy']:.1f}"] for name, each in results.items()]
+        rows = [f"| {TRAINED[name][0]} | {100 * each['test']['accuracy']:.1f} |" for name, each in results.items()]
         page.put(
             self.name,
             [
                 made_with(self.name, commands, list(results.values()), (days[0], days[-1])),
-                markdown_table(["adapter", "test top-1"], accuracy),
+                "\n".join(["| adapter | test top-1 |", "| --- | ---: |", *rows]),
                 "What the analyses print:",
-                f"```text\n{said.strip()}\n```",
+                f"```text\n{said.replace(str(picture), picture.name).strip()}\n```",
                 f"![t-SNE of what the head reads, under three methods]({page.images}/{picture.name})",
             ],
         )
