@@ -80,7 +80,7 @@ def test_a_table_is_made_completed_and_made_again(place):
     results = {file: file.stat().st_mtime_ns for file in (place / "runs").rglob("results.json")}
     table = study(place, "[0, 1, 2]")
     make(table, place, place / "runs", page, only_page=True)
-    assert "**Incomplete:** 6 of 10 runs are finished. 1 of 3 seeds: Linear, Biases." in block(page)
+    assert "**Incomplete:** 6 of 10 runs are finished. 1 of 3 seeds: every method." in block(page)
     make(table, place, place / "runs", page)
     assert "Incomplete" not in block(page)
     assert all(file.stat().st_mtime_ns == time for file, time in results.items())

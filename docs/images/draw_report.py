@@ -28,7 +28,7 @@ LIGHT = page_colours()
 
 @cache
 def font(size: float, bold: bool) -> ImageFont.FreeTypeFont:
-    file = findfont(FontProperties(FONT, weight="bold" if bold else "normal"))
+    file = findfont(FontProperties(family=FONT, weight="bold" if bold else "normal"))
     return ImageFont.truetype(file, round(20 * size))
 
 
@@ -90,7 +90,7 @@ class Sheet:
             + "\n</svg>"
         )
         file = FOLDER / name
-        subprocess.run(["rsvg-convert", "-o", str(file), "-"], input=svg.encode(), check=True)
+        subprocess.run(["rsvg-convert", "-o", str(file), "/dev/stdin"], input=svg.encode(), check=True)
         Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
@@ -178,9 +178,10 @@ def pictures(sheet: Sheet, page: str) -> None:
         height = width + 10 + 24 + 21.1 * len(lines) + 11
         x, y = LEFT + number % columns * (width + 16), sheet.y
         sheet.card(x, y, width, height)
+        rounded = f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{width + 12:.1f}" rx="12"/>'
         sheet.parts.append(
-            f'<image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{width:.1f}" xlink:href="{source}" '
-            'preserveAspectRatio="xMidYMid slice"/>'
+            f'<clipPath id="top{number}">{rounded}</clipPath><image x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
+            f'height="{width:.1f}" xlink:href="{source}" clip-path="url(#top{number})"/>'
         )
         sheet.text(x + 11, y + width + 25, plain(name), 15, LIGHT["ink"], bold=True)
         for line, (kind, mark, method, said, sure) in enumerate(lines):
@@ -188,7 +189,7 @@ def pictures(sheet: Sheet, page: str) -> None:
             sheet.text(x + 11, base, mark, 12.5, LIGHT[kind], bold=True)
             sheet.text(x + 28, base, plain(method), 12.5, LIGHT["soft"])
             sheet.text(
-                x + width - 52, base, plain(said), 12.5, LIGHT["wrong" if kind == "wrong" else "ink"], True, True
+                x + width - 55, base, plain(said), 12.5, LIGHT["wrong" if kind == "wrong" else "ink"], True, True
             )
             sheet.text(x + width - 11, base, plain(sure), 12.5, LIGHT["soft"], end=True)
         if number % columns == columns - 1 or number == len(cards) - 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 from deltalens.cli.main import main as deltalens
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.grid import Grid
+from deltalens.studies.significance import tasks_of
 from deltalens.studies.study_details import read_details
 from deltalens.studies.study_reader import read_study
 from deltalens.studies.study_table import Cell, StudyTable, read_table
@@ -93,13 +94,16 @@ def incomplete(found: StudyTable) -> str:
     if not states["open"]:
         return ""
     lacking: dict[str, list[str]] = {}
-    tasks = {(cell.backbone, cell.dataset) for cell in found.cells}
-    for cell in found.cells:
-        if cell.left:
-            name = cell.variant.label + (f" ({cell.backbone}, {cell.dataset})" if len(tasks) > 1 else "")
-            lacking.setdefault(_seeds(cell), []).append(name)
-    names = "; ".join(f"{seeds}: {', '.join(methods)}" for seeds, methods in lacking.items())
-    return f"**Incomplete:** {states['finished']} of {len(found.rows)} runs are finished. {names}."
+    tasks = tasks_of(found.cells)
+    for task in tasks:
+        own = [cell for cell in found.cells if (cell.backbone, cell.dataset) == task]
+        where = f" ({', '.join(task)})" if len(tasks) > 1 else ""
+        for seeds in dict.fromkeys(_seeds(cell) for cell in own if cell.left):
+            labels = [cell.variant.label for cell in own if cell.left and _seeds(cell) == seeds]
+            names = "every method" if len(labels) == len(own) > 1 else ", ".join(labels)
+            lacking.setdefault(seeds, []).append(names + where)
+    said = "; ".join(f"{seeds}: {', '.join(names)}" for seeds, names in lacking.items())
+    return f"**Incomplete:** {states['finished']} of {len(found.rows)} runs are finished. {said}."
 
 
 def _seeds(cell: Cell) -> str:
@@ -109,12 +113,18 @@ def _seeds(cell: Cell) -> str:
 
 
 def body(found: StudyTable) -> str:
-    """The study's own tables, below the page's headings. A single task needs none."""
-    _, _, text = found.to_markdown().partition("\n\n")
-    tasks = {(cell.backbone, cell.dataset) for cell in found.cells}
-    if len(tasks) == 1:
-        text = text.replace(f"## {', '.join(*tasks)}\n\n", "")
-    text = re.sub(r"^## ", "### ", text, flags=re.M)
+    """The study's own tables, below the page's headings; tasks without a result are left out, and a single task needs no
+    heading."""
+    head, *sections = re.split(r"^(?=## )", found.to_markdown().partition("\n\n")[2], flags=re.M)
+    tasks = tasks_of(found.cells)
+    for task in tasks:
+        title = f"## {', '.join(task)}\n\n"
+        results = [cell.mean for cell in found.cells if (cell.backbone, cell.dataset) == task]
+        if all(mean is None for mean in results):
+            sections = [section for section in sections if not section.startswith(title)]
+        elif len(tasks) == 1:
+            sections = [section.removeprefix(title) for section in sections]
+    text = re.sub(r"^## ", "### ", "".join([head, *sections]), flags=re.M)
     return re.sub(r"^\|.*$", lambda row: _narrow(row[0]), text.strip(), flags=re.M)
 
 
