@@ -113,8 +113,8 @@ def _seeds(cell: Cell) -> str:
 
 
 def body(found: StudyTable) -> str:
-    """The study's own tables, below the page's headings; tasks without a result are left out, and a single task needs no
-    heading."""
+    """The study's own tables, below the page's headings. Tasks without a result are left out, and a single task needs
+    no heading."""
     head, *sections = re.split(r"^(?=## )", found.to_markdown().partition("\n\n")[2], flags=re.M)
     tasks = tasks_of(found.cells)
     for task in tasks:
