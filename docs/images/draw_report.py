@@ -82,7 +82,7 @@ class Sheet:
         self.y += 31
 
     def save(self, name: str, height: float) -> None:
-        """The upper part of the page as a picture with few colours."""
+        """The page so far as a picture."""
         svg = (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{WIDTH}" '
             f'height="{round(height)}">\n<rect width="100%" height="100%" fill="{LIGHT["page"]}"/>\n'
@@ -91,7 +91,7 @@ class Sheet:
         )
         file = FOLDER / name
         subprocess.run(["rsvg-convert", "-o", str(file), "/dev/stdin"], input=svg.encode(), check=True)
-        Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+        Image.open(file).convert("RGB").save(file, optimize=True)
 
 
 # ------------------------------------------------------------------ the parts of the page
