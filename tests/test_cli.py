@@ -180,7 +180,7 @@ def test_methods_in_yaml(world):
 def test_unknown_commands_and_options_name_the_nearest(capsys):
     assert "did you mean train?" in fails(capsys, ["trian"], 2)
     assert "did you mean --epochs " in fails(capsys, ["train", "--epoch", "3", "--data", "flat", "--output", "x"], 2)
-    assert "did you mean --batch-size?" in fails(capsys, [*TRAIN, "--output", "x", "--batchsize=3"], 2)
+    assert "did you mean --batch-size" in fails(capsys, [*TRAIN, "--output", "x", "--batchsize=3"], 2)
     Path("wrong.yaml").write_text("epoch: 3\n")
     assert "did you mean --epochs " in fails(capsys, ["train", "--config", "wrong.yaml"], 2)
     assert "required" in fails(capsys, ["train", "--data", "flat"], 2)

@@ -1,16 +1,20 @@
 """`deltalens compare`: what is run, what is chosen on which images, what survives a kill, and what the table says."""
 
 import csv
+import re
 import statistics
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from study_fixtures import STUDY, compare, grid_of, results_of, write_study
 
 import deltalens as dl
 from deltalens.studies import trial
+from deltalens.studies.examples import Examples, picture_file, shown_indices
 from deltalens.studies.study_table import read_table
 from deltalens.training import callbacks, fit
 
@@ -147,6 +151,47 @@ def test_a_method_added_later_and_the_table_alone(finished, place, tmp_path):
     assert compare(place, file, output) == 0
     assert len(results_of(output)) == 12
     assert {name: s for name, s in scores(output).items() if "BitFit" not in name} == scores(finished[1])
+
+
+# ------------------------------------------------------------------ example pictures
+def test_final_runs_keep_what_their_adapter_says(finished, place):
+    found = results_of(finished[1])
+    assert {name for name, results in found.items() if "examples" in results} == {n for n in found if "/seed-" in n}
+    files = sorted((place / "photos/test").rglob("*.*g"), key=lambda file: (file.parent.name, file.name))
+    for name in ("tiny/photos/LoRA-+-biases/seed-0", "tiny/photos/LoRA-+-biases/seed-1", "tiny/photos/Linear/seed-1"):
+        examples = Examples.from_dict(found[name]["examples"])
+        assert (examples.part, examples.images) == ("test", len(files))
+        assert [e.index for e in examples.shown] == shown_indices(18)
+        model = dl.from_pretrained(finished[1] / "runs" / name).eval()
+        transform = dl.data.eval_transform(dl.preprocessing(model))
+        for example in examples.shown:
+            file = files[example.index]
+            assert example.true == (file.parent.name,)
+            with torch.no_grad():
+                sure = torch.softmax(model(transform(Image.open(file).convert("RGB"))[None]), 1)[0]
+            assert example.said == ((dl.class_names(model)[int(sure.argmax())], pytest.approx(float(sure.max()))),)
+            kept = np.asarray(Image.open(picture_file(finished[1], "photos", example.index)), float)
+            assert kept.mean((0, 1)) == pytest.approx(np.asarray(Image.open(file), float).mean((0, 1)), abs=6)
+
+
+def test_the_report_shows_them(finished):
+    output = finished[1]
+    html = (output / "report.html").read_text(encoding="utf-8")
+    (part,) = (each for each in html.split("<section>") if "<h2>Example pictures: tiny, photos</h2>" in each)
+    assert "6 of 18 test images" in part
+    cards = re.findall(r'<article class="picture"><img src="data:image/jpeg;base64,[^"]+".*?</article>', part)
+    assert len(cards) == 6
+    found = results_of(output)
+    for number, card in enumerate(cards):
+        for label, folder in (("Linear", "Linear"), ("LoRA + biases", "LoRA-+-biases")):
+            own = Examples.from_dict(found[f"tiny/photos/{folder}/seed-0"]["examples"]).shown[number]
+            assert f"<h3>{own.true[0]}</h3>" in card
+            mark, (name, sure) = "✓" if own.right else "✗", own.said[0]
+            assert (
+                f'{mark}</span><span class="by">{label}</span><b>{name}</b><span class="sure">{100 * sure:.0f} %<'
+                in card
+            )
+    assert not re.search(r"https?:|url\(|@import|<script|\ssrc=\"(?!data:)", html)
 
 
 # ------------------------------------------------------------------ kills, failures, changes

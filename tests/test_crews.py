@@ -1,6 +1,7 @@
 """Workers of a study as processes and as tasks of Ray: who ended, and that nobody is left behind."""
 
 import builtins
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ def all_ended(crew, count) -> dict:
 
 def test_a_crew_says_who_ended_and_how(tmp_path, capfd):
     with LocalCrew(LightJob(tmp_path)) as crew:
+        crew.context = multiprocessing.get_context("spawn")  # a server of earlier tests has their stderr
         for place, worker in enumerate(("end", "raise", "die")):
             crew.start(worker, place)
         assert all_ended(crew, 3) == {"end": None, "raise": "exit code 1", "die": "killed by SIGKILL"}

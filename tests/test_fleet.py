@@ -12,7 +12,6 @@ from pathlib import Path
 
 import filelock
 import pytest
-import torch
 from light_jobs import wait_until
 from study_fixtures import STUDY, compare, grid_of, results_of, write_study
 
@@ -68,14 +67,6 @@ def job_of(place, file, output, **options) -> WatchedJob:
     return WatchedJob(study, output, create_sized_backbone, threads=1, loader_workers=0, **options)
 
 
-def forked(job) -> LocalCrew:
-    """A crew whose workers need not import everything again, where processes may be copied."""
-    crew = LocalCrew(job)
-    if not torch.cuda.is_available():
-        crew.context = multiprocessing.get_context("fork")
-    return crew
-
-
 def outcomes(output: Path) -> dict:
     """All of every result that is not a time, and the tensors."""
     found = {}
@@ -90,7 +81,7 @@ def outcomes(output: Path) -> dict:
 # ------------------------------------------------------------------ workers
 def test_workers_leave_what_one_process_leaves(finished, place, tmp_path):
     job, lines = job_of(place, finished[0], tmp_path / "out", notes=tmp_path / "notes"), []
-    run_study(job, forked(job), 3, show=lines.append)
+    run_study(job, LocalCrew(job), 3, show=lines.append)
     assert outcomes(tmp_path / "out") == outcomes(finished[1])
     done = Counter(folder for _, folder in job.trainings())
     assert len(done) == 6
@@ -108,7 +99,7 @@ def test_a_worker_that_is_killed_and_a_run_that_kills(finished, place, tmp_path)
         place, finished[0], tmp_path / "out", notes=tmp_path / "notes", deadly=((once, 1), (always, 9))
     )  # fmt: skip
     lines = []
-    run_study(job, forked(job), 2, show=lines.append)
+    run_study(job, LocalCrew(job), 2, show=lines.append)
     shown = "\n".join(lines)
     assert shown.count("a worker died (killed by SIGKILL)") == 3
     assert "[8/8] tiny, photos, LoRA + biases, seed 1: failed: it killed the process that trained it 2 times" in shown
@@ -122,7 +113,7 @@ def test_a_worker_that_is_killed_and_a_run_that_kills(finished, place, tmp_path)
 
 def test_two_commands_share_one_folder(finished, place, tmp_path):
     job = job_of(place, finished[0], tmp_path / "out", only=("Linear",), notes=tmp_path / "notes")
-    context = forked(job).context
+    context = LocalCrew(job).context
     commands = [context.Process(target=run_study, args=(job,)) for _ in range(2)]
     for command in commands:
         command.start()

@@ -74,12 +74,12 @@ class Picture:
 
 # ------------------------------------------------------------------ rooms and floors
 FLOORS = [  # from the top of the house down
-    ("cli", "one file per command", "demo train evaluate predict inspect list bench", "upper"),
+    ("cli", "one file per command", "demo train tune compare predict analyze bench", "upper"),
     ("deploy", "export, serving, adapter banks", "planned", "planned"),
-    ("studies", "comparisons, reports, benchmarks", "report plots results benchmarks recipes", "upper"),
+    ("studies", "comparisons, reports, analyses, benchmarks", "study grid trial report plots recipes", "upper"),
     ("training", "the runner, on Lightning", "runner settings optim schedule loaders", "upper"),
-    ("tasks", "model + loss + metrics + decoding", "classification", "upper"),
-    ("data", "one file per format", "image_folder arrays digits splits transforms", "upper"),
+    ("tasks", "model + loss + metrics + decoding", "classification multilabel", "upper"),
+    ("data", "one file per format", "image_folder csv_table vtab1k fgvc splits", "upper"),
     ("lifecycle", "attach, switch, save, load, merge", "attach switch files merge count official peft_format", "core"),
     ("methods", "one file per method", "full linear bitfit lora vpt mona", "core"),
     ("backbones", "one file per family of blocks", "vit swin convnext unknown names shipped", "core"),

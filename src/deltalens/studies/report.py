@@ -158,12 +158,16 @@ def _pictures(comparison: Comparison) -> str:
 
 def _prediction(run: RunResult, number: int, true_name: str) -> str:
     said = run.predictions[number]
-    right = said.name == true_name
+    return said_line(run.method, said.name, f"{100 * said.confidence:.0f} %", said.name == true_name)
+
+
+def said_line(method: str, said: str, confidence: str, right: bool) -> str:
+    """What a method says about a picture, as an item of the list below it."""
     mark, kind, word = ("✓", "right", "correct") if right else ("✗", "wrong", "wrong")
     return (
         f'<li class="{kind}"><span class="mark" title="{word}">{mark}</span>'
-        f'<span class="by">{escape(run.method)}</span>'
-        f'<b>{escape(said.name)}</b><span class="sure">{100 * said.confidence:.0f} %</span></li>'
+        f'<span class="by">{escape(method)}</span>'
+        f'<b>{escape(said)}</b><span class="sure">{escape(confidence)}</span></li>'
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from deltalens.studies.examples import Examples, picture_file
 from deltalens.studies.grid import Grid
 from deltalens.studies.trial import Run, score
 
@@ -14,13 +16,17 @@ from deltalens.studies.trial import Run, score
 @dataclass(frozen=True)
 class Details:
     """curves: (backbone, dataset, method) -> for each finished final run the validation accuracies after its epochs.
-    machines, versions: each that occurred, most frequent first. first, last: days on which runs were finished."""
+    machines, versions: each that occurred, most frequent first. first, last: days on which runs were finished.
+    examples: (backbone, dataset, method) -> what the first seed's adapter says about the example pictures.
+    pictures: (dataset, number of the image) -> its file."""
 
     curves: Mapping[tuple[str, str, str], Sequence[Sequence[float]]] = field(default_factory=dict)
     machines: Sequence[str] = ()
     versions: Sequence[str] = ()
     first: str | None = None
     last: str | None = None
+    examples: Mapping[tuple[str, str, str], Examples] = field(default_factory=dict)
+    pictures: Mapping[tuple[str, int], Path] = field(default_factory=dict)
 
     @property
     def when_and_where(self) -> str:
@@ -38,6 +44,7 @@ def read_details(grid: Grid) -> Details:
     machines: dict[str, int] = {}
     versions: dict[str, int] = {}
     days: set[str] = set()
+    examples: dict[tuple[str, str, str], Examples] = {}
     for run in grid.runs():
         results = run.results()
         if results is None or grid.state(run) != "finished":
@@ -48,13 +55,27 @@ def read_details(grid: Grid) -> Details:
         epochs = [_validation(row) for row in results.get("history") or []]
         if run.stage == "final" and epochs and None not in epochs:
             curves.setdefault(run.cell, []).append(epochs)
+        if run.stage == "final" and run.seed == grid.study.seeds[0] and results.get("examples"):
+            examples[run.cell] = Examples.from_dict(results["examples"])
     return Details(
         curves,
         sorted(machines, key=machines.__getitem__, reverse=True),
         sorted(versions, key=versions.__getitem__, reverse=True),
         min(days, default=None),
         max(days, default=None),
+        examples,
+        _pictures(grid, examples),
     )
+
+
+def _pictures(grid: Grid, examples: Mapping[tuple[str, str, str], Examples]) -> dict[tuple[str, int], Path]:
+    sources = {dataset.name: dataset.source for dataset in grid.study.datasets}  # parts of one share its pictures
+    files = {
+        (dataset, example.index): picture_file(grid.output, sources[dataset], example.index)
+        for (_, dataset, _), own in examples.items()
+        for example in own.shown
+    }
+    return {key: file for key, file in files.items() if file.is_file()}
 
 
 def _validation(row: Mapping[str, float]) -> float | None:

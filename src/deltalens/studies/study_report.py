@@ -21,6 +21,7 @@ from deltalens.studies.study import Study
 from deltalens.studies.study_details import Details, read_details
 from deltalens.studies.study_panels import image_panels, size_panels
 from deltalens.studies.study_plots import method_numbers
+from deltalens.studies.study_report_examples import example_sections
 from deltalens.studies.study_report_plots import (
     MOST_TASKS,
     curve_figures,
@@ -61,6 +62,7 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
         _ranks(table, numbers),
         _tests(table, study, numbers),
         _figures("Validation accuracy during training", _CURVES, curve_figures(table, details, numbers)),
+        *example_sections(table, details.examples, details.pictures),
         *_storage(table, numbers),
         *(_task_table(table, task, numbers) for task in tasks_of(table.cells)),
         _failures(table.rows),

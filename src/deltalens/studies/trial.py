@@ -21,6 +21,7 @@ from deltalens.data.splits import Splits
 from deltalens.data.transforms import eval_resize, eval_transform, image_mode, train_resize, train_transform
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.candidates import Candidate, Values, values_text
+from deltalens.studies.examples import examples_of, keep_pictures
 from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Training, Variant
 from deltalens.tasks import ClassificationTask, task_class
 from deltalens.training import TrainingSettings, fit
@@ -63,6 +64,11 @@ class Run:
     def cell(self) -> tuple[str, str, str]:
         """What the runs of one method on one backbone and dataset share."""
         return self.backbone.label, self.dataset.name, self.variant.label
+
+    @property
+    def study_folder(self) -> Path:
+        """The study's output, of which `folder` is runs/BACKBONE/DATASET/METHOD/NAME."""
+        return self.folder.parents[4]
 
     @property
     def joined(self) -> bool:
@@ -192,8 +198,8 @@ class Workplace:
             resume=not again,
             overwrite=again,
             config=run_config(self.study, run, values),
-            facts={"values": dict(values)},
             cache_features=features,
+            more_results=lambda: {"values": dict(values)} | self._examples(run, task, data),
         )
 
     def test_trained(self, run: Run, trained: Run) -> dict[str, Any]:
@@ -211,10 +217,19 @@ class Workplace:
             results["data"]["test"] = len(data.test)
             measured = {f"test {name}": value for name, value in results["test"].items() if name != "loss"}
             dl.adapter_info(model)["metrics"] |= measured
+        results |= self._examples(run, task, data)
         dl.save_pretrained(model, run.folder)
         write_text(output.metrics, as_csv(results["history"]))
         output.write_results(results | {"values": dict(values), "trained_in": trained.folder.name})
         return results
+
+    def _examples(self, run: Run, task: ClassificationTask, data: Splits) -> dict[str, Any]:
+        """What the task of a final run says about the example pictures, which are kept beside the runs."""
+        if run.stage == "search":
+            return {}
+        keep_pictures(run.study_folder, run.dataset.source, self._splits(run.dataset))
+        examples = examples_of(task.eval(), data)
+        return {} if examples is None else {"examples": examples.to_dict()}
 
     # ------------------------------------------------------------------ model and data
     def _model(self, run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:

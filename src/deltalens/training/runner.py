@@ -36,9 +36,9 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     config: dict[str, Any] | None = None,
-    facts: dict[str, Any] | None = None,
     cache_features: str | os.PathLike | None = None,
     after_epoch: Callable[[dict[str, float]], None] | None = None,
+    more_results: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train the trainable parameters of a task in place. Returns the results, which are also `results.json`.
     The task is left on the CPU, in eval mode.
@@ -48,10 +48,11 @@ def fit(
     adapter (`task.model` must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing.
     resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on one CPU thread bit for
     bit, on several and on a GPU with `settings.deterministic`. See `Output.check` for what is refused. config: written
-    to `config.yaml`. facts: written into the results as they are. cache_features: a folder in which the features of a
-    network that is frozen up to its last blocks or its head are kept and read from, instead of being computed in every
-    epoch (see `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch: called with the row of
-    every finished epoch, before its checkpoint is written; what it raises ends the training.
+    to `config.yaml`. cache_features: a folder in which the features of a network that is frozen up to its last blocks
+    or its head are kept and read from, instead of being computed in every epoch (see
+    `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch: called with the row of every
+    finished epoch, before its checkpoint is written; what it raises ends the training. more_results: called when the
+    task is trained and tested; what it gives is added to the results.
 
     Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds" (all
     epochs and the last start; what a stop has lost does not count), "device", "machine", "finished" (date and time,
@@ -98,9 +99,9 @@ def fit(
         "settings": vars(settings),
         "versions": _versions(),
         **features,
-        **(facts or {}),
         "history": rows,
     }
+    results |= more_results() if more_results else {}
     if place is not None and is_main_process():
         _describe(task, data, results)
         save_pretrained(task.model, place.folder)

@@ -1,0 +1,43 @@
+"""The tables of docs/results.md."""
+
+from __future__ import annotations
+
+from .adapters import Adapters
+from .study import Table
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "methods",
+            {"signs": "cls/sign_digits"},
+            "1 h 50 min",
+            {"parameters": "Test accuracy against trained parameters"},
+        ),
+        Table(
+            "ablations",
+            {"signs": "cls/sign_digits"},
+            "25 min",
+            {"curves": "Test accuracy over prompts, prompted blocks, and bottleneck"},
+        ),
+        Table(
+            "two-tasks",
+            {"grocery": "cls/grocery43", "caltech": "cls/caltech101"},
+            "40 min",
+            {"tasks": "Test accuracy on groceries against that on objects"},
+            kept_features=True,
+        ),
+        Table(
+            "data-fraction",
+            {"signs": "cls/sign_digits"},
+            "20 min",
+            {"images": "Test accuracy over training images"},
+        ),
+        Adapters(),
+    )
+}
+
+
+def describe(table: Table | Adapters) -> str:
+    """What --list says."""
+    return f"{table.name}\n  needs {', '.join(table.needs)} below --data\n  takes {table.time} of one CPU core"
