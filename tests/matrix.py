@@ -137,12 +137,14 @@ def walk(make: Callable[[], nn.Module], x: torch.Tensor, row: str, folder: Path)
 
     if isinstance(model, dl.ZeroShotClassifier):  # its classes are texts, not a head
         dl.attach(model, dl.BitFitConfig(), name="other")
+        classes = model.num_classes
     else:
-        dl.attach(model, dl.LinearConfig(), name="other", num_classes=3)
+        classes = 3
+        dl.attach(model, dl.LinearConfig(), name="other", num_classes=classes)
     randomize_adapter(model)
     with torch.no_grad():
         other = logits_of(model.eval()(x))
-        assert other.shape == (len(x), model.num_classes)
+        assert other.shape == (len(x), classes)
         assert other.shape != expected.shape or not torch.equal(other, expected)
         dl.set_adapter(model, "default")
         assert torch.equal(logits_of(model.eval()(x)), expected), "switching there and back changed the adapter"

@@ -55,7 +55,7 @@ def test_the_first_final_run_equals_one_trained_anew(finished, place):
         from deltalens.cli.sized_backbone import create_sized_backbone
 
         workplace = trial.Workplace(grid.study, create_sized_backbone)
-        model, preprocessing = workplace._model(run, 3)
+        model, preprocessing = workplace._model(run, ["a", "b", "c"])
         dl.attach(model, methods)
         values = results["values"]
         task, data = workplace._task(run, model, preprocessing, values)

@@ -169,7 +169,9 @@ def test_vision_tower_of_a_two_tower_model():
     output.logits_per_image.sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "delta" in n)
     whole = tiny("CLIPModel")
-    dl.attach(whole, dl.MonaConfig(bottleneck=4))
+    with pytest.raises(TypeError, match="plain sequence"):
+        dl.attach(whole, dl.MonaConfig(bottleneck=4))
+    dl.attach(whole, dl.MonaConfig(bottleneck=4), tower="vision")
     assert all("vision_model" in n for n, p in whole.named_parameters() if p.requires_grad)
 
 
