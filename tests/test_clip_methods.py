@@ -125,6 +125,12 @@ def test_mma_pairs_towers_of_different_depth_from_the_top():
     assert clip.get_submodule(text) is clip.get_submodule(vision)
 
 
+@pytest.mark.parametrize("beyond", [{"start": 5}, {"start": 2, "end": 5}])
+def test_mma_beyond_the_last_block(beyond):
+    with pytest.raises(ValueError, match="=5 is beyond the 4 blocks of CLIP's towers"):
+        dl.attach(open_clip_model(), MMAConfig(**beyond))
+
+
 def test_mma_in_half_precision():
     """Under autocast the stream is float32 from the first adapter on; a model in bfloat16 is refused."""
     model = zero_shot()

@@ -127,8 +127,12 @@ class MMAConfig(Method):
         vision, text = _pair_of_towers(anatomy)
         depth = min(len(vision.blocks), len(text.blocks))
         end = depth if self.end is None else self.end
-        if end > depth:
-            raise ValueError(f"end={end} is beyond the {depth} blocks of {type(anatomy.model).__name__}'s towers")
+        beyond = {"start": self.start, "end": end}
+        for name, number in beyond.items():
+            if number > depth:
+                raise ValueError(
+                    f"{name}={number} is beyond the {depth} blocks of {type(anatomy.model).__name__}'s towers"
+                )
         chosen = [tower for tower in (vision, text) if self.towers in ("both", tower.name)]
         for number in range(self.start, end + 1):
             shared = nn.Linear(self.bottleneck, self.bottleneck) if self.shared else None
