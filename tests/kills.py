@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from deltalens.lifecycle.atomic import is_leftover
@@ -181,6 +182,11 @@ def check_whole(folder: Path) -> None:
         READERS[file.suffix](file)
 
 
+def _picture(file: Path) -> None:
+    with Image.open(file) as picture:
+        picture.load()
+
+
 def _database(file: Path) -> None:
     with sqlite3.connect(file) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -206,6 +212,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     ".csv": _text,
     ".md": _text,
     ".tex": _text,
+    ".jpg": _picture,
+    ".lock": lambda file: None,  # empty
 }
 
 
