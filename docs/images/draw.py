@@ -1,76 +1,16 @@
-"""Draw the SVG pictures of the documentation: python docs/images/draw.py
-
-Every picture is a card with its own background that follows the reader's light or dark colour scheme.
-"""
+"""Draw the SVG pictures of the documentation: python docs/images/draw.py"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 FOLDER = Path(__file__).parent
-STYLE = """
-text { font: 13px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #1f2328; }
-.mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.small { font-size: 11.5px; } .title { font-weight: 600; font-size: 14px; } .faint { fill: #59636e; }
-.card { fill: #ffffff; stroke: #d1d9e0; }
-.frozen { fill: #eaeef2; stroke: #818b98; } .slot { fill: #fff8e8; stroke: #bf7b1d; stroke-dasharray: 4 3; }
-.used { fill: #ffdfb0; stroke: #b35900; stroke-width: 1.6; } .core { fill: #e3eefc; stroke: #4a7ebb; }
-.room { fill: #ffffff; stroke: #b6c2cf; } .blue .room { stroke: #9dbde3; } .planned { opacity: .55; }
-.line { fill: none; stroke: #59636e; stroke-width: 1.4; } .stream { stroke-width: 2.4; }
-.tip { fill: #59636e; } .sum { fill: #ffffff; stroke: #59636e; stroke-width: 1.4; }
-@media (prefers-color-scheme: dark) {
-text { fill: #e6edf3; } .faint { fill: #9aa6b2; } .card { fill: #151a20; stroke: #39424d; }
-.frozen { fill: #262e38; stroke: #75808d; } .slot { fill: #2b2213; stroke: #d69a3e; }
-.used { fill: #5c3a0c; stroke: #f0a94a; } .core { fill: #16263b; stroke: #5b8fcc; }
-.room { fill: #1d242c; stroke: #48535f; } .blue .room { stroke: #3d6596; }
-.line { stroke: #9aa6b2; } .tip { fill: #9aa6b2; } .sum { fill: #151a20; stroke: #9aa6b2; }
-}"""
+sys.path.insert(0, str(FOLDER))
 
-
-class Picture:
-    """Collects shapes; `save` writes them as one SVG file."""
-
-    def __init__(self, width: int, height: int, title: str):
-        self.width, self.height, self.title = width, height, title
-        self.shapes: list[str] = []
-
-    def text(self, x: float, y: float, words: str, look: str = "", anchor: str = "middle") -> None:
-        self.shapes.append(f'<text class="{look}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>')
-
-    def box(
-        self, x: float, y: float, w: float, h: float, words: str = "", look: str = "frozen", font: str = ""
-    ) -> None:
-        self.shapes.append(f'<rect class="{look}" x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="5"/>')
-        lines = words.split("\n") if words else []
-        for i, line in enumerate(lines):
-            self.text(x + w / 2, y + h / 2 + 4.5 + 15 * (i - (len(lines) - 1) / 2), line, font)
-
-    def line(self, *points: tuple[float, float], tip: bool = True, look: str = "line") -> None:
-        path = "M" + " L".join(f"{x:g} {y:g}" for x, y in points)
-        marker = ' marker-end="url(#tip)"' if tip else ""
-        self.shapes.append(f'<path class="{look}" d="{path}"{marker}/>')
-
-    def sum(self, x: float, y: float) -> None:
-        """A circled plus."""
-        self.shapes.append(f'<circle class="sum" cx="{x:g}" cy="{y:g}" r="9"/>')
-        self.line((x - 5, y), (x + 5, y), tip=False)
-        self.line((x, y - 5), (x, y + 5), tip=False)
-
-    def dot(self, x: float, y: float) -> None:
-        self.shapes.append(f'<circle class="tip" cx="{x:g}" cy="{y:g}" r="3.2"/>')
-
-    def save(self, name: str) -> None:
-        svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
-            f'height="{self.height}" role="img"><title>{escape(self.title)}</title><style>{STYLE}</style>'
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-            'markerUnits="userSpaceOnUse" orient="auto"><path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>\n'
-            f'<rect class="card" x=".5" y=".5" width="{self.width - 1}" height="{self.height - 1}" rx="8"/>\n'
-        )
-        (FOLDER / name).write_text(svg + "\n".join(self.shapes) + "\n</svg>\n", encoding="utf-8")
-
+from picture import Picture, spread, width_of  # noqa: E402
+from towers import TowersPicture  # noqa: E402
 
 # ------------------------------------------------------------------ rooms and floors
 FLOORS = [  # from the top of the house down
@@ -117,7 +57,7 @@ def architecture() -> None:
         f'transform="rotate(-90 20 {(top + bottom) / 2:g})">a file imports from lower floors only</text>'
     )
     picture.text(52, bottom + 16, "blue: the core, which imports torch and timm only", "small faint", "start")
-    picture.save("architecture.svg")
+    picture.save(FOLDER / "architecture.svg")
 
 
 # ------------------------------------------------------------------ a block with all its slots
@@ -190,7 +130,7 @@ def slots() -> None:
         picture.box(436, join + 8 + 30 * i, 24, 18, "", look)
         picture.text(470, join + 21 + 30 * i, words, "small", "start")
     picture.height = int(join + 138)
-    picture.save("slots.svg")
+    picture.save(FOLDER / "slots.svg")
 
 
 # ------------------------------------------------------------------ what one method uses
@@ -221,22 +161,6 @@ PLACES = {  # place -> what a picture shows there; its words go into the box
 BRANCHES = ("attention", "mlp")
 
 
-def width_of(words: str, least: float = 44) -> float:
-    """Of a box with these words in the small font."""
-    return max(least, 6.5 * max(len(line) for line in words.split("\n")) + 16)
-
-
-def spread(places: dict[str, str]) -> dict[str, str]:
-    """`*.stream` stands for `attention.stream` and `mlp.stream`. KeyError for a place that pictures do not have."""
-    found = {}
-    for place, words in places.items():
-        branch, _, rest = place.partition(".")
-        if place not in PLACES and not (branch in BRANCHES and f"*.{rest}" in PLACES):
-            raise KeyError(f"no place {place!r} in pictures of methods; there are: {', '.join(PLACES)}")
-        found |= {f"{name}.{rest}": words for name in BRANCHES} if branch == "*" else {place: words}
-    return found
-
-
 class MethodPicture(Picture):
     """A block and the head from left to right; `x` is how far the stream has come."""
 
@@ -244,7 +168,7 @@ class MethodPicture(Picture):
 
     def __init__(self, title: str, places: dict[str, str]):
         super().__init__(760, 236, title)
-        self.places, self.x, self.lowest = spread(places), 32.0, self.stream
+        self.places, self.x, self.lowest = spread(places, PLACES, BRANCHES), 32.0, self.stream
 
     def on_stream(self, place: str) -> None:
         """A box on the stream, where the place is used."""
@@ -367,145 +291,12 @@ class MethodPicture(Picture):
         width = max(56, 1.2 * width_of(head))
         self.box(self.x, line - 18, width, 36, head, "used")
         self.x += width
-        self.legend()
+        self.end()
 
-    def legend(self) -> None:
-        x, y = 22.0, max(210.0, self.lowest + 14)
-        for kind, words in (("frozen", "frozen"), ("used", "trained and saved")):
-            self.box(x, y, 22, 16, "", kind)
-            self.text(x + 30, y + 13, words, "small", "start")
-            x += 100
-        if "note" in self.places:
-            self.text(x + 52, y + 13, self.places["note"], "small faint", "start")
-            x += 52 + 6.2 * len(self.places["note"])
+    def end(self) -> None:
+        y = max(210.0, self.lowest + 14)
+        x = self.legend(y, self.places.get("note", ""))
         self.width, self.height = int(max(self.x + 22, x + 10, 420)), int(y + 26)
-
-
-# ------------------------------------------------------------------ what a method of two towers uses
-TOWER_PLACES = {  # place -> what a picture shows there; its words go into the box
-    "words": "the box where texts enter, with its own words",
-    "*.tokens": "a box on the stream behind the embedding",
-    "*.lower": "a box on the inner side of the lower blocks",
-    "*.upper": "a box beside the upper blocks, from before them to a sum behind",
-    "*.weights": "a box on the inner side of either blocks",
-    "*.output": "a box on the features",
-    "shared": "a box between the two of `*.upper`",
-    "couples": "words at an arrow from what the text tower has to the image tower's, lower and tokens",
-    "meta": "a box that reads the image features and leads to the words",
-    "logits": "a box behind the cosines",
-    "loss": "a box that reads the logits",
-    "note": "words in the legend",
-}
-TOWERS = ("text", "image")
-
-
-class TowersPicture(Picture):
-    """Two towers from left to right, texts above and images below, and their cosines."""
-
-    rows = {"text": 50.0, "image": 222.0}
-    middle = 136.0
-
-    def __init__(self, title: str, places: dict[str, str]):
-        super().__init__(806, 300, title)
-        self.places: dict[str, str] = {}
-        for place, words in places.items():
-            tower, _, rest = place.partition(".")
-            if place not in TOWER_PLACES and not (tower in TOWERS and f"*.{rest}" in TOWER_PLACES):
-                known = ", ".join(TOWER_PLACES)
-                raise KeyError(f"no place {place!r} in pictures of two towers; there are: {known}")
-            self.places |= {f"{name}.{rest}": words for name in TOWERS} if tower == "*" else {place: words}
-
-    def used(self, place: str, x: float, y: float, height: float = 26) -> tuple[float, float]:
-        """A box centred there, with the words of the place; (its left, its right)."""
-        width = width_of(self.places[place])
-        self.box(x - width / 2, y - height / 2, width, height, self.places[place], "used", "small")
-        return x - width / 2, x + width / 2
-
-    def inner(self, tower: str, distance: float) -> float:
-        """The height so far from a tower's stream towards the other tower."""
-        return self.rows[tower] + (distance if tower == "text" else -distance)
-
-    def tower(self, name: str) -> None:
-        y, places = self.rows[name], self.places
-        self.text(16, y + 5, name, "title", "start")
-        self.line((66, y), (82, y))
-        words, look = ("a photo of\na {name}.", "frozen") if name == "text" else ("patch\nembedding", "frozen")
-        if name == "text" and "words" in places:
-            words, look = places["words"], "used"
-        self.box(82, y - 21, 110, 42, words, look, "small")
-        x = 192.0
-        if f"{name}.tokens" in places:
-            left, right = self.used(f"{name}.tokens", 252, y, 30)
-            self.line((x, y), (left, y), look="line stream")
-            x = right
-        self.line((x, y), (314, y), look="line stream")
-        self.box(314, y - 21, 92, 42, "lower blocks", "frozen", "small")
-        self.line((406, y), (446, y), look="line stream")
-        self.box(446, y - 21, 92, 42, "upper blocks", "frozen", "small")
-        for blocks, at in (("lower", 360), ("upper", 492)):
-            if f"{name}.weights" in places:
-                self.used(f"{name}.weights", at, self.inner(name, 48))
-                self.line((at, self.inner(name, 35)), (at, self.inner(name, 22)))
-            elif blocks == "lower" and f"{name}.lower" in places:
-                self.used(f"{name}.lower", at, self.inner(name, 48))
-                self.line((at, self.inner(name, 35)), (at, self.inner(name, 22)))
-        x = 538.0
-        if f"{name}.upper" in places:
-            beside = self.inner(name, 44)
-            left, right = self.used(f"{name}.upper", 492, beside)
-            self.dot(426, y)
-            self.line((426, y), (426, beside), (left, beside))
-            self.line((right, beside), (562, beside), (562, self.inner(name, 10)))
-            self.line((x, y), (553, y), look="line stream", tip=False)
-            self.sum(562, y)
-            x = 571.0
-        if f"{name}.output" in places:
-            left, right = self.used(f"{name}.output", 622, y, 30)
-            self.line((x, y), (left, y), look="line stream")
-            x = right
-        self.line((x, y), (688, y), (688, self.middle - (18 if name == "text" else -18)), look="line stream")
-
-    def draw(self) -> None:
-        places, middle = self.places, self.middle
-        for name in TOWERS:
-            self.tower(name)
-        self.box(658, middle - 18, 60, 36, "cosines", "frozen", "small")
-        x = 718.0
-        if "logits" in places:
-            left, right = self.used("logits", x + 20 + width_of(places["logits"]) / 2, middle, 30)
-            self.line((x, middle), (left, middle), look="line stream")
-            x = right
-        self.line((x, middle), (x + 22, middle), look="line stream")
-        self.text(x + 27, middle + 5, "logits", "title", "start")
-        self.width = int(max(self.width, x + 86))
-        if "loss" in places:
-            self.used("loss", 600, middle)
-            self.line((600 + width_of(places["loss"]) / 2, middle), (656, middle), tip=False)
-        if "shared" in places:
-            self.used("shared", 492, middle)
-            for name in TOWERS:
-                self.line((492, middle - (13 if name == "text" else -13)), (492, self.inner(name, 57)))
-        if "couples" in places:
-            self.line((137, self.rows["text"] + 21), (137, middle), (252, middle), (252, self.rows["image"] - 15))
-            self.line((360, self.inner("text", 61)), (360, self.inner("image", 61)))
-            for at in (258, 366):
-                self.text(at, middle + 18, places["couples"], "small faint", "start")
-        if "meta" in places:
-            y = self.rows["image"]
-            self.dot(600, y)
-            left, right = self.used("meta", 366, middle)
-            self.line((600, y), (600, middle), (right, middle))
-            self.line((left, middle), (137, middle), (137, self.rows["text"] + 21))
-        self.legend()
-
-    def legend(self) -> None:
-        x, y = 22.0, 268.0
-        for kind, words in (("frozen", "frozen"), ("used", "trained and saved")):
-            self.box(x, y, 22, 16, "", kind)
-            self.text(x + 30, y + 13, words, "small", "start")
-            x += 100
-        if "note" in self.places:
-            self.text(x + 52, y + 13, self.places["note"], "small faint", "start")
 
 
 def draw_all() -> None:
@@ -516,7 +307,7 @@ def draw_all() -> None:
     for name, (title, places, *towers) in described.items():
         picture = (TowersPicture if towers else MethodPicture)(title, places)
         picture.draw()
-        picture.save(f"method-{name}.svg")
+        picture.save(FOLDER / f"method-{name}.svg")
 
 
 if __name__ == "__main__":
