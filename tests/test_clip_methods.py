@@ -3,17 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_models import NAMES, VECTORS, hf_model, open_clip_model, vectors, zero_shot
+from clip_checks import MODELS, trained
+from clip_models import NAMES, VECTORS, open_clip_model, vectors, zero_shot
 
 import deltalens as dl
 from deltalens.methods import CoCoOpConfig, CoOpConfig, MMAConfig
 
 needs_vectors = pytest.mark.skipif(not VECTORS.exists(), reason="needs ../shared/reference_vectors")
-MODELS = {"open_clip": open_clip_model, "transformers": hf_model}
-
-
-def _trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -39,9 +35,9 @@ def _mma(case, make=open_clip_model, **settings):
     numbers = {"start": int(given["start"]), "end": int(given["end"]), "bottleneck": int(given["dim"])}
     model = zero_shot(clip=make())
     dl.attach(model, MMAConfig(**numbers, alpha=float(given["scale"]), **settings))
-    trained = _trained(model)
-    _fill(trained, {name: given[f"adapter.{_official_mma(name)}"] for name in trained})
-    return model.train(), given, trained
+    parameters = trained(model)
+    _fill(parameters, {name: given[f"adapter.{_official_mma(name)}"] for name in parameters})
+    return model.train(), given, parameters
 
 
 @needs_vectors
@@ -51,7 +47,7 @@ def _mma(case, make=open_clip_model, **settings):
 def test_published_mma(case, make, decoupled):
     if case == "k0" and make == "transformers":
         pytest.skip("the order of blocks and embeddings is the same code")
-    model, given, trained = _mma(case, MODELS[make], decoupled=decoupled)
+    model, given, parameters = _mma(case, MODELS[make], decoupled=decoupled)
     inputs = vectors("clip_inputs")
     logits = model(inputs["images"])
     torch.testing.assert_close(logits, given["logits"], atol=5e-5, rtol=1e-5)
@@ -59,7 +55,7 @@ def test_published_mma(case, make, decoupled):
     torch.testing.assert_close(loss, given["loss"].squeeze(), atol=1e-5, rtol=1e-5)
     loss.backward()
     kind = "grad" if decoupled else "grad_plain"
-    for name, parameter in trained.items():
+    for name, parameter in parameters.items():
         wanted = given[f"{kind}.{_official_mma(name)}"]
         worst = float((parameter.grad - wanted).abs().max() / wanted.abs().max())
         assert worst < 2e-4, (name, worst)
@@ -67,16 +63,16 @@ def test_published_mma(case, make, decoupled):
 
 @needs_vectors
 def test_published_steps_of_mma():
-    model, given, trained = _mma("a05")
+    model, given, parameters = _mma("a05")
     inputs = vectors("clip_inputs")
-    optimizer = torch.optim.SGD(trained.values(), lr=0.0015, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.0015, momentum=0.9, weight_decay=5e-4)
     for wanted in given["sgd3.losses"]:
         loss = F.cross_entropy(model(inputs["images"]), inputs["labels"])
         torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for name, parameter in trained.items():
+    for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, given[f"sgd3.adapter.{_official_mma(name)}"], atol=1e-6, rtol=1e-4)
 
 
@@ -115,7 +111,7 @@ def test_mma_pairs_towers_of_different_depth_from_the_top():
     vision = CLIPVisionCfg(layers=6, width=32, head_width=16, patch_size=16, image_size=32)
     clip = CLIP(16, vision, CLIPTextCfg(vocab_size=30, width=16, heads=1, layers=3))
     dl.attach(clip, MMAConfig(start=2, bottleneck=4))
-    blocks = sorted({name.partition(".delta")[0] for name in _trained(clip)})
+    blocks = sorted({name.partition(".delta")[0] for name in trained(clip)})
     assert blocks == [
         *(f"transformer.resblocks.{i}" for i in (1, 2)),
         *(f"visual.transformer.resblocks.{i}" for i in (4, 5)),
@@ -171,7 +167,7 @@ def test_published_coop(position, per_class, make):
     given, inputs, case = vectors("clip_coop"), vectors("clip_inputs"), f"csc{int(per_class)}.{position}"
     model = zero_shot(clip=MODELS[make]())
     dl.attach(model, CoOpConfig(num_words=4, position=position, per_class=per_class))
-    ((_, ctx),) = _trained(model).items()
+    ((_, ctx),) = trained(model).items()
     assert ctx.shape == given[f"{case}.ctx"].shape
     with torch.no_grad():
         ctx.copy_(given[f"{case}.ctx"])
@@ -209,12 +205,12 @@ def test_published_cocoop(make):
     model = zero_shot(clip=MODELS[make]())
     dl.attach(model, CoCoOpConfig(init=None, num_words=4))
     (module,) = model.live("text.context")
-    trained = dict(module.named_parameters())
-    _fill(trained, {name: given[f"param.{name}"] for name in trained})
+    parameters = dict(module.named_parameters())
+    _fill(parameters, {name: given[f"param.{name}"] for name in parameters})
     logits = model.train()(inputs["images"])
     torch.testing.assert_close(logits, given["logits"], atol=2e-5, rtol=1e-5)
     F.cross_entropy(logits, inputs["labels"]).backward()
-    for name, parameter in trained.items():
+    for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.grad, given[f"grad.{name}"], atol=1e-6, rtol=1e-3)
 
 

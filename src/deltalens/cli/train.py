@@ -47,9 +47,9 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--img-size", type=int | None, default=None, help="input size in pixels, where the model allows another")
     add(
         "--templates",
-        type=list[str] | None,
+        type=list[str] | str | None,
         default=None,
-        help="make the classes texts, as in CLIP: one or more like 'a photo of a {}.'; for models with a text tower",
+        help="make the classes texts, as in CLIP: 'a photo of a {}.', or a list of such; for models with a text tower",
     )
     add("--tower", type=str | None, default=None, help="adapt only this tower of a model with several: vision, text")
     add_method_argument(parser)
