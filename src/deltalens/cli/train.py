@@ -57,8 +57,8 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         "--format",
         type=str,
         default="auto",
-        help="folder, csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, voc2007, voc2007/single, torchvision/<Name>; "
-        "auto goes by the files",
+        help="folder, csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, coop/<dataset>, voc2007, voc2007/single, "
+        "torchvision/<Name>; auto goes by the files",
     )
     add(
         "--protocol",
@@ -67,6 +67,19 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         help="trainval trains on train and val together, for a last run whose settings were chosen before",
     )
     add("--download", type=bool, default=False, help="fetch the data where a format knows how")
+    add("--shots", type=int | None, default=None, help="so many training images of every class, drawn by --seed")
+    add(
+        "--stored-shots",
+        type=bool,
+        default=True,
+        help="take them from a split_fewshot file of CoOp's where there is one",
+    )
+    add(
+        "--classes",
+        type=Literal["all", "base", "new"],
+        default="all",
+        help="all, or the first or the second half of them, as base-to-novel protocols do",
+    )
     add("--output", type=str, required=True, help="folder for the results")
     add(
         "--val-fraction",
@@ -187,7 +200,8 @@ def read_images(options: dict[str, Any]):
     """The data, without transforms."""
     from deltalens.data import ReadOptions, read_data
 
-    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())})
+    names = vars(ReadOptions()).keys() - {"shots_seed", "subset"}
+    reading = ReadOptions(**{name: options[name] for name in names}, subset=options["classes"])
     return read_data(options["data"], options["format"], protocol=options["protocol"], options=reading)
 
 
