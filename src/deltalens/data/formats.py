@@ -108,8 +108,10 @@ def read_part(
     )
     splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
     if subset is None:
-        of_the_run = select(splits, replace(options, subset=origin.get("classes", "all")))
-        splits = of_the_run if of_the_run.class_names == list(class_names) else splits  # else data of another kind
+        of_the_run = origin.get("classes", "all")
+        names = [splits.class_names[label] for label in subset_classes(len(splits.class_names), of_the_run)]
+        if names == list(class_names):  # otherwise other data, which is read whole
+            splits = select(splits, replace(options, subset=of_the_run))
     return _with_labels_of(class_names, splits, _part(splits, split, root))
 
 

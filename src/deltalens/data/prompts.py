@@ -5,6 +5,7 @@ A template has one `{}`, in which a class name is put, with "_" as a space.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -82,29 +83,31 @@ def read_sentences(file: str | os.PathLike, class_names: Sequence[str]) -> list[
     and descriptor files are.
 
     A class is found by its name, else by the name in small letters with spaces for "_" and "-", else by the same words
-    in another order (cars: "2012 Audi TTS Coupe" and "Audi TTS Coupe 2012"). Classes that only the file has are passed
-    over. Raises FileNotFoundError, and ValueError for classes without sentences.
+    in another order (cars: "2012 Audi TTS Coupe" and "Audi TTS Coupe 2012"). Empty sentences are passed over, and
+    so are classes that only the file has. Raises FileNotFoundError, and ValueError for classes without sentences.
     """
     place = _existing(file)
     content = _json(place)
     if not isinstance(content, dict):
         raise ValueError(f"{place} is no mapping of class names to lists of sentences")
     for name, sentences in content.items():
-        if not isinstance(sentences, list) or not all(isinstance(each, str) and each.strip() for each in sentences):
+        if not isinstance(sentences, list) or not all(isinstance(each, str) for each in sentences):
             raise ValueError(f"{place} has no list of sentences for {name!r}")
-    indexes = [(key, _index(content, key)) for key in (str, _plain, _sorted_words)]
+    told = {name: [each.strip() for each in sentences if each.strip()] for name, sentences in content.items()}
+    indexes = [(key, _index(told, key)) for key in (str, _plain, _sorted_words)]
     found, missing = [], []
     for name in class_names:
         match = next((index[key(name)] for key, index in indexes if key(name) in index), None)
-        if match is None or not content[match]:
+        if match is None or not told[match]:
             missing.append(name)
         else:
-            found.append([sentence.strip() for sentence in content[match]])
+            found.append(told[match])
     if missing:
+        shown = ", ".join(_with_nearest(name, told) for name in missing[:8])
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise ValueError(
-            f"{place} has no sentences for {len(missing)} of the {len(class_names)} classes: {', '.join(missing[:8])}"
-            f"{more}; it has {len(content)} classes, such as {', '.join(list(content)[:4]) or 'none'}"
+            f"{place} has no sentences for {len(missing)} of the {len(class_names)} classes: {shown}{more}; "
+            f"it has {len(told)} classes, such as {', '.join(list(told)[:3]) or 'none'}"
         )
     return found
 
@@ -135,6 +138,12 @@ def _plain(name: str) -> str:
 
 def _sorted_words(name: str) -> str:
     return " ".join(sorted(_plain(name).split()))
+
+
+def _with_nearest(name: str, told: dict[str, list[str]]) -> str:
+    """The name of a missing class, and the nearest one that has sentences."""
+    near = difflib.get_close_matches(name, [each for each, sentences in told.items() if sentences], n=1)
+    return f"{name} (there is {near[0]!r})" if near else name
 
 
 def _index(content: dict[str, Any], key: Callable[[str], str]) -> dict[str, str]:
