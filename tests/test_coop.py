@@ -126,6 +126,7 @@ def test_imagenet(tmp_path):
         data = read_data(root, format)
         assert (sizes(data), data.val) == ((24, 0, 4), None)  # the part called val is the test part
         assert data.class_names == ["tench", "goldfish", "great white shark", "tiger shark"]
+    assert data.train.paths == sorted(data.train.paths)  # whatever order the file system gives
     sampled = read_data(folder, options=ReadOptions(shots=2, shots_seed=1))
     positions, _ = few_shot([label for label in range(4) for _ in range(6)], None, 2, 1)
     assert sampled.train.paths == [data.train.paths[i] for i in positions]  # of the sorted listing
@@ -236,6 +237,9 @@ def test_a_stored_split_is_used(tmp_path, root):
     assert pairs(read_part(folder, "train", data.class_names, data.origin)) == pairs(data.train)
     anew = read_data(folder, options=ReadOptions(shots=2, shots_seed=1, stored_shots=False))
     assert (sizes(anew), anew.origin["shots_from"]) == ((6, 6, 6), "drawn")
+    base = read_data(folder, options=ReadOptions(shots=2, shots_seed=1, subset="base"))
+    assert (pairs(base.train), base.origin["classes"]) == ([("train4.jpg", 0)], "base")
+    assert pairs(read_part(folder, "train", base.class_names, base.origin)) == pairs(base.train)
     assert read_data(folder, options=ReadOptions(shots=2, shots_seed=2)).origin["shots_from"] == "drawn"
 
 
