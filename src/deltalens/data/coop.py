@@ -146,7 +146,8 @@ def _only_split_file(root: Path) -> tuple[Path, Set, str]:
     return root, Set(read_split_file, files[0].name, "", (0, 0, 0)), expected
 
 
-def _checked(images: ImageFiles, file: Path, expected: str, options: ReadOptions) -> ImageFiles:
+def _checked(images: Images, file: Path, expected: str, options: ReadOptions) -> Images:
+    assert isinstance(images, ImageFiles)
     listed_images(images.paths, file, expected)
     return without_broken(images, options.skip_broken)
 

@@ -98,7 +98,7 @@ def read_part(
         format = (recognise(root) or "folder") if format == "auto" else format
     if format == "folder" and not sampled and not (subset or "classes" in origin):
         return _folder_part(root, split, class_names, origin, skip_broken)
-    drawn = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
+    drawn: dict[str, Any] = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
     if sampled:
         drawn |= {key: origin[key] for key in ("shots", "shots_seed")} | {
             "stored_shots": origin["shots_from"] != "drawn"

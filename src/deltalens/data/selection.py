@@ -65,4 +65,11 @@ def select(splits: Splits, options: ReadOptions) -> Splits:
     parts = {name: part for name, part in parts.items() if part is not None}
     parts, facts = few_shot_parts(parts, replace(options, shots=shots))
     parts, names, more = subset_parts(parts, splits.class_names, subset)
-    return replace(splits, **parts, class_names=names, origin=splits.origin | facts | more)
+    return replace(
+        splits,
+        train=parts["train"],
+        val=parts.get("val"),
+        test=parts.get("test"),
+        class_names=names,
+        origin=splits.origin | facts | more,
+    )
