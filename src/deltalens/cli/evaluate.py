@@ -20,6 +20,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--format", type=str | None, default=None, help="of the data, as in train; by default the training run's")
     add("--download", type=bool, default=False, help="fetch the data where its format knows how")
     add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which images")
+    add(
+        "--classes",
+        type=Literal["all", "base", "new"] | None,
+        default=None,
+        help="images of all classes, or of the first or the second half; by default the training run's",
+    )
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
@@ -44,9 +50,8 @@ def run(args: Namespace) -> None:
     model, class_names, device = load_trained(args.adapter, args.device)
     preprocessing = dl.preprocessing(model)
     info = dl.adapter_info(model)
-    files = read_part(
-        args.data, args.split, class_names, info.get("split"), args.format, args.skip_broken, args.download
-    )
+    origin, format = info.get("split"), args.format
+    files = read_part(args.data, args.split, class_names, origin, format, args.skip_broken, args.download, args.classes)
     files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
     task = task_class(info.get("task"))(model, class_names).eval()
     metrics = task.new_metrics().to(device)

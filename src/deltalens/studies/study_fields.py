@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from deltalens.studies.study import Training
+from deltalens.studies.study import Training, folder_name
 from deltalens.studies.study_yaml import Document, Place
 
 SHARES = ("min_crop", "hflip")
@@ -54,3 +54,12 @@ def _texts(document: Document, value: Any, place: Place) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise document.error(place, f"expected a list of texts, or null, got {value!r}")
     return tuple(document.text(each, (*place, index)) for index, each in enumerate(value))
+
+
+def distinct_folders(document: Document, names: Iterable[str], place: Place) -> None:
+    """ValueError for two names whose runs would share a folder."""
+    folders: dict[str, tuple[int, str]] = {}
+    for number, name in enumerate(names):
+        first, other = folders.setdefault(folder_name(name), (number, name))
+        if first != number:
+            raise document.error((*place, name), f"{name!r} and {other!r} would share the folder {folder_name(name)!r}")

@@ -62,6 +62,8 @@ def fit(
     Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays. Raises
     FeaturesCannotBeKept with cache_features where something is trained or random from the start.
     """
+    if not len(data.train):
+        raise ValueError("the data has no images to train on; data with a test part alone is for evaluate")
     place = None if output is None else Output(output)
     if place is not None:
         if KEY not in task.model.__dict__:
