@@ -171,8 +171,8 @@ def test_few_shots_of_the_base_classes(world, capsys):
     assert main(words.split()) == 0
     assert "2 classes, 4 training, 4 validation, 6 test images" in capsys.readouterr().out
     origin = json.loads(Path("few/results.json").read_text())["data"]
-    assert {key: origin[key] for key in ("shots", "shots_seed", "shots_from", "classes")} == {
-        "shots": 2, "shots_seed": 3, "shots_from": "drawn", "classes": "base"
+    assert {key: origin[key] for key in ("shots", "shots_seed", "shots_from", "class_subset")} == {
+        "shots": 2, "shots_seed": 3, "shots_from": "drawn", "class_subset": "base"
     }  # fmt: skip
     for split, count in (("train", 4), ("test", 6)):
         assert main(["evaluate", "few", "--data", "split", "--split", split]) == 0

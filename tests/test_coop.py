@@ -238,7 +238,7 @@ def test_a_stored_split_is_used(tmp_path, root):
     anew = read_data(folder, options=ReadOptions(shots=2, shots_seed=1, stored_shots=False))
     assert (sizes(anew), anew.origin["shots_from"]) == ((6, 6, 6), "drawn")
     base = read_data(folder, options=ReadOptions(shots=2, shots_seed=1, subset="base"))
-    assert (pairs(base.train), base.origin["classes"]) == ([("train4.jpg", 0)], "base")
+    assert (pairs(base.train), base.origin["class_subset"]) == ([("train4.jpg", 0)], "base")
     assert pairs(read_part(folder, "train", base.class_names, base.origin)) == pairs(base.train)
     assert read_data(folder, options=ReadOptions(shots=2, shots_seed=2)).origin["shots_from"] == "drawn"
 

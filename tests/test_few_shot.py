@@ -121,7 +121,7 @@ def test_base_classes_are_chosen_after_the_shots(tmp_path):
     folder = write_splits(tmp_path, 8, 6, 3)
     options = {subset: ReadOptions(shots=5, subset=subset) for subset in ("all", "base", "new")}
     everything, base = (read_data(folder, options=options[subset]) for subset in ("all", "base"))
-    assert (base.class_names, base.origin["classes"]) == (["blue", "green"], "base")
+    assert (base.class_names, base.origin["class_subset"]) == (["blue", "green"], "base")
     assert base.train.paths == [p for p in everything.train.paths if p.parent.name != "red"]
     assert sizes(base) == (10, 8, 6)
     with pytest.raises(ValueError, match="has 3 classes, of which new leaves 1; it needs two"):

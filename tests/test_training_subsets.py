@@ -131,7 +131,7 @@ def test_a_study_file_makes_a_dataset_of_every_amount(tmp_path):
     ("entry", "message"),
     [
         ("{path: x, fractions: [0.1], shots: [1]}", r"line 4, datasets\.a\.shots: .*give one of them"),
-        ("{path: x, fractions: 0.1}", r"datasets\.a\.fractions: expected a list of numbers such as \[0\.1"),
+        ("{path: x, fractions: []}", r"datasets\.a\.fractions: expected numbers such as \[0\.1"),
         ("{path: x, fractions: [0.5, 0]}", r"datasets\.a\.fractions\.1: the fraction .* got 0"),
         ("{path: x, shots: [1.5]}", r"datasets\.a\.shots\.0: expected a whole number above 0, got 1\.5"),
         ("{path: x, shots: [1], protocol: trainval}", r"datasets\.a: shots .* trainval would join them: use val"),

@@ -54,7 +54,7 @@ def read_data(
     format: "auto" finds it by the files; otherwise "folder", "csv", "multilabel", "hf", "vtab1k/<task>", "fgvc/<set>",
     "coop/<dataset>", "coop", "voc2007", "voc2007/single" or "torchvision/<Name>". protocol: "val" trains on train and
     keeps val; "trainval" trains on both and has no val. `Splits.origin` says what was read: "format", and "shots",
-    "shots_seed", "shots_from" and "classes" where the options chose some of it. Data with test images only (the
+    "shots_seed", "shots_from" and "class_subset" where the options chose some of it. Data with test images only (the
     variants of ImageNet) has an empty train.
 
     Raises FileNotFoundError or ValueError with the expected tree where the layout is another.
@@ -99,7 +99,7 @@ def read_part(
         format = origin.get("format", "auto") if format is None else "auto"
         format = (recognise(root) or "folder") if format == "auto" else format
     used = TrainingSubset.of_origin(origin) if split == "train" else TrainingSubset()
-    if format == "folder" and not sampled and not (subset or "classes" in origin):
+    if format == "folder" and not sampled and not (subset or "class_subset" in origin):
         return used.of(_folder_part(root, split, class_names, origin, skip_broken))
     drawn: dict[str, Any] = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
     if sampled:
@@ -110,7 +110,7 @@ def read_part(
     )
     splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
     if subset is None:
-        of_the_run = origin.get("classes", "all")
+        of_the_run = origin.get("class_subset", "all")
         names = [splits.class_names[label] for label in subset_classes(len(splits.class_names), of_the_run)]
         if names == list(class_names):  # otherwise other data, which is read whole
             splits = select(splits, replace(options, subset=of_the_run))

@@ -50,13 +50,13 @@ def subset_parts(
     for name, part in parts.items():
         chosen[name] = part.subset([i for i, label in enumerate(part.labels) if label in kept])
         chosen[name].labels = [label - kept.start for label in chosen[name].labels]
-    return chosen, [class_names[label] for label in kept], {"classes": subset}
+    return chosen, [class_names[label] for label in kept], {"class_subset": subset}
 
 
 def select(splits: Splits, options: ReadOptions) -> Splits:
     """Splits as a reader gives them with what the options choose of them, unless the reader has done so itself."""
     shots = None if "shots" in splits.origin else options.shots
-    subset = "all" if "classes" in splits.origin else options.subset
+    subset = "all" if "class_subset" in splits.origin else options.subset
     if shots is None and subset == "all":
         return splits
     if splits.task != "classification":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltalens.studies.candidates import SearchPlan, short_name, value_text
@@ -26,6 +26,7 @@ def protocol_text(study: Study) -> str:
             _search_text(study),
             *([f"With settings of their own: {'; '.join(own)}."] if own else []),
             _images_text(study),
+            *_classes_text(study),
             "Top-1 accuracy in per cent: mean ± sample standard deviation over seeds.",
         ]
     )
@@ -133,6 +134,23 @@ def _images_text(study: Study) -> str:
         text += f" Final runs on {', '.join(joined)} train on training and validation images together"
         return text + (f", on {', '.join(apart)} on the training images alone." if apart else ".")
     return text + " Final runs train on the training images alone."
+
+
+def _classes_text(study: Study) -> list[str]:
+    """Few images, half of the classes, other datasets."""
+    shots = sorted({dataset.shots for dataset in study.datasets if dataset.shots})
+    said = []
+    if shots:
+        said.append(
+            f"{_listed(shots)} training images of each class and at most 4 for validation, drawn by each run's seed."
+        )
+    if study.base_to_novel:
+        said.append("Runs are trained on the first half of the classes; test accuracy is that of this half.")
+    return said
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def counted(number: int, noun: str) -> str:

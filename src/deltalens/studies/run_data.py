@@ -14,12 +14,11 @@ from deltalens.data.memory import keep_in_memory
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits
 from deltalens.data.transforms import eval_resize, eval_transform, image_mode, train_resize, train_transform
+from deltalens.studies.published import NOVEL
 from deltalens.studies.study import DatasetEntry, Study, Training
 
 if TYPE_CHECKING:
     from deltalens.studies.trial import Run
-
-NOVEL = "novel"
 
 
 class RunData:

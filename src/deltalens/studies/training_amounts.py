@@ -15,10 +15,12 @@ AMOUNTS = ("fractions", "shots")
 
 @dataclass(frozen=True)
 class Amount:
-    """A share of the training images of every class, or so many of every class."""
+    """A share of the training images of every class, or so many of every class. named: whether datasets say it in their
+    names."""
 
     fraction: float | None = None
     shots: int | None = None
+    named: bool = True
 
     @property
     def text(self) -> str:
@@ -30,7 +32,7 @@ class Amount:
 
 def read_amounts(document: Document, entry: Mapping[str, Any], place: Place) -> tuple[Amount, ...]:
     """The amounts that an entry's `fractions` or `shots` name, from the smallest; none where it has neither. A single
-    number is one amount.
+    number is one amount, and its dataset keeps its name.
 
     Raises ValueError for both at once, and for lists that are empty, repeat a value or hold impossible ones.
     """
@@ -41,9 +43,11 @@ def read_amounts(document: Document, entry: Mapping[str, Any], place: Place) -> 
         return ()
     name = given[0]
     values = entry[name]
+    if not isinstance(values, list):
+        return (replace(_amount(document, name, values, (*place, name)), named=False),)
     example = "[0.1, 0.25, 1]" if name == "fractions" else "[1, 2, 4]"
-    if not isinstance(values, list) or not values:
-        raise document.error((*place, name), f"expected a list of numbers such as {example}, got {values!r}")
+    if not values:
+        raise document.error((*place, name), f"expected numbers such as {example}, got none")
     found: dict[str, Amount] = {}
     for index, value in enumerate(values):
         amount = _amount(document, name, value, (*place, name, index))
@@ -69,8 +73,8 @@ def with_amounts(entry: DatasetEntry, amounts: Iterable[Amount], seed: int) -> l
     found = [
         replace(
             entry,
-            name=f"{entry.name}@{amount.text}",
-            origin=entry.name,
+            name=f"{entry.name}@{amount.text}" if amount.named else entry.name,
+            origin=entry.name if amount.named else None,
             subset=TrainingSubset(amount.fraction, seed),
             shots=amount.shots,
         )
