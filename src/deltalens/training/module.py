@@ -14,7 +14,7 @@ from deltalens.lifecycle.state import KEY
 from deltalens.tasks.gradients import backward, gradient_rule
 from deltalens.training.loaders import evaluation_loader, mixed_seed, preparation_loader, training_loader
 from deltalens.training.optim import make_optimizer, parameter_groups
-from deltalens.training.schedule import warmup_cosine, warmup_cosine_factor
+from deltalens.training.schedule import RateSchedule
 from deltalens.training.settings import TrainingSettings
 
 PROGRESS = "deltalens_progress"
@@ -66,30 +66,35 @@ class TaskModule(pl.LightningModule):
     # ------------------------------------------------------------------ optimiser
     def configure_optimizers(self):
         groups = self._groups()
-        optimizer = make_optimizer(self.settings.optimizer, groups)
-        scheduler = warmup_cosine(
-            optimizer, self._warmup_steps(), self.trainer.estimated_stepping_batches, self.settings.min_lr
-        )
+        optimizer = make_optimizer(self.settings.optimizer, groups, self.settings.eps)
+        scheduler = self._schedule().scheduler(optimizer, [group["lr"] for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
         settings = self.settings
         return parameter_groups(self.task, settings.lr, settings.weight_decay, settings.no_decay)
 
-    def _warmup_steps(self) -> int:
-        total = self.trainer.estimated_stepping_batches
-        return min(round(self.settings.warmup_epochs * total / self.settings.epochs), total - 1)
+    def _schedule(self) -> RateSchedule:
+        settings = self.settings
+        return RateSchedule(
+            int(self.trainer.estimated_stepping_batches),
+            settings.epochs,
+            settings.warmup_epochs,
+            settings.min_lr,
+            settings.schedule,
+            settings.warmup_lr,
+        )
 
     def _use_rates_of_settings(self) -> None:
         """Learning rates and weight decay come from the settings, also where a checkpoint has brought others."""
-        groups = self._groups()
-        factor = warmup_cosine_factor(
-            self.global_step, self._warmup_steps(), self.trainer.estimated_stepping_batches, self.settings.min_lr
-        )
+        groups, schedule = self._groups(), self._schedule()
         scheduler = self.lr_schedulers()
         scheduler.base_lrs = [group["lr"] for group in groups]
         for present, wanted in zip(self.optimizers().param_groups, groups, strict=True):
+            factor = schedule.factor(self.global_step, wanted["lr"])
             present["lr"], present["weight_decay"] = wanted["lr"] * factor, wanted["weight_decay"]
+            if "eps" in present:
+                present["eps"] = self.settings.eps
 
     # ------------------------------------------------------------------ steps
     def on_fit_start(self) -> None:

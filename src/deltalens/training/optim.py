@@ -65,11 +65,11 @@ def parameter_groups(
     return list(groups.values())
 
 
-def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """ "adamw" (betas .9, .999) or "sgd" (momentum .9)."""
+def make_optimizer(name: str, groups: list[dict[str, Any]], eps: float = 1e-8) -> torch.optim.Optimizer:
+    """ "adamw" (betas .9, .999, and eps) or "sgd" (momentum .9)."""
     groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     if name == "adamw":
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, eps=eps)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=groups[0]["lr"], momentum=0.9)
     raise ValueError(f"optimizer must be adamw or sgd, got {name!r}")
