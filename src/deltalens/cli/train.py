@@ -295,6 +295,7 @@ def _check_same_run(output, options: dict[str, Any]) -> None:
 # ------------------------------------------------------------------ printing
 def _print_start(task, data, options: dict[str, Any]) -> None:
     import deltalens as dl
+    from deltalens.training.optim import trains_nothing
 
     count = dl.count_parameters(task.model)
     names = " + ".join(entry["method"] for entry in options["method"])
@@ -307,10 +308,15 @@ def _print_start(task, data, options: dict[str, Any]) -> None:
         f"{count.backbone:,}, and {count.head:,} in the head"
     )
     print(f"{len(data.class_names)} classes, {len(data.train)} training, {val}, {test} images")
+    if trains_nothing(task):
+        print("nothing is trained: the adapter is made of the training images, without epochs")
 
 
 def _print_results(results: dict[str, Any], output) -> None:
     for part in ("val", "test"):
         if results[part]:
             print(f"{part:<5}" + "  ".join(f"{name} {value:.4f}" for name, value in results[part].items()))
-    print(f"adapter, results.json and metrics.csv are in {output.folder}")
+    for method, values in results.get("chosen", {}).items():
+        print(f"{method} chose " + ", ".join(f"{name} {value:g}" for name, value in values.items()))
+    files = "adapter, results.json and metrics.csv" if results["history"] else "adapter and results.json"
+    print(f"{files} are in {output.folder}")

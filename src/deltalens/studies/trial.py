@@ -219,7 +219,8 @@ class Workplace:
             dl.adapter_info(model)["metrics"] |= measured
         results |= self._examples(run, task, data)
         dl.save_pretrained(model, run.folder)
-        write_text(output.metrics, as_csv(results["history"]))
+        if results["history"]:
+            write_text(output.metrics, as_csv(results["history"]))
         output.write_results(results | {"values": dict(values), "trained_in": trained.folder.name})
         return results
 

@@ -9,11 +9,11 @@ import torch
 from torchmetrics import MeanMetric
 
 from deltalens.data.splits import Splits
-from deltalens.lifecycle.prepare import prepare
+from deltalens.lifecycle.prepare import finish, prepare
 from deltalens.lifecycle.state import KEY
 from deltalens.tasks.gradients import backward, gradient_rule
 from deltalens.training.loaders import evaluation_loader, mixed_seed, preparation_loader, training_loader
-from deltalens.training.optim import make_optimizer, parameter_groups
+from deltalens.training.optim import make_optimizer, parameter_groups, trains_nothing
 from deltalens.training.schedule import RateSchedule
 from deltalens.training.settings import TrainingSettings
 
@@ -27,7 +27,9 @@ class TaskModule(pl.LightningModule):
     goes on exactly as if it had not been stopped. Checkpoints hold trained parameters and buffers, not the frozen
     backbone.
 
-    position: (epoch, batches) the next step belongs to; `PROGRESS` in checkpoints. resumed_at: where this run begins.
+    finishing: let methods choose settings on the validation images before these are measured next; `chosen` then holds
+    them. position: (epoch, batches) the next step belongs to; `PROGRESS` in checkpoints. resumed_at: where this run
+    begins.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class TaskModule(pl.LightningModule):
         self.strict_loading = False
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.result: dict[str, Any] | None = None
+        self.finishing = False
+        self.chosen: dict[str, dict[str, Any]] = {}
 
     # ------------------------------------------------------------------ data
     def train_dataloader(self):
@@ -65,6 +69,8 @@ class TaskModule(pl.LightningModule):
 
     # ------------------------------------------------------------------ optimiser
     def configure_optimizers(self):
+        if trains_nothing(self.task):
+            return None
         groups = self._groups()
         optimizer = make_optimizer(self.settings.optimizer, groups, self.settings.eps)
         scheduler = self._schedule().scheduler(optimizer, [group["lr"] for group in groups])
@@ -148,6 +154,13 @@ class TaskModule(pl.LightningModule):
         return total / count
 
     # ------------------------------------------------------------------ evaluation
+    def on_validation_start(self) -> None:
+        """All of the images in every process, so that all choose the same."""
+        if self.finishing:
+            self.finishing = False
+            loader = evaluation_loader(self.data.val, self._batch_size(), self.settings.workers)
+            self.chosen = finish(self.task.model, loader)
+
     def _start_evaluation(self) -> None:
         self.metrics = self.task.new_metrics().to(self.device)
         self.mean_loss = MeanMetric().to(self.device)

@@ -57,12 +57,18 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(path)
     if not groups:
-        if any(getattr(module, "training_free", False) for module in model.modules()):
+        if trains_nothing(model):
             raise ValueError(
                 "nothing is trainable: this adapter is made by deltalens.prepare(model, loader) alone, without training"
             )
         raise ValueError("nothing is trainable: attach an adapter first")
     return list(groups.values())
+
+
+def trains_nothing(model: nn.Module) -> bool:
+    """Whether all of an adapter comes from `deltalens.prepare` (Tip-Adapter without trained keys)."""
+    free = any(getattr(module, "training_free", False) for module in model.modules())
+    return free and not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], eps: float = 1e-8) -> torch.optim.Optimizer:
