@@ -116,9 +116,17 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         default=None,
         help='decay all that is trained but what has one of these texts in its path, such as "[norm, bias]"',
     )
-    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up; a cosine follows")
+    add("--warmup-epochs", type=float, default=1.0, help="warm-up, linear or at --warmup-lr; a cosine follows")
+    add("--warmup-lr", type=float | None, default=None, help="constant rate of the warm-up, instead of a linear one")
+    add(
+        "--schedule",
+        type=Literal["step", "epoch"],
+        default="step",
+        help="change the rate at every step, or once an epoch as CoOp and those after it do",
+    )
     add("--min-lr", type=float, default=0.0, help="where the cosine ends, as a share of the rate: 0.01 for 1 per cent")
     add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum 0.9")
+    add("--eps", type=float, default=1e-8, help="what AdamW adds to its denominators")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 for no clipping")
     add("--seed", type=int, default=0, help="of everything random: split, initialisation, order, augmentation, dropout")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
@@ -301,6 +309,7 @@ def _check_same_run(output, options: dict[str, Any]) -> None:
 # ------------------------------------------------------------------ printing
 def _print_start(task, data, options: dict[str, Any]) -> None:
     import deltalens as dl
+    from deltalens.training.optim import trains_nothing
 
     count = dl.count_parameters(task.model)
     names = " + ".join(entry["method"] for entry in options["method"])
@@ -313,10 +322,15 @@ def _print_start(task, data, options: dict[str, Any]) -> None:
         f"{count.backbone:,}, and {count.head:,} in the head"
     )
     print(f"{len(data.class_names)} classes, {len(data.train)} training, {val}, {test} images")
+    if trains_nothing(task):
+        print("nothing is trained: the adapter is made of the training images, without epochs")
 
 
 def _print_results(results: dict[str, Any], output) -> None:
     for part in ("val", "test"):
         if results[part]:
             print(f"{part:<5}" + "  ".join(f"{name} {value:.4f}" for name, value in results[part].items()))
-    print(f"adapter, results.json and metrics.csv are in {output.folder}")
+    for method, values in results.get("chosen", {}).items():
+        print(f"{method} chose " + ", ".join(f"{name} {value:g}" for name, value in values.items()))
+    files = "adapter, results.json and metrics.csv" if results["history"] else "adapter and results.json"
+    print(f"{files} are in {output.folder}")

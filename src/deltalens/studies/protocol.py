@@ -7,7 +7,7 @@ from typing import Any
 
 from deltalens.studies.candidates import SearchPlan, short_name, value_text
 from deltalens.studies.search_space import Choice, Parameter
-from deltalens.studies.study import Study, Variant
+from deltalens.studies.study import Study, Training, Variant
 
 PROTOCOLS = {
     None: "",
@@ -49,10 +49,17 @@ def _training_text(study: Study) -> str:
     ]
     if training.no_decay is not None:
         said.append(f"but none on {', '.join(training.no_decay)}" if training.no_decay else "on all that is trained")
-    said.append(f"warm-up of {training.warmup_epochs:g} and a cosine to {100 * training.min_lr:g} % of the rate")
+    said.append(_schedule_text(training))
     said += [f"gradients clipped at {training.clip_grad:g}"] if training.clip_grad else []
     said += [f"label smoothing {training.label_smoothing:g}"] if training.label_smoothing else []
     return f"{', '.join(said)}; {'seed' if len(study.seeds) == 1 else 'seeds'} {', '.join(map(str, study.seeds))}."
+
+
+def _schedule_text(training: Training) -> str:
+    warmup = f"warm-up of {training.warmup_epochs:g}"
+    warmup += f" at {training.warmup_lr:g}" if training.warmup_lr is not None and training.warmup_epochs else ""
+    changed = ", changed once an epoch" if training.schedule == "epoch" else ""
+    return f"{warmup} and a cosine to {100 * training.min_lr:g} % of the rate{changed}"
 
 
 # ------------------------------------------------------------------ search

@@ -113,7 +113,10 @@ class Training:
     batch_size: int = 64
     weight_decay: float = 1e-4
     warmup_epochs: float = 1.0
+    schedule: str = "step"
+    warmup_lr: float | None = None
     optimizer: str = "adamw"
+    eps: float = 1e-8
     clip_grad: float = 0.0
     precision: str = "32"
     min_lr: float = 0.0

@@ -10,6 +10,7 @@ from deltalens.studies.study import Training, folder_name
 from deltalens.studies.study_yaml import Document, Place
 
 SHARES = ("min_crop", "hflip")
+NUMBERS_OR_NULL = ("warmup_lr",)
 TRAINING = {each.name: each.default for each in fields(Training)}
 
 
@@ -20,7 +21,9 @@ def plain_fields(document: Document, value: Any, place: Place, defaults: Mapping
 
 
 def plain_field(document: Document, value: Any, place: Place, default: Any) -> Any:
-    """A value of the type of a default; where that is None, a list of texts, or None."""
+    """A value of the type of a default; where that is None, a list of texts, for some fields a number, or None."""
+    if place[-1] in NUMBERS_OR_NULL:
+        return None if value is None else document.number(value, place)
     if default is None:
         return None if value is None else _texts(document, value, place)
     if isinstance(default, str):

@@ -215,7 +215,8 @@ class Workplace:
             dl.adapter_info(model)["metrics"] |= measured
         results |= self._at_the_end(run, values, task, data, preprocessing)
         dl.save_pretrained(model, run.folder)
-        write_text(output.metrics, as_csv(results["history"]))
+        if results["history"]:
+            write_text(output.metrics, as_csv(results["history"]))
         output.write_results(results | {"values": dict(values), "trained_in": trained.folder.name})
         return results
 
