@@ -143,7 +143,7 @@ def _rescaled(x: Tensor, factor: float) -> Tensor:
 
 # ------------------------------------------------------------------ from an adapted model
 def plain_mma(clip: nn.Module, adapted: ZeroShotClassifier) -> PlainMMA:
-    """The plain form with copies of the adapters of a model that `attach` gave MMA. `clip` is its own copy, unadapted."""
+    """The plain form with copies of the adapters of a model with MMA. clip: an unadapted one of its own."""
     found = copy.deepcopy(_mma_adapters(adapted))  # at once: a pair's matrix stays one
     return PlainMMA(clip, adapted.prompts().ids, found["vision"], found["text"])
 
