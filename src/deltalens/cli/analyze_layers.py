@@ -114,10 +114,12 @@ def _part(splits: Splits, name: str, split: str) -> Images:
     there = {part: images for part, images in parts.items() if images is not None}
     if split == "all":
         first, *rest = there.values()
-        return sum(rest, first)
+        whole: Images = sum(rest, first)
+        return whole
     if split not in there:
         raise ValueError(f"{name} has no {split} part; it has {', '.join(there)}")
-    return there[split]
+    part: Images = there[split]
+    return part
 
 
 # ------------------------------------------------------------------ the two towers

@@ -10,8 +10,9 @@ text's features are read from, CLIP's end of text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from deltalens.backbones.zero_shot import ZeroShotClassifier
 from deltalens.lifecycle.state import KEY, state_of
 from deltalens.lifecycle.wrapped import plain_layers
 from deltalens.sites.anatomy import Site, Tower
+from deltalens.sites.attention import Keep
 from deltalens.sites.layout import Layout, Words
 from deltalens.sites.slots import Slots
 from deltalens.studies.embeddings import classifier_layer
@@ -96,11 +98,11 @@ def _image_tower(model: nn.Module) -> Tower:
     return found[0]
 
 
-def _output_hook(seen: _Rows, name: str, site: Site):
+def _output_hook(seen: _Rows, name: str, site: Site) -> Callable[..., None]:
     return lambda _, __, output: seen.put(name, _image_rows(output, site, seen.batch))
 
 
-def _stream(args: tuple, options: dict) -> object:
+def _stream(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return args[0] if args else next(value for value in options.values() if isinstance(value, Tensor))
 
 
@@ -123,8 +125,8 @@ def _image_rows(output: object, site: Site, batch: int) -> Tensor:
 
 def _layout(site: Site, tower: Tower) -> Layout:
     """The layout that the adapters of the model read, which knows the grid of the present images."""
-    slots = site.module._modules.get("delta")
-    if isinstance(slots, Slots):
+    slots = _slots(site.module)
+    if slots is not None:
         return slots.layout
     owners = [each.module.__dict__.get("delta_layout") for each in (tower.embed, tower.owner) if each is not None]
     recorded = next((each for each in owners if each is not None), tower.layout)
@@ -155,15 +157,16 @@ def text_stages(model: ZeroShotClassifier, texts: Iterable[ClassPrompts]) -> Sta
     for part in parts:
         places = torch.arange(len(part.ids), device=part.ends.device), part.ends
 
-        def run(clip: nn.Module, block: nn.Module, x: Tensor, mask: Tensor | None, keep, places=places) -> Tensor:
+        def run(
+            clip: nn.Module, block: nn.Module, x: Tensor, mask: Tensor | None, keep: Keep | None, places: Any = places
+        ) -> Tensor:
             if block is blocks[0]:
                 seen.put(EMBED, x[places])
             y = reading.run(clip, block, x, mask, keep)
             seen.put(numbers[id(block)], y[places] if keep is None else y[:, 0])
             return y
 
-        recording = replace(reading, run=run)
-        text_pass = TextPass(model.clip, recording, model._modules.get("delta"), model.layout, Kept())
+        text_pass = TextPass(model.clip, replace(reading, run=run), _slots(model), model.layout, Kept())
         features = _one_each(text_pass.features(part))
         for module in model.live("text.output"):
             features = module(features)
@@ -181,6 +184,11 @@ def _some(prompts: ClassPrompts, which: slice) -> ClassPrompts:
 def readable_texts(model: nn.Module) -> TextReading | None:
     """The steps of the model's text tower; None where it has none, or one that is not known inside."""
     return two_towers_of(model.clip).reading(model.clip) if isinstance(model, ZeroShotClassifier) else None
+
+
+def _slots(module: nn.Module) -> Slots | None:
+    slots = module._modules.get("delta")
+    return slots if isinstance(slots, Slots) else None
 
 
 # ------------------------------------------------------------------ rows

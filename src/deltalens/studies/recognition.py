@@ -26,7 +26,7 @@ from deltalens.studies.layer_features import Stages
 
 HOLD_OUT = 0.3
 STEPS = 2000  # of the solver, at most
-NOISE = 1e-5  # of the features' root mean square: what varies less than this is rounding
+NOISE = 1e-5  # of the size of a usual feature: what varies less than this is rounding
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Draws:
     seeds: tuple[int, ...]
     rows: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.sizes) < 2:
             raise ValueError(f"datasets are told from each other: two or more are needed, got {len(self.sizes)}")
         if not self.seeds:
@@ -124,7 +124,8 @@ def held_out_accuracy(learnt: np.ndarray, of_learnt: np.ndarray, held: np.ndarra
     from sklearn.linear_model import LogisticRegression
 
     mean, spread = learnt.mean(0, dtype=np.float64), learnt.std(0, dtype=np.float64)
-    varies = spread > NOISE * np.sqrt(np.mean(np.square(learnt, dtype=np.float64)))
+    usual = np.median(np.sqrt(mean**2 + spread**2))  # a few features of a transformer are hundreds of times larger
+    varies = spread > NOISE * usual
     if not varies.any():  # one answer for all
         return float(np.mean(of_held == of_learnt[0]))
     x, y = ((part[:, varies] - mean[varies]) / spread[varies] for part in (learnt, held))

@@ -52,7 +52,7 @@ def stages_in_order(found: Sequence[StageAccuracy]) -> list[str]:
 
 
 def plot_recognition(
-    found: Sequence[StageAccuracy], datasets: Sequence[str], title: str, path: str | os.PathLike
+    found: Sequence[StageAccuracy], datasets: Sequence[str], title: str, path: str | os.PathLike[str]
 ) -> None:
     """Accuracy over the stages: a line for each tower, a band of one standard deviation, chance dashed. A tower with
     fewer blocks than the other has its last stage where the other has it."""
@@ -89,7 +89,11 @@ def _label(tower: str) -> str:
 
 
 def write_recognition(
-    found: Sequence[StageAccuracy], datasets: Sequence[str], seeds: Sequence[int], title: str, path: str | os.PathLike
+    found: Sequence[StageAccuracy],
+    datasets: Sequence[str],
+    seeds: Sequence[int],
+    title: str,
+    path: str | os.PathLike[str],
 ) -> Path:
     """The figure, and a CSV file beside it. Returns the path of the latter."""
     file = Path(path).with_suffix(".csv")
