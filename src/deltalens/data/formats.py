@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from deltalens.data.assemble import Images
-from deltalens.data.image_folder import read_split
+from deltalens.data.image_folder import UnknownClasses, read_split
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits
 from deltalens.data.subsets import TrainingSubset
@@ -92,7 +92,7 @@ def read_part(
     drawn = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
     options = ReadOptions(**drawn, skip_broken=skip_broken, allow_missing_classes=True, download=download)
     splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
-    return _with_labels_of(class_names, splits, used.of(_part(splits, split, root)))
+    return _with_labels_of(class_names, splits, used.of(part_of(splits, split, root)))
 
 
 def recognise(root: Path) -> str | None:
@@ -123,7 +123,8 @@ def _folder_part(root: Path, split: str, class_names: Sequence[str], origin: dic
     return part
 
 
-def _part(splits: Splits, split: str, root: Path) -> Images:
+def part_of(splits: Splits, split: str, root: Path) -> Images:
+    """One part of the data, or "all" of them together. ValueError for one that is not there."""
     if split == "all":
         parts = [part for part in (splits.train, splits.val, splits.test) if part is not None]
         return sum(parts[1:], parts[0])
@@ -142,7 +143,7 @@ def _with_labels_of(class_names: Sequence[str], splits: Splits, part: Images) ->
     unknown = [name for name in splits.class_names if name not in names]
     if unknown:
         shown = ", ".join(unknown[:8])
-        raise ValueError(f"the data has other classes than the {len(names)} of the model: {shown}")
+        raise UnknownClasses(f"the data has other classes than the {len(names)} of the model: {shown}")
     part = part.subset(range(len(part)))
     index = [names.index(name) for name in splits.class_names]
     if splits.task != "multilabel":
