@@ -16,6 +16,8 @@ from deltalens.cli.trained import Classifier, add_model_arguments, load_classifi
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from deltalens.tasks import ClassificationTask
+
 translate = room_for_model
 
 
@@ -85,7 +87,7 @@ def run(args: Namespace) -> None:
         write_text(args.output, json.dumps(results, indent=2) + "\n")
 
 
-def _classifier_and_images(args: Namespace):
+def _classifier_and_images(args: Namespace) -> tuple[Classifier, Any, ClassificationTask]:
     """(classifier, images without a transform, task) for the classes that are asked for."""
     from deltalens.cli.word_lists import read_words
     from deltalens.data import read_part

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser, Namespace
 
+    from deltalens.tasks import ClassificationTask
+
 translate = room_for_model
 
 
@@ -118,7 +120,7 @@ def _predict(args: Namespace, paths: list[Path]) -> list[tuple[str, list[tuple[s
     return [(str(path), classes) for path, classes in zip(files.paths, decoded, strict=True)]
 
 
-def _task(args: Namespace, classifier: Classifier):
+def _task(args: Namespace, classifier: Classifier) -> ClassificationTask:
     """What is asked of an image: the adapter's task, or the one that --task names."""
     from deltalens.cli.trained import trained_with_sigmoid
     from deltalens.tasks import MultiLabelTask, task_class

@@ -64,10 +64,10 @@ def load_classifier(
         return Classifier(model, names, device, args.adapter, dl.adapter_info(model))
     if class_names is None:
         raise ValueError(f"{args.model} without an adapter has no classes of its own: name them")
-    said = {} if templates is None else {"templates": templates}
+    said: dict[str, Any] = {} if templates is None else {"templates": templates}
     model = dl.create_backbone(args.model, checkpoint=args.checkpoint, class_names=list(class_names), **said)
-    device = _device(args.device)
-    return Classifier(model.eval().to(device), list(class_names), torch.device(device), args.model)
+    device = torch.device(_device(args.device))
+    return Classifier(model.eval().to(device), list(class_names), device, args.model)
 
 
 def set_classes(model: nn.Module, names: Sequence[str], templates: Sequence[str] | None, said: str) -> None:
