@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from deltalens.backbones.preprocessing import preprocessing_of
 from deltalens.lifecycle.atomic import atomic_path
 from deltalens.lifecycle.info import preprocessing
 from deltalens.lifecycle.state import KEY, state_of
@@ -88,8 +87,7 @@ def model_digest(model: nn.Module) -> str:
     """
     state = state_of(model) if KEY in model.__dict__ else None
     methods = [config.to_dict() for name in state.active for config in state.adapters[name].configs] if state else []
-    facts = [methods, preprocessing(model) if state else preprocessing_of(model)]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([methods, preprocessing(model)], sort_keys=True, default=str).encode())
     for path, module in model.named_modules():
         if not any(True for _ in module.children()):
             digest.update(f"{path} {module}".encode())
