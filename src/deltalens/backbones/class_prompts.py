@@ -83,6 +83,17 @@ def described_prompts(
     return _tokenized(names, sentences, (), tokenizer, ends)
 
 
+def whole_texts(texts: Sequence[str], tokenizer: Tokenizer, ends: Callable[[Tensor], Tensor]) -> ClassPrompts:
+    """Texts as they stand, each for itself, such as queries of a search. ValueError for none, empty or repeated ones,
+    and for one that is longer than the model's context."""
+    texts = tuple(texts)
+    repeated = next((text for text in texts if texts.count(text) > 1), None)
+    if not texts or repeated is not None or any(not text.strip() for text in texts):
+        wrong = "none" if not texts else "an empty one" if repeated is None else f"{repeated!r} twice"
+        raise ValueError(f"texts must be different and not empty, got {wrong}")
+    return _as_ids(texts, (), texts, texts, (1,) * len(texts), tokenizer, ends)
+
+
 def as_descriptions(names: Sequence[str], descriptions: Any) -> Descriptions:
     """Sentences by class, from a mapping (which may have more classes), or from one list for each name, in order."""
     if not isinstance(descriptions, Mapping):
@@ -102,6 +113,8 @@ def _checked(names: Sequence[str]) -> tuple[str, ...]:
     repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if not names or repeated:
         raise ValueError(f"every class needs a name of its own, got {'none' if not names else repeated[0] + ' twice'}")
+    if any(not name.strip() for name in names):
+        raise ValueError(f"the name of class {[bool(name.strip()) for name in names].index(False)} is empty")
     return names
 
 
@@ -115,6 +128,20 @@ def _tokenized(
     """forms: of each class, texts with {} for its name."""
     words = [name.replace("_", " ").strip() for name in names]
     texts = [form.replace("{}", word) for word, own in zip(words, forms, strict=True) for form in own]
+    return _as_ids(names, templates, words, texts, tuple(map(len, forms)), tokenizer, ends)
+
+
+def _as_ids(
+    names: tuple[str, ...],
+    templates: tuple[str, ...],
+    words: Sequence[str],
+    texts: Sequence[str],
+    counts: tuple[int, ...],
+    tokenizer: Tokenizer,
+    ends: Callable[[Tensor], Tensor],
+) -> ClassPrompts:
+    """words: the names as they stand in the texts. texts: counts[c] of each class c, class by class."""
+    words, texts = list(words), list(texts)
     ids = tokenizer(texts)
     positions = ends(ids)
     cut = _cut_off(texts, ids, tokenizer)
@@ -122,7 +149,7 @@ def _tokenized(
         raise ValueError(f"{cut!r} is longer than the {ids.shape[1]} tokens that the text tower reads")
     start = int(ends(tokenizer([""]))[0])  # tokens before an empty text's end: those that begin every text
     lengths = ends(tokenizer(words)) - start
-    return ClassPrompts(names, templates, ids, positions, lengths, tuple(map(len, forms)))
+    return ClassPrompts(names, templates, ids, positions, lengths, counts)
 
 
 def _cut_off(texts: list[str], ids: Tensor, tokenizer: Tokenizer) -> str | None:

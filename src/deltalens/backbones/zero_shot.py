@@ -17,6 +17,7 @@ from deltalens.backbones.class_prompts import (
     as_descriptions,
     class_prompts,
     described_prompts,
+    whole_texts,
 )
 from deltalens.backbones.cosines import cosines
 from deltalens.backbones.image_classifier import ImageClassifier
@@ -160,6 +161,30 @@ class ZeroShotClassifier(nn.Module):
             features = module(features)
         return F.normalize(features, dim=-1)
 
+    def text_features_of(self, texts: Sequence[str]) -> Tensor:
+        """Normalised features (n, D) of whole texts, such as the queries of a search; (n, K, D) with K pairs.
+
+        A text stands as it is, without a template. An adapter with learned words in the place of a template (CoOp)
+        writes them before it: "a red car" is then the query, not "a photo of a red car".
+
+        ValueError for repeated, empty and too long texts, and for an adapter with words of its own for each class;
+        TypeError for one whose texts depend on the images (CoCoOp).
+        """
+        contexts = self.live("text.context")
+        reading = next((module for module in contexts if getattr(module, "reads_images", False)), None)
+        if reading is not None:
+            raise TypeError(
+                f"{type(reading).__name__} writes a text anew for each image, so that a text has no features of its own"
+            )
+        for module in contexts:
+            if hasattr(module, "check_classes"):
+                module.check_classes(tuple(texts))
+        own = [module.template for module in contexts if getattr(module, "template", None)]
+        if own:
+            return self.features_of(self.prompts_with(own[-1:], texts))
+        device = next(self.clip.parameters()).device
+        return self.features_of(whole_texts(texts, self.tokenizer, self._ends).to(device))
+
     def texts_of_step(self) -> Tensor:
         """The text features that the last forward in training used, handed out once; else computed anew. For losses
         of modules that say `features_in_losses = True`, so that texts are run once in a step."""
@@ -282,11 +307,13 @@ class ZeroShotClassifier(nn.Module):
     def _write(
         self, names: tuple[str, ...], templates: tuple[str, ...], descriptions: Descriptions | None
     ) -> ClassPrompts:
-        reading = two_towers_of(self.clip).reading(self.clip)
-        ends = (lambda ids: reading.ends(self.clip, ids)) if reading else (lambda ids: ids.argmax(-1))
         if descriptions is not None:
-            return described_prompts(names, descriptions, self.tokenizer, ends)
-        return class_prompts(names, templates, self.tokenizer, ends)
+            return described_prompts(names, descriptions, self.tokenizer, self._ends)
+        return class_prompts(names, templates, self.tokenizer, self._ends)
+
+    def _ends(self, ids: Tensor) -> Tensor:
+        reading = two_towers_of(self.clip).reading(self.clip)
+        return ids.argmax(-1) if reading is None else reading.ends(self.clip, ids)
 
     # ------------------------------------------------------------------ adapters
     def _slots(self) -> Slots | None:

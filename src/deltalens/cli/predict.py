@@ -1,5 +1,6 @@
-"""Classify images with a trained adapter.
+"""Classify images with a trained adapter, or zero-shot with a model that has an image and a text tower.
 
+An adapter whose classes are texts takes other ones by --classes; a zero-shot model (--model) has no others.
 Images are files, folders (every image under them) or globs ("photos/**/*.jpg"). The result is a table, CSV or JSON
 with the most probable classes and their probabilities for each image; of a multi-label adapter all classes above
 --threshold.
@@ -9,21 +10,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from deltalens.cli.trained import Classifier, add_model_arguments, load_classifier, room_for_model
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from jsonargparse import ArgumentParser, Namespace
 
+    from deltalens.tasks import ClassificationTask
+
+translate = room_for_model
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("adapter", type=str, help="folder of the adapter")
+    add_model_arguments(parser)
     add("images", type=str, nargs="+", help="image files, folders or globs")
+    add(
+        "--classes",
+        type=list[str] | str | None,
+        default=None,
+        help="classes that are texts: 'cat, dog', a list, or a .txt file with one on a line",
+    )
+    add(
+        "--templates",
+        type=list[str] | str | None,
+        default=None,
+        help="what is said of a class, 'a photo of a {}.', a list of such, or a .txt file with one on a line",
+    )
+    add(
+        "--task",
+        type=Literal["classification", "multilabel"] | None,
+        default=None,
+        help="multilabel asks for each class by itself; for SigLIP. By default what the adapter was trained for",
+    )
     add("--format", type=Literal["table", "csv", "json"], default="table", help="of the result")
     add("--output", type=str | None, default=None, help="file for the result, instead of the terminal")
     add("--topk", type=int, default=1, help="classes per image, most probable first")
-    add("--threshold", type=float, default=0.5, help="least probability of a class, for multi-label adapters")
+    add("--threshold", type=float, default=0.5, help="least probability of a class, of several labels")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
@@ -72,24 +97,47 @@ def _predict(args: Namespace, paths: list[Path]) -> list[tuple[str, list[tuple[s
     import torch
 
     import deltalens as dl
-    from deltalens.cli.trained import load_trained
+    from deltalens.cli.word_lists import read_words
     from deltalens.data.image_folder import ImageFiles, without_broken
     from deltalens.data.transforms import eval_transform, image_mode
-    from deltalens.tasks import MultiLabelTask, task_class
+    from deltalens.tasks import MultiLabelTask
     from deltalens.training.loaders import evaluation_loader
 
-    model, class_names, device = load_trained(args.adapter, args.device)
+    class_names = read_words(args.classes, "classes", commas=True)
+    if args.model is not None and class_names is None:
+        raise ValueError(f"{args.model} without an adapter has no classes of its own: name them with --classes")
+    classifier = load_classifier(args, class_names, read_words(args.templates, "templates"))
+    model, task = classifier.model, _task(args, classifier)
     preprocessing = dl.preprocessing(model)
     files = ImageFiles(paths, [0] * len(paths), eval_transform(preprocessing), image_mode(preprocessing))
     if args.skip_broken:
         files = without_broken(files, True)
-    task = task_class(dl.adapter_info(model).get("task"))(model, class_names)
     how = {"threshold": args.threshold} if isinstance(task, MultiLabelTask) else {"topk": args.topk}
     decoded = []
     with torch.inference_mode():
         for images, _ in evaluation_loader(files, args.batch_size):
-            decoded += task.decode(model(images.to(device)), **how)
+            decoded += task.decode(model(images.to(classifier.device)), **how)
     return [(str(path), classes) for path, classes in zip(files.paths, decoded, strict=True)]
+
+
+def _task(args: Namespace, classifier: Classifier) -> ClassificationTask:
+    """What is asked of an image: the adapter's task, or the one that --task names."""
+    from deltalens.cli.trained import trained_with_sigmoid
+    from deltalens.tasks import MultiLabelTask, task_class
+
+    own = classifier.info.get("task")
+    task = task_class(own if args.task is None else args.task)
+    if task is MultiLabelTask and task is not task_class(own) and not trained_with_sigmoid(classifier.model):
+        raise ValueError(
+            f"{classifier.said} tells classes from each other and does not say whether one is there by itself: "
+            "--task multilabel is for SigLIP, and for adapters that were trained with several labels"
+        )
+    if task is not MultiLabelTask and args.classes is not None and len(classifier.class_names) < 2:
+        raise ValueError(
+            f"{classifier.class_names[0]!r} alone is always certain: name a second class to tell it from, or rank the "
+            "images with deltalens search"
+        )
+    return task(classifier.model, classifier.class_names)
 
 
 # ------------------------------------------------------------------ formats

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from deltalens.data.assemble import Images
-from deltalens.data.image_folder import read_split
+from deltalens.data.image_folder import UnknownClasses, read_split
 from deltalens.data.options import ReadOptions
 from deltalens.data.selection import select, subset_classes
 from deltalens.data.splits import Splits
@@ -114,7 +114,7 @@ def read_part(
         names = [splits.class_names[label] for label in subset_classes(len(splits.class_names), of_the_run)]
         if names == list(class_names):  # otherwise other data, which is read whole
             splits = select(splits, replace(options, subset=of_the_run))
-    return _with_labels_of(class_names, splits, used.of(_part(splits, split, root)))
+    return _with_labels_of(class_names, splits, used.of(part_of(splits, split, root)))
 
 
 def recognise(root: Path) -> str | None:
@@ -145,7 +145,8 @@ def _folder_part(root: Path, split: str, class_names: Sequence[str], origin: dic
     return part
 
 
-def _part(splits: Splits, split: str, root: Path) -> Images:
+def part_of(splits: Splits, split: str, root: Path) -> Images:
+    """One part of the data, or "all" of them together. ValueError for one that is not there."""
     if split == "all":
         parts = [part for part in (splits.train, splits.val, splits.test) if part is not None]
         return sum(parts[1:], parts[0])
@@ -164,7 +165,7 @@ def _with_labels_of(class_names: Sequence[str], splits: Splits, part: Images) ->
     unknown = [name for name in splits.class_names if name not in names]
     if unknown:
         shown = ", ".join(unknown[:8])
-        raise ValueError(f"the data has other classes than the {len(names)} of the model: {shown}")
+        raise UnknownClasses(f"the data has other classes than the {len(names)} of the model: {shown}")
     same = [name for name in splits.class_names if names.count(name) > 1]
     if same:
         raise ValueError(f"several classes of the model are called {same[0]!r}: the data must have all of its classes")

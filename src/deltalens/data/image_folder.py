@@ -27,6 +27,10 @@ torchvision/<Name>)"""
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
+class UnknownClasses(ValueError):
+    """The data has classes that the model does not know."""
+
+
 class ImageFiles(Dataset):
     """Image files with labels, integers or tensors. Items are (transform(RGB image), label).
 
@@ -189,6 +193,17 @@ def split_folders(root: Path) -> dict[str, Path]:
     return found
 
 
+def folder_class_names(root: Path) -> list[str]:
+    """Class names of a folder of images: those of its train folder, else of its other split folders together, else of
+    its own class folders. Errors as in `read_image_folder`."""
+    folders = split_folders(_existing(root))
+    read = [folders["train"]] if "train" in folders else [*folders.values()] or [root]
+    names = {name for folder in read for name in _class_folders(folder)}
+    if not names:
+        raise ValueError(f"{root} holds no class folders; {_expected(root)}")
+    return sorted(names)
+
+
 def image_files(folder: Path) -> list[Path]:
     """Every image file under a folder, sorted; hidden ones passed over."""
     found = []
@@ -260,7 +275,7 @@ def _read_classes(
     names = class_names or present
     unknown = [name for name in present if name not in names]
     if unknown:
-        raise ValueError(
+        raise UnknownClasses(
             f"{folder} has class folders that are not among the {len(names)} known classes: {_some(unknown)}; "
             f"known: {_some(names)}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from deltalens.backbones.preprocessing import preprocessing_of
-from deltalens.lifecycle.state import adapter_of
+from deltalens.lifecycle.state import KEY, adapter_of, state_of
 
 
 def adapter_info(model: nn.Module, name: str | None = None) -> dict[str, Any]:
@@ -24,7 +24,8 @@ def class_names(model: nn.Module, name: str | None = None) -> list[str] | None:
 def preprocessing(model: nn.Module, name: str | None = None) -> dict[str, Any]:
     """How images become inputs: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
 
-    What the adapter was trained with; where it does not say, what the backbone's library says.
+    What the adapter was trained with; where it does not say, or none is active, what the backbone's library says.
     """
-    info = adapter_info(model, name).get("preprocessing") if "_deltalens" in model.__dict__ else None
+    adapted = KEY in model.__dict__ and (name is not None or state_of(model).active)
+    info = adapter_info(model, name).get("preprocessing") if adapted else None
     return {**preprocessing_of(model), **(info or {})}

@@ -23,10 +23,21 @@ class Context(nn.Module):
     take places in, with m words before {}.
     """
 
+    classes: tuple[str, ...] | None = None  # whose words these are, of words for each class
+
     def __init__(self, words: Tensor, template: str, position: str = "end"):
         super().__init__()
         self.ctx = nn.Parameter(words)
         self.template, self.position = template, position
+
+    def check_classes(self, names: tuple[str, ...]) -> None:
+        """ValueError where the words belong to other classes."""
+        if self.classes is not None and names != self.classes:
+            raise ValueError(
+                f"this adapter has words of their own for {len(self.classes)} classes, and there are {len(names)} "
+                f"others: its own are {_shown(self.classes)}, the others {_shown(names)}. Train words for all classes "
+                "in common, or on these classes"
+            )
 
     @property
     def count(self) -> int:
@@ -58,6 +69,10 @@ class Context(nn.Module):
             for i, length in enumerate(prompts.name_lengths.tolist())
         ]  # fmt: skip
         return torch.cat([begin, torch.stack(rows, -3)], -2)
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
 
 
 class ComparedContext(Context):

@@ -39,4 +39,6 @@ class CoOpConfig(Method):
         owner, model, reading = text_owner(anatomy, "text.context", type(self).__name__.removesuffix("Config"))
         classes = model.num_classes if self.per_class else None
         words, template = first_words(model, reading, self.num_words, self.init, classes)
-        yield owner, "text.context", self.context(words, template, self.position)
+        context = self.context(words, template, self.position)
+        context.classes = model.class_names if self.per_class else None
+        yield owner, "text.context", context
