@@ -66,7 +66,7 @@ def load_classifier(
         raise ValueError(f"{args.model} without an adapter has no classes of its own: name them")
     said: dict[str, Any] = {} if templates is None else {"templates": templates}
     model = dl.create_backbone(args.model, checkpoint=args.checkpoint, class_names=list(class_names), **said)
-    device = torch.device(_device(args.device))
+    device = torch.device(chosen_device(args.device))
     return Classifier(model.eval().to(device), list(class_names), device, args.model)
 
 

@@ -24,7 +24,8 @@ def read_named_part(
     """(images, class names, task) of "train", "val", "test" or "all". Labels index the names, which are the data's.
 
     format: None or "auto" goes by the files. origin: `Splits.origin` of the training run for a part of that same data;
-    without it a folder that is not split has the part "all" only. subset: "base" or "new" classes of the data. Errors as in `deltalens.data.read_part`.
+    without it a folder that is not split has the part "all" only. subset: "base" or "new" classes of the
+    data. Errors as in `deltalens.data.read_part`.
     """
     origin, root = origin or {}, Path(root).expanduser()
     if format in (None, "auto"):

@@ -137,8 +137,8 @@ _LASP_NORM = re.compile(r"(?:.+\.)?(?:image_encoder|visual)\.transformer\.resblo
 
 
 def lasp(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -> Import:
-    """LASP: `ctx`, `w`, and of the whole image encoder that it saves `resblocks.0.ln_1.weight` and so on, the norms that
-    are trained. An adapter without norms takes only checkpoints whose norms are still the model's own."""
+    """LASP: `ctx`, `w`, and of the whole image encoder that it saves `resblocks.0.ln_1.weight` and so on, the norms
+    that are trained. An adapter without norms takes only checkpoints whose norms are still the model's own."""
     found, used = _renamed(state_dict, r"(?:.+\.)?(ctx)", "text_context.lasp.")
     shift, more = _renamed(state_dict, r"(?:.+\.)?(w)", "text_output.lasp.")
     own = adapter_tensors(model, name)
