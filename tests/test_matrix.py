@@ -74,4 +74,5 @@ def test_every_method_has_a_row():
         config = make()
         shown |= {method.name for method in (config if isinstance(config, list) else [config])}
     shipped = {m for m in dl.list_methods() if method_class(m).__module__.startswith("deltalens.")}
-    assert {m for m in shipped if not m.startswith("peft/")} - shown == set()
+    untrained = {"zero_shot"}  # test_zero_shot_row.py
+    assert {m for m in shipped if not m.startswith("peft/")} - shown == untrained

@@ -31,6 +31,7 @@ from deltalens.methods.ssf import SSFConfig
 from deltalens.methods.tip_adapter import TipAdapterConfig
 from deltalens.methods.vpt import VPTConfig
 from deltalens.methods.vpt_prototypes import class_prototypes
+from deltalens.methods.zero_shot import ZeroShotConfig
 
 __all__ = [
     "AdaptFormerConfig",
@@ -63,6 +64,7 @@ __all__ = [
     "SidetuneConfig",
     "TipAdapterConfig",
     "VPTConfig",
+    "ZeroShotConfig",
     "class_prototypes",
     "from_peft",
     "list_methods",
