@@ -1,4 +1,4 @@
-"""MMA and the methods it is measured against: their sizes on ViT-B/16, and their published settings as parts of studies."""
+"""MMA and the methods it is measured against: sizes on ViT-B/16, and published settings as parts of studies."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -130,9 +130,11 @@ def test_presets():
         ProGradConfig.base_to_novel(): 2_048,
         MMAConfig.cross_dataset(): 337_280,
         MaPLeConfig.cross_dataset(): 1_185_024,
-        TipAdapterConfig(train_keys=True): 0,  # before it is prepared
     }.items():
         dl.attach(model, config)
         assert dl.count_parameters(model).adapter == count, config
         dl.detach(model)
+    dl.attach(model, TipAdapterConfig(train_keys=True))
+    model.live("logits")[0].make_room("keys", 1000 * 16)
+    assert dl.count_parameters(model).adapter == 8_192_000
     assert isinstance(ProGradConfig.base_to_novel(), ProGradConfig)
