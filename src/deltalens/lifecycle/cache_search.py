@@ -25,7 +25,7 @@ def search_cache(
 
     `deltalens.finish` does the same by the adapter's own settings, and `deltalens.training.fit` by itself. loader:
     batches (images, labels) of validation images, never of the test set. highest, steps: of (alpha, beta), as
-    published for most datasets; the grid is 0.1 + i (highest - 0.1) / steps. Of equally good pairs the one with the
+    published for ImageNet; the grid is 0.1 + i (highest - 0.1) / steps. Of equally good pairs the one with the
     smallest beta, then the smallest alpha, is taken. ValueError without a prepared Tip-Adapter or without images.
     """
     name, adapter = adapter_of(model, name)

@@ -137,10 +137,10 @@ _LASP_NORM = re.compile(r"(?:.+\.)?(?:image_encoder|visual)\.transformer\.resblo
 
 
 def lasp(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -> Import:
-    """LASP: `ctx`, `w`, and of the whole image encoder that it saves `resblocks.0.ln_1.weight` and so on, the norms
-    that are trained. An adapter without norms takes only checkpoints whose norms are still the model's own."""
+    """LASP: `ctx`, `w`, and of the whole image encoder that it saves the norms, `resblocks.0.ln_1.weight` and so on.
+    An adapter without norms takes only checkpoints whose norms are still the model's own."""
     found, used = _renamed(state_dict, r"(?:.+\.)?(ctx)", "text_context.lasp.")
-    shift, more = _renamed(state_dict, r"(?:.+\.)?(w)", "text_output.lasp.")
+    shift, _ = _renamed(state_dict, r"(?:.+\.)?(w)", "text_output.lasp.")
     own = adapter_tensors(model, name)
     if shift and not shift.keys() <= own.keys() and any(bool(tensor.any()) for tensor in shift.values()):
         raise ValueError("the checkpoint has a vector w, and the adapter none: attach LASPConfig(correction=True)")
@@ -157,11 +157,9 @@ def lasp(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -> Impor
             found[anatomy.canonical(path)] = tensor
             used += 1
         elif not torch.allclose(tensor.float(), model.get_parameter(path).detach().float().cpu(), rtol=1e-2, atol=1e-3):
-            raise ValueError(
-                f"{key} was trained in the checkpoint, and not in the adapter: attach LASPConfig(norms=True)"
-            )
+            raise ValueError(f"{key} was trained in the checkpoint, not in the adapter: attach LASPConfig(norms=True)")
     kept = {key: tensor for key, tensor in shift.items() if key in own}
-    return found | kept, used + len(kept) * more
+    return found | kept, used + len(kept)
 
 
 def _norms_of_images(model: nn.Module) -> dict[tuple[int, int, str], str]:

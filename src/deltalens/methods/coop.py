@@ -17,9 +17,9 @@ class CoOpConfig(Method):
     Words begin as N(0, 0.02), or as those of `init` ("a photo of a"), whose number is then m. The words of all classes
     in common work for classes that were not trained; words per class do not.
 
-    Published settings: m = 16 words at the end, SGD 0.002, batch 32, 200 epochs (50 on ImageNet, or with fewer
-    shots); in the tables of CoCoOp and later papers init = "a photo of a". Parameters: m d, 2,048 for m = 4 and d =
-    512.
+    Published settings: m = 16 words at the end, SGD 0.002, batch 32, 200 epochs (50 on ImageNet, or with fewer shots);
+    in the tables of CoCoOp and later papers init = "a photo of a" (`CoOpConfig.base_to_novel()`). Parameters: m d,
+    2,048 for m = 4 and d = 512.
     """
 
     learning_rate: ClassVar = 2e-3
@@ -29,6 +29,11 @@ class CoOpConfig(Method):
     init: str | None = setting(default=None, help='a text whose words are the first values, such as "a photo of a"')
     position: str = setting(default="end", help="where the name stands", choices=POSITIONS)
     per_class: bool = setting(default=False, help="words of its own for each class")
+
+    @classmethod
+    def base_to_novel(cls) -> CoOpConfig:
+        """The CoOp of CoCoOp's and later papers' tables: 4 words that begin as "a photo of a"."""
+        return cls(init="a photo of a")
 
     def __post_init__(self):
         check_choices(self)

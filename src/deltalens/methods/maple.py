@@ -58,8 +58,9 @@ class MaPLeConfig(Method):
     without `init`, so does P_1. In towers of different depth blocks count from the bottom.
 
     Published settings: m = 2, SGD, batch 4; depth 9, 0.0035, 5 epochs for base-to-novel, depth 3, 0.0026, 2 epochs
-    across data sets. The official code works in half precision only, and for widths 512 and 768. Parameters: depth
-    (m d + d C + C), on ViT-B/16 3,555,072 for depth 9 and 1,185,024 for depth 3. ResNet towers are refused.
+    across data sets (`MaPLeConfig.cross_dataset()`). The official code works in half precision only, and for widths 512
+    and 768. Parameters: depth (m d + d C + C), on ViT-B/16 3,555,072 for depth 9 and 1,185,024 for depth 3. ResNet
+    towers are refused.
     """
 
     learning_rate: ClassVar = 3.5e-3
@@ -67,6 +68,11 @@ class MaPLeConfig(Method):
     num_words: int = setting(default=2, help="learned words m in each block")
     depth: int = setting(default=9, help="blocks from the first on with words and tokens of their own")
     init: str | None = setting(default="a photo of a", help="a text whose words are the first values; null draws them")
+
+    @classmethod
+    def cross_dataset(cls) -> MaPLeConfig:
+        """What the paper trains on ImageNet for other data sets: depth 3."""
+        return cls(depth=3)
 
     def __post_init__(self):
         if self.num_words < 1 or self.depth < 1:

@@ -119,12 +119,12 @@ class TipAdapterConfig(Method):
     of the grid 0.1 + i (highest - 0.1) / n with 20 values of alpha and 200 of beta. Accuracy on these images is then
     that of the choice.
 
-    Published: alpha 1.17, beta 1 on ImageNet, then both searched on that grid; the official code searches ImageNet's
-    on its test images, and takes Tip-Adapter-F's best epoch on test images, so that its numbers are too good by an
-    unknown amount. The grids end at alpha 3, beta 7 on ImageNet and pets, 13 and 13 on DTD, 10 and 12 on EuroSAT. 10
-    passes with random crops of at
-    least half the image; Tip-Adapter-F AdamW 0.001 with eps 1e-4, 20 epochs (100 on EuroSAT), batch 256. The official
-    code multiplies CLIP's cosines by 100, which is exp(logit_scale) of OpenAI's weights.
+    Published: alpha 1.17, beta 1 on ImageNet, then both searched on that grid; the official code searches ImageNet's on
+    its test images, and takes Tip-Adapter-F's best epoch on test images, so that its numbers are too good by an unknown
+    amount. The grids end at alpha 3, beta 7 on ImageNet, pets and UCF101, elsewhere further out, at 50 and 50 on
+    flowers. 10 passes with random crops of at least half the image; Tip-Adapter-F AdamW 0.001 with eps 1e-4, 20 epochs
+    (100 on EuroSAT), batch 256. The official code multiplies CLIP's cosines by 100, which is exp(logit_scale) of
+    OpenAI's weights.
 
     Parameters: none; N D with train_keys, 8,192,000 for 1,000 classes of 16 images and D = 512.
     """
