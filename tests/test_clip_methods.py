@@ -127,21 +127,37 @@ def test_mma_beyond_the_last_block(beyond):
         dl.attach(open_clip_model(), MMAConfig(**beyond))
 
 
-def test_mma_in_half_precision():
-    """Under autocast the stream is float32 from the first adapter on; a model in bfloat16 is refused."""
-    model = zero_shot()
+@pytest.mark.parametrize("make", MODELS)
+def test_mma_under_autocast(make):
+    """The streams of both towers are float32 from the first adapter on, and logits stay near those of float32."""
+    model = zero_shot(clip=MODELS[make]())
     dl.attach(model, MMAConfig(start=3, bottleneck=4, alpha=1e-3))
-    seen = []
-    tower = model.clip.visual.transformer.resblocks
-    for block in tower:
-        block.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model.train()(images)
-    assert seen[:2] == [torch.bfloat16, torch.bfloat16]
-    assert seen[2:] == [torch.float32] * (len(seen) - 2)
-    with pytest.raises(TypeError, match="rounds away"):
-        model.bfloat16()(images.bfloat16())
+    images, seen = torch.randn(2, 3, 32, 32), {}
+    with torch.no_grad():
+        exact = model.train()(images)
+    for tower in dl.describe(model).towers:
+        for site in tower.blocks:
+            at = (tower.name, site.index + 1)
+            site.module.register_forward_hook(lambda _, __, out, at=at: seen.update({at: out.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.train()(images)
+    assert {seen[tower, number] for tower in ("vision", "text") for number in (3, 4)} == {torch.float32}
+    if make == "open_clip":  # whose image stream is that of its first convolution
+        assert seen["vision", 1] == seen["vision", 2] == torch.bfloat16
+    torch.testing.assert_close(logits.float(), exact, atol=0.1 * float(exact.abs().max()), rtol=0)
+    logits.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in trained(model).values())
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("towers", ["both", "vision", "text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mma_refuses_a_model_in_half_precision(make, towers, dtype):
+    model = zero_shot(clip=MODELS[make]())
+    dl.attach(model, MMAConfig(start=3, bottleneck=4, towers=towers))
+    model.to(dtype)
+    with pytest.raises(TypeError, match=f"which a model in {dtype} rounds away"):
+        model(torch.randn(1, 3, 32, 32, dtype=dtype))
 
 
 def test_mma_adds_what_bfloat16_would_lose():
