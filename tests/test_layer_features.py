@@ -178,6 +178,24 @@ def test_tokens_of_adapters_are_not_counted(images):
     np.testing.assert_allclose(found.features[1], seen[:, 5:].mean(1).numpy(), atol=1e-5)
 
 
+def test_siglip_reads_the_mean_of_the_map_and_the_last_word(images):
+    from transformers import SiglipConfig, SiglipModel
+
+    shared = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    text = {"vocab_size": 60, "max_position_embeddings": 77, "projection_size": 24, "eos_token_id": 29}
+    config = SiglipConfig(
+        text_config=shared | text | {"bos_token_id": 28}, vision_config=shared | {"image_size": 32, "patch_size": 8}
+    )
+    model = zero_shot(clip=SiglipModel(config).eval())
+    found, words = image_stages(model, [images]), text_stages(model, [model.prompts()])
+    last = recorded_last(tower(model, "vision").blocks[-1].module, lambda: model.image_features(images))
+    np.testing.assert_allclose(found.features[-2], last.mean(1).numpy(), atol=1e-5)
+    assert np.ptp(words.features[0], 0).max() < 1e-6  # the end of the padding, which is the same in every text
+    model.kept.clear()
+    last = recorded_last(tower(model, "text").blocks[-1].module, model.text_features)
+    np.testing.assert_allclose(words.features[-2], last[:, -1].numpy(), atol=1e-5)
+
+
 def test_an_adapter_of_one_tower_shows_both(images):
     model = dl.attach(zero_shot(), LoRAConfig(), tower="text")
     assert image_stages(model, [images]).tower == "vision"

@@ -24,6 +24,8 @@ TEMPLATES = (
     "a photo of the small {}.",
 )
 
+FEW = 10  # classes held out of each dataset
+
 
 def run_layers(args: Namespace) -> None:
     """Compute features, tell datasets apart, print the table, and write figure and CSV."""
@@ -154,6 +156,10 @@ def _of_texts(args: Namespace, model: Any, read: dict[str, Splits]) -> list[Stag
     sizes = tuple(len(splits.class_names) for splits in read.values())
     draws = Draws(sizes, min(sizes), tuple(args.seeds), len(templates))
     print(f"texts: {_said(draws, 'classes')}, {len(templates)} templates")
+    if draws.held_out < FEW:
+        print(
+            f"       so few classes make accuracies uncertain; the smallest dataset has {min(sizes)}: try more --seeds"
+        )
     texts = [
         model.prompts_with(templates, [splits.class_names[unit] for unit in units])
         for splits, units in zip(read.values(), draws.units, strict=True)

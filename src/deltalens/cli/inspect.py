@@ -138,11 +138,10 @@ def _inserted(model: nn.Module, anatomy: Anatomy) -> list[str]:
             count = sum(parameter.numel() for _, parameter in tensors)
             place = "around " + path.removeprefix(f"{block}.")
             title = f"{place:<22} {wrapping.method}: {type(layer).__name__}, {count:,} parameters"
-            lines = (tower_of.get(block, ""), f"    {title}", *_tensors(tensors))
-            found.setdefault(lines, []).append(block or path)
+            found.setdefault((tower_of.get(block, ""), f"    {title}", *_tensors(tensors)), []).append(block or path)
     by_blocks: dict[tuple[str, ...], list[str]] = {}
-    for (_, *lines), blocks in found.items():
-        by_blocks.setdefault(tuple(blocks), []).extend(lines)
+    for said, blocks in found.items():
+        by_blocks.setdefault(tuple(blocks), []).extend(said[1:])
     return [line for blocks, lines in by_blocks.items() for line in (_range(blocks), *lines)] or ["nothing is inserted"]
 
 

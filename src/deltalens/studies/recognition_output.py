@@ -55,27 +55,32 @@ def plot_recognition(
     found: Sequence[StageAccuracy], datasets: Sequence[str], title: str, path: str | os.PathLike[str]
 ) -> None:
     """Accuracy over the stages: a line for each tower, a band of one standard deviation, chance dashed. A tower with
-    fewer blocks than the other has its last stage where the other has it."""
+    fewer blocks than the other has its last stage where the other has it, at the end of a dotted line."""
     figure, (axis,) = new_figure(1, 1, (6.4, 4.0))
     colours, order = page_colours(), stages_in_order(found)
     towers = list(dict.fromkeys(each.tower for each in found))
     for number, tower in enumerate(towers):
         own = [each for each in found if each.tower == tower]
         places, means = [order.index(each.stage) for each in own], np.array([100 * each.mean for each in own])
-        colour = colours[f"c{1 + 2 * number}"]
-        axis.plot(places, means, color=colour, marker="o", markersize=4, linewidth=1.8, label=_label(tower))
+        colour, steady = colours[f"c{1 + 2 * number}"], len(own) - (len(own) > 1 and places[-1] > places[-2] + 1)
+        axis.plot(places[:steady], means[:steady], color=colour, linewidth=1.8)
+        axis.plot(places[steady - 1 :], means[steady - 1 :], color=colour, linewidth=1.2, linestyle=":")
+        axis.plot(places, means, color=colour, marker="o", markersize=4, linestyle="", label=_label(tower))
         if all(each.std is not None for each in own):
             std = np.array([100 * (each.std or 0) for each in own])
             low, high = np.clip(means - std, 0, 100), np.clip(means + std, 0, 100)
-            axis.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+            axis.fill_between(places[:steady], low[:steady], high[:steady], color=colour, alpha=0.2, linewidth=0)
+            axis.vlines(places[steady:], low[steady:], high[steady:], color=colour, alpha=0.4, linewidth=3)
     chance = 100 / len(datasets)
-    axis.axhline(chance, color=colours["soft"], linestyle="--", linewidth=1.2, label=f"chance ({chance:.4g} %)")
+    axis.axhline(chance, color=colours["soft"], linestyle="--", linewidth=1.2, label=f"chance ({chance:.1f} %)")
     axis.set_ylim(0, 102)
     axis.grid(axis="y", color=colours["line"], linewidth=0.8)
     axis.set_axisbelow(True)
     step = -(-len(order) // 16)
-    ends = (EMBED, *(name for name in order if not name.isdigit()))
-    shown = [i for i, name in enumerate(order) if name in ends or (int(name) - 1) % step == 0]
+    ends = [name for name in order if not name.isdigit()]
+    last = max((int(name) for name in order if name.isdigit()), default=0)
+    blocks = [name for name in order if name.isdigit() and int(name) % step == 0 and (step == 1 or int(name) < last)]
+    shown = [i for i, name in enumerate(order) if name in ends or name in blocks]
     axis.set_xticks(shown, [order[i] for i in shown])
     axis.set_xlabel("embedding, blocks, and what leaves the tower")
     axis.set_ylabel(f"which of {len(datasets)} datasets, accuracy in %")
