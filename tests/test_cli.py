@@ -166,6 +166,22 @@ def test_methods_combine_and_a_checkpoint_file_is_a_backbone(world):
     assert main(["evaluate", "combined", "--data", "split"]) == 0
 
 
+def test_few_shots_of_the_base_classes(world, capsys):
+    words = "train --model tiny --data split --method linear --shots 2 --classes base --seed 3 --epochs 1 --output few"
+    assert main(words.split()) == 0
+    assert "2 classes, 4 training, 4 validation, 6 test images" in capsys.readouterr().out
+    origin = json.loads(Path("few/results.json").read_text())["data"]
+    assert {key: origin[key] for key in ("shots", "shots_seed", "shots_from", "class_subset")} == {
+        "shots": 2, "shots_seed": 3, "shots_from": "drawn", "class_subset": "base"
+    }  # fmt: skip
+    for split, count in (("train", 4), ("test", 6)):
+        assert main(["evaluate", "few", "--data", "split", "--split", split]) == 0
+        assert f"{count} ({split})" in capsys.readouterr().out
+    error = fails(capsys, ["evaluate", "few", "--data", "split", "--classes", "all"])
+    assert "the data has other classes than the 2 of the model: red" in error
+    assert "would join them" in fails(capsys, [*words.split(), "--protocol", "trainval", "--output", "no"])
+
+
 def test_methods_in_yaml(world):
     for method in ("lora", {"method": "lora"}, ["lora"], [{"method": "lora"}]):
         assert read_methods(method) == [dl.LoRAConfig()]

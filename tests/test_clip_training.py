@@ -122,3 +122,48 @@ def test_templates_need_a_text_tower(world, tmp_path, capsys):
     assert "has no text tower" in capsys.readouterr().err
     assert main([*words, "--method", "mma"]) == 1
     assert "needs one image tower and one text tower" in capsys.readouterr().err
+
+
+INSPECTED = {
+    "mma": (dl.MMAConfig(start=2, bottleneck=4), ["--method.start", "2", "--method.bottleneck", "4"]),
+    "coop": (dl.CoOpConfig(num_words=3, per_class=True), ["--method.num_words", "3", "--method.per_class", "true"]),
+    "lora": (dl.LoRAConfig(), []),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("method", INSPECTED)
+def test_inspect_shows_both_towers(library, method, world, capsys):
+    config, words = INSPECTED[method]
+    shared = ["inspect", "--model", str(world / library), "--templates", json.dumps(TEMPLATES), "--num-classes", "4"]
+    capsys.readouterr()
+    assert main([*shared, "--method", method, *words]) == 0
+    text = capsys.readouterr().out
+    model = dl.create_backbone(str(world / library), class_names=list("abcd"), pretrained=False)
+    count = dl.count_parameters(dl.attach(model, config))
+    assert f"trained without head {count.adapter:>14,}" in text
+    assert f"backbone             {count.backbone:>14,}" in text
+    assert "tower     vision: 3 blocks" in text
+    assert "tower     text: 3 blocks" in text
+    assert "words.in" in text
+    assert "around them: logits, output, text.context" in text
+    blocks = [line for line in text.splitlines() if line.endswith(" blocks)")]
+    if method == "coop":
+        assert not blocks
+        assert "around the towers\n    text.context           coop: Context" in text
+        assert f"ctx (4, 3, {16 if library == 'open_clip' else 24})" in text
+        return
+    assert len(blocks) == 2  # towers are not mixed, where they are of one width either
+    assert all(line.endswith("(2 blocks)" if method == "mma" else "(3 blocks)") for line in blocks)
+    assert text.count("20 of them shared with another place") == (2 if method == "mma" else 0)
+
+
+def test_inspect_shows_the_one_tower_that_is_adapted(world, capsys):
+    words = ["--templates", "a photo of a {}.", "--tower", "text", "--method", "lora"]
+    assert main(["inspect", "--model", str(world / "open_clip"), *words]) == 0
+    text = capsys.readouterr().out
+    assert "tower     vision" not in text
+    model = dl.create_backbone(str(world / "open_clip"), class_names=["a", "b"], pretrained=False)
+    assert f"{dl.count_parameters(dl.attach(model, dl.LoRAConfig(), tower='text')).adapter:,}" in text
+    assert main(["inspect", "--templates", "a photo of a {}."]) == 1
+    assert "has no text tower" in capsys.readouterr().err

@@ -138,3 +138,5 @@ def test_the_command_reads_folders_of_any_origin(place, tmp_path, capsys):  # no
     assert "is not known: it was built by hand" in printed
     assert main(["analyze", "storage", photos]) == 1
     assert "is no adapter" in capsys.readouterr().err
+    assert main(["analyze", "storage", str(tmp_path / "nowhere")]) == 1
+    assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err

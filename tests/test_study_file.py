@@ -14,8 +14,9 @@ from deltalens.cli.recipes import recipe_files, summary
 from deltalens.data import eval_transform, read_image_folder
 from deltalens.data.memory import ImagesInMemory, keep_in_memory
 from deltalens.data.transforms import eval_resize, train_resize
-from deltalens.studies import trial
+from deltalens.studies import run_data, trial
 from deltalens.studies.grid import Grid
+from deltalens.studies.study import Training
 from deltalens.studies.study_reader import read_study
 
 # ------------------------------------------------------------------ the file
@@ -99,7 +100,7 @@ def test_the_study_on_the_page_is_one(tmp_path):
     (tmp_path / "study.yaml").write_text(text)
     study = read_study(tmp_path / "study.yaml")
     assert len(list(Grid(study, tmp_path).runs())) == 3 * 2 * 5 * (3 + 3)
-    for entry in (*vars(trial.Training()), *vars(study)):  # every field of the file is explained
+    for entry in (*vars(Training()), *vars(study)):  # every field of the file is explained
         assert f"`{entry}`" in page or entry in ("variants", "left_out"), entry
 
 
@@ -173,7 +174,7 @@ def test_unsplit_folders_are_split_alike_for_all_runs(place, tmp_path, monkeypat
     write_pictures(tmp_path / "photos", 10)
     seen = []
     monkeypatch.setattr(
-        trial, "keep_in_memory", lambda files, resize: seen.append((len(files), tuple(files.paths))) or files
+        run_data, "keep_in_memory", lambda files, resize: seen.append((len(files), tuple(files.paths))) or files
     )
     file = write_study(place, tmp_path, STUDY.replace("lr: {relative: [1, 0.1]}", "split: {test_fraction: 0.2}"))
     assert main(["compare", str(file), "--output", str(tmp_path / "out"), "--data", f"p={tmp_path / 'photos'}"]) == 0

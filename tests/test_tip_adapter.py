@@ -13,8 +13,9 @@ from clip_models import NAMES, VECTORS, hf_model, open_clip_model, vectors, zero
 
 import deltalens as dl
 from deltalens.data.splits import Splits
-from deltalens.lifecycle.cache_search import best_alpha_beta, search_cache
+from deltalens.lifecycle.cache_search import search_cache
 from deltalens.methods import TipAdapterConfig
+from deltalens.methods.cache_search import best_alpha_beta
 from deltalens.methods.tip_adapter import FeatureCache
 from deltalens.tasks import ClassificationTask
 from deltalens.training import TrainingSettings, fit

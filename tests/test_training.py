@@ -22,7 +22,7 @@ from deltalens.training import TrainingSettings, fit
 from deltalens.training.callbacks import NonFiniteLossError
 from deltalens.training.loaders import training_loader
 from deltalens.training.optim import default_learning_rate, make_optimizer, parameter_groups
-from deltalens.training.schedule import warmup_cosine, warmup_cosine_factor
+from deltalens.training.schedule import RateSchedule, warmup_cosine_factor
 
 
 # ------------------------------------------------------------------ the task
@@ -208,7 +208,7 @@ def test_schedule():
     assert factors[7] == pytest.approx(0.5)
     assert all(a > b > 0 for a, b in itertools.pairwise(factors[3:]))
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = warmup_cosine(optimizer, 0, 4)
+    scheduler = RateSchedule(total_steps=4, epochs=1).scheduler(optimizer, [2.0])
     seen = []
     for _ in range(4):
         seen.append(optimizer.param_groups[0]["lr"])

@@ -38,19 +38,11 @@ def test_fractions_are_nested_and_hold_the_share_of_every_class(labels, fraction
     assert TrainingSubset(1.0, seed=seed).indices(labels) == list(range(len(labels)))
 
 
-@settings(max_examples=60, deadline=None)
-@given(LABELS, st.integers(1, 8), st.integers(0, 5))
-def test_shots_are_nested_and_as_many_for_every_class(labels, shots, seed):
-    smaller, larger = (TrainingSubset(shots=count, seed=seed).indices(labels) for count in (shots, shots + 1))
-    assert set(smaller) <= set(larger)
-    assert all(sum(labels[i] == each for i in smaller) == min(shots, labels.count(each)) for each in labels)
-
-
 def test_several_labels_count_by_the_rarest_and_images_without_any_are_a_class():
-    rows = [[1, 0, 0]] * 8 + [[1, 1, 0]] * 4 + [[0, 0, -1]] * 2
+    rows = [[1, 0, 0]] * 8 + [[1, 1, 0]] * 4 + [[0, 0, -1]] * 4
     labels = [torch.tensor(row, dtype=torch.int8) for row in rows]
-    found = TrainingSubset(shots=2).indices(labels)
-    assert [sum(i in span for i in found) for span in (range(8), range(8, 12), range(12, 14))] == [2, 2, 2]
+    found = TrainingSubset(0.5).indices(labels)
+    assert [sum(i in span for i in found) for span in (range(8), range(8, 12), range(12, 16))] == [4, 2, 2]
 
 
 def test_seeds_draw_other_images_and_the_same_seed_the_same():
@@ -61,7 +53,7 @@ def test_seeds_draw_other_images_and_the_same_seed_the_same():
 
 def test_any_dataset_with_labels_in_its_items():
     items = [(torch.zeros(1), label) for label in [0, 1] * 5]
-    splits = TrainingSubset(shots=2).take(Splits(items, items, ["a", "b"]))
+    splits = TrainingSubset(0.4).take(Splits(items, items, ["a", "b"]))
     assert sorted(splits.train[i][1] for i in range(len(splits.train))) == [0, 0, 1, 1]
     arrays = ArrayDataset(torch.zeros(10, 1, 4, 4), [0, 1] * 5)
     assert isinstance(TrainingSubset(0.5).of(arrays), ArrayDataset)
@@ -73,11 +65,9 @@ def test_any_dataset_with_labels_in_its_items():
     [
         ({"fraction": 0.0}, "must lie above 0 and not above 1, got 0"),
         ({"fraction": 1.5}, "must lie above 0 and not above 1, got 1.5"),
-        ({"shots": 0}, "at least 1, got 0"),
-        ({"fraction": 0.5, "shots": 1}, "not both"),
     ],
 )
-def test_impossible_subsets_are_refused(wrong, message):
+def test_impossible_shares_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainingSubset(**wrong)
 
@@ -115,7 +105,7 @@ def test_train_and_tune_take_fewer_images(place, tmp_path, capsys):  # noqa: F81
     search = [*words, "--shots", "2", "--trials", "1", "--output", str(tmp_path / "search")]
     assert main(["tune", *search]) == 0
     found = json.loads((tmp_path / "search/trials/000/results.json").read_text())["data"]
-    assert (found["train"], found["training_subset"]) == (6, {"shots": 2, "seed": 0})
+    assert [found[name] for name in ("train", "val", "shots", "shots_seed")] == [6, 6, 2, 0]
     assert main(["train", *words, "--shots", "2", "--train-fraction", "1", "--output", str(tmp_path / "no")]) == 1
     assert "give one of them" in capsys.readouterr().err
 
@@ -132,6 +122,7 @@ def test_a_study_file_makes_a_dataset_of_every_amount(tmp_path):
     assert [dataset.name for dataset in study.datasets] == names
     assert [dataset.source for dataset in study.datasets] == ["a"] * 3 + ["b"] * 2 + ["c"] * 2
     assert study.datasets[1].subset == TrainingSubset(0.25, seed=7)
+    assert [dataset.shots for dataset in study.datasets] == [None] * 3 + [1, 4] * 2
     assert {(d.path, d.hflip, d.protocol) for d in study.datasets[:3]} == {("w", 0, "trainval")}
     assert study.scatter_datasets == ("a@100%", "b@4 shots")
 
@@ -140,9 +131,10 @@ def test_a_study_file_makes_a_dataset_of_every_amount(tmp_path):
     ("entry", "message"),
     [
         ("{path: x, fractions: [0.1], shots: [1]}", r"line 4, datasets\.a\.shots: .*give one of them"),
-        ("{path: x, fractions: 0.1}", r"datasets\.a\.fractions: expected a list of numbers such as \[0\.1"),
+        ("{path: x, fractions: []}", r"datasets\.a\.fractions: expected numbers such as \[0\.1"),
         ("{path: x, fractions: [0.5, 0]}", r"datasets\.a\.fractions\.1: the fraction .* got 0"),
-        ("{path: x, shots: [1.5]}", r"datasets\.a\.shots\.0: expected a whole number, got 1\.5"),
+        ("{path: x, shots: [1.5]}", r"datasets\.a\.shots\.0: expected a whole number above 0, got 1\.5"),
+        ("{path: x, shots: [1], protocol: trainval}", r"datasets\.a: shots .* trainval would join them: use val"),
         ("{path: x, shots: [2, 2]}", r"datasets\.a\.shots\.1: 2 stands here a second time"),
         ("{path: x, shots: [2]}\n  a@2 shots: y", r"line 5, datasets\.a@2 shots: .* would share the folder"),
     ],
@@ -154,9 +146,9 @@ def test_mistakes_in_amounts_are_named(entry, message, tmp_path):
         read_study(tmp_path / "study.yaml")
 
 
-SHOTS = """\
+AMOUNTS = """\
 backbones: {model: MODEL, label: tiny}
-shots: [2, 4]
+FIELD: [SMALL, LARGE]
 datasets:
   photos: {protocol: PROTOCOL}
 methods: {Linear: linear, LoRA: {method: lora, r: 2}}
@@ -166,33 +158,42 @@ training: {epochs: 1, batch_size: 8, warmup_epochs: 0, min_crop: 1, hflip: 0}
 """
 
 
-@pytest.mark.parametrize("protocol", ["val", "trainval"])
-def test_a_study_trains_on_the_same_parts_with_every_method_and_goes_on(place, tmp_path, monkeypatch, protocol):  # noqa: F811
+def seen_by_fit(monkeypatch, root):
+    """Folder of a run -> (its training images, how many, its data)."""
     seen = {}
 
     def fit(task, data, settings, folder, **options):
         images = [tuple(image.flatten()[:40].tolist()) for image in data.train.images]
-        seen[folder.relative_to(tmp_path / "out/runs/tiny").as_posix()] = (set(images), len(images), data)
+        seen[folder.relative_to(root).as_posix()] = (set(images), len(images), data)
         return trained(task, data, settings, folder, **options)
 
     trained = trial.fit
     monkeypatch.setattr(trial, "fit", fit)
-    file = write_study(place, tmp_path, SHOTS.replace("PROTOCOL", protocol))
+    return seen
+
+
+@pytest.mark.parametrize("protocol", ["val", "trainval"])
+def test_a_study_trains_on_the_same_shares_with_every_method_and_goes_on(place, tmp_path, monkeypatch, protocol):  # noqa: F811
+    seen = seen_by_fit(monkeypatch, tmp_path / "out/runs/tiny")
+    text = AMOUNTS.replace("PROTOCOL", protocol).replace("FIELD", "fractions")
+    file = write_study(place, tmp_path, text.replace("SMALL", "0.25").replace("LARGE", "0.5"))
     assert compare(place, file, tmp_path / "out", "--cache-features", str(tmp_path / "features")) == 0
     small, large = (
-        {path: found for path, found in seen.items() if path.startswith(f"photos-{shots}-")} for shots in (2, 4)
+        {path: found for path, found in seen.items() if path.startswith(f"photos-{share}/")} for share in (25, 50)
     )
-    for found, shots in ((small, 2), (large, 4)):
-        assert {count for _, count, _ in found.values()} == {3 * shots}
+    for found, share in ((small, 0.25), (large, 0.5)):
+        joined = 12 if protocol == "trainval" else 8
+        for path, (_, count, _) in found.items():
+            assert count == 3 * share * (8 if "lr-" in path else joined)
         stages = [[p for p in found if ("lr-" in p) == search] for search in (True, False)]
         assert all(len({frozenset(found[path][0]) for path in paths}) == 1 for paths in stages)
-    assert all(small[path][0] < large[path.replace("photos-2-", "photos-4-")][0] for path in small)
+    assert all(small[path][0] < large[path.replace("photos-25/", "photos-50/")][0] for path in small)
     assert {len(data.val) for path, (_, _, data) in seen.items() if "lr-" in path} == {12}
     runs = results_of(tmp_path / "out")
     assert {r["data"]["test"] for path, r in runs.items() if "seed" in path} == {18}
     assert all("features" in found for path, found in runs.items() if "Linear/lr" in path)
     before = len(seen)
-    lost = next(path for path in runs if path.endswith("4-shots/LoRA/seed-1"))
+    lost = next(path for path in runs if path.endswith("50/LoRA/seed-1"))
     (tmp_path / "out/runs" / lost / "results.json").unlink()
     assert compare(place, file, tmp_path / "out") == 0
     assert len(seen) == before  # the one that was lost is trained again, in the same folder
@@ -202,6 +203,26 @@ def test_a_study_trains_on_the_same_parts_with_every_method_and_goes_on(place, t
     assert {"tiny-photos-training-images.svg", "tiny-storage.svg"} <= plots
     changed = write_study(place, tmp_path, file.read_text() + "split: {seed: 3}\n")
     assert compare(place, changed, tmp_path / "out") == 1
+
+
+def test_shots_of_a_study_are_drawn_by_the_seed_of_each_run(place, tmp_path, monkeypatch):  # noqa: F811
+    seen = seen_by_fit(monkeypatch, tmp_path / "out/runs/tiny")
+    text = AMOUNTS.replace("PROTOCOL", "val").replace("FIELD", "shots")
+    file = write_study(place, tmp_path, text.replace("SMALL", "2").replace("LARGE", "4"))
+    assert compare(place, file, tmp_path / "out") == 0
+    for shots in (2, 4):
+        found = {path: each for path, each in seen.items() if path.startswith(f"photos-{shots}-shots/")}
+        assert {count for _, count, _ in found.values()} == {3 * shots}
+        assert {len(data.val) for _, _, data in found.values()} == {3 * shots}
+        by_seed = [{frozenset(each[0]) for path, each in found.items() if path.endswith(end)} for end in ("0", "1")]
+        assert len(by_seed[1]) == 1
+        wanted = read_data(place / "photos", options=ReadOptions(shots=shots, shots_seed=1)).train
+        assert len(wanted) == 3 * shots
+        search = {frozenset(each[0]) for path, each in found.items() if "/lr-" in path}
+        assert len(search) == 1
+        assert search.isdisjoint(by_seed[1])
+    facts = [r["data"] for path, r in results_of(tmp_path / "out").items() if path.endswith("seed-1")]
+    assert {(each["shots_seed"], each["shots_from"], each["test"]) for each in facts} == {(1, "drawn", 18)}
 
 
 def test_curves_over_images_and_over_the_size_of_the_backbone(tmp_path):

@@ -7,7 +7,7 @@ from .lifecycle.files import from_pretrained, load_adapter, save_pretrained
 from .lifecycle.info import adapter_info, class_names, preprocessing
 from .lifecycle.merge import merge_and_unload
 from .lifecycle.official import import_official
-from .lifecycle.prepare import prepare
+from .lifecycle.prepare import finish, prepare
 from .lifecycle.switch import active_adapters, delete_adapter, disable_adapter, set_adapter
 from .methods import (
     AdapterConfig,
@@ -91,6 +91,7 @@ __all__ = [
     "describe",
     "detach",
     "disable_adapter",
+    "finish",
     "from_peft",
     "from_pretrained",
     "import_official",

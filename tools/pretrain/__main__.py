@@ -2,6 +2,8 @@
 
 python -m tools.pretrain train --model swin-mini --data DATA --output local/pretrain/swin-mini --resume
 python -m tools.pretrain export --data DATA local/pretrain/swin-mini/last.pt
+python -m tools.pretrain clip --data DATA --output local/pretrain/clip-mini --resume
+python -m tools.pretrain clip-export --data DATA local/pretrain/clip-mini/last.pt
 
 DATA is the folder `tiny_imagenet_48`.
 """
@@ -15,11 +17,41 @@ def parse_args() -> Namespace:
     parser = ArgumentParser(prog="python -m tools.pretrain", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train(commands.add_parser("train", formatter_class=ArgumentDefaultsHelpFormatter))
-    export = commands.add_parser("export", help="write EMA weights, metrics and card into the package")
-    export.add_argument("checkpoint")
-    export.add_argument("--data", required=True, help="folder of tiny_imagenet_48")
-    export.add_argument("--threads", type=int, help="torch threads")
+    _add_clip(commands.add_parser("clip", help="train clip-mini", formatter_class=ArgumentDefaultsHelpFormatter))
+    for command in ("export", "clip-export"):
+        export = commands.add_parser(command, help="write EMA weights, metrics and card into the package")
+        export.add_argument("checkpoint")
+        export.add_argument("--data", required=True, help="folder of tiny_imagenet_48")
+        export.add_argument("--threads", type=int, help="torch threads")
     return parser.parse_args()
+
+
+def _add_clip(parser: ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="folder of tiny_imagenet_48")
+    parser.add_argument("--output", required=True, help="folder of last.pt and log.csv")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt where there is one")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--budget-minutes", type=float, help="end, fully annealed, after this wall-clock time")
+    parser.add_argument("--text-minutes", type=float, default=4.0, help="for the text tower on kept features, before")
+    parser.add_argument("--log-steps", type=int, default=400)
+    parser.add_argument("--save-minutes", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--bf16", action=BooleanOptionalAction, default=True)
+    parser.add_argument("--opt", default="nmuon", help="a timm optimiser")
+    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--text-batch-size", type=int, default=1024, help="kept features in a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the text tower alone")
+    parser.add_argument("--joint-lr", type=float, default=1e-3)
+    parser.add_argument("--final-lr", type=float, default=1e-6)
+    parser.add_argument("--warmup", type=float, default=0.05, help="share of each part")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--clip-grad", type=float, default=1.0)
+    parser.add_argument("--ema-decay", type=float, default=0.999)
+    parser.add_argument("--min-area", type=float, default=0.4, help="of the random resized crop")
+    parser.add_argument("--color-jitter", type=float, default=0.2)
+    parser.add_argument("--drawn-share", type=float, default=0.1, help="of drawn pictures among the images")
+    parser.add_argument("--held-out-pictures", type=int, default=1000, help="drawn, of unseen pairs, for the log")
 
 
 def _add_train(parser: ArgumentParser) -> None:
@@ -69,6 +101,14 @@ def main() -> None:
         from .train import Trainer
 
         Trainer(args).run()
+    elif args.command == "clip":
+        from .clip.train import ClipTrainer
+
+        ClipTrainer(args).run()
+    elif args.command == "clip-export":
+        from .clip.export import export
+
+        export(args)
     else:
         from .export import export
 

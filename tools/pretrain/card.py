@@ -1,13 +1,17 @@
 """The model card that lies beside the packaged weights."""
 
+import json
+from pathlib import Path
 from typing import Any
+
+from .clip.card import section as clip_section
 
 CARD = """\
 # Weights shipped with deltalens
 
-Two small backbones for tests, demonstrations, teaching and research without a download.
+Three small backbones for tests, demonstrations, teaching and research without a download. Two are images alone:
 `import deltalens.backbones.shipped` registers them with timm; they are timm's own `SwinTransformer` and
-`VisionTransformer`.
+`VisionTransformer`. The third has images and texts: [below](#clip-mini).
 
 ```python
 model = timm.create_model("deltalens_swin_mini", pretrained=True, num_classes=10)
@@ -36,7 +40,7 @@ deploy them.
 {recipes}
 
 Made by `python -m tools.pretrain` of the source repository, which can train them again, longer, or on a GPU.
-
+{clip}
 ## Terms
 
 Tiny ImageNet derives from ImageNet, whose terms allow non-commercial research and education only; the images
@@ -46,9 +50,24 @@ grants no right on ImageNet.
 """
 
 
+def write_card(weights: Path) -> None:
+    """The card of all models whose facts lie in the folder of the weights."""
+    found = [json.loads(path.read_text()) for path in sorted(weights.glob("*.json"))]
+    write(weights / "README.md", render(found))
+
+
+def write(path: Path, text: str) -> None:
+    partial = path.with_name("partial-" + path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def render(models: list[dict[str, Any]]) -> str:
+    of_timm = [facts for facts in models if "timm_name" in facts]
     return CARD.format(
-        rows="\n".join(_row(facts) for facts in models), recipes="\n".join(_recipe(facts) for facts in models)
+        rows="\n".join(_row(facts) for facts in of_timm),
+        recipes="\n".join(_recipe(facts) for facts in of_timm),
+        clip="".join(clip_section(facts) for facts in models if "timm_name" not in facts),
     )
 
 

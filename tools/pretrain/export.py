@@ -47,10 +47,8 @@ def export(args: Namespace) -> None:
     facts["image_sizes"] = image_sizes(Path(args.checkpoint).with_name("log.csv"))
     partial.chmod(0o644)  # save_file makes it private
     partial.replace(target)
-    _write(target.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
-    _write(
-        WEIGHTS / "README.md", card.render([json.loads(path.read_text()) for path in sorted(WEIGHTS.glob("*.json"))])
-    )
+    card.write(target.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+    card.write_card(WEIGHTS)
     print(target.name, f"{target.stat().st_size / 2**20:.2f} MiB", {split: facts[split] for split in ("val", "test")})
 
 
@@ -76,9 +74,3 @@ def image_sizes(log: Path) -> list[int]:
     """The sizes trained at, in order; from the log, since a resumed run may have got other arguments."""
     with log.open(newline="") as file:
         return list(dict.fromkeys(int(row["image_size"]) for row in csv.DictReader(file)))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name("partial-" + path.name + ".tmp")
-    partial.write_text(text)
-    partial.replace(path)

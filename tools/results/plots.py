@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from deltalens.studies.cells import Cell
 from deltalens.studies.plots import HEIGHT, WIDTH
 from deltalens.studies.study import Study, folder_name
 from deltalens.studies.study_panels import image_panels, panel_plot
 from deltalens.studies.study_plots import SIZE, curves_plot, method_numbers, parameters_plot, standalone
 from deltalens.studies.study_report_plots import task_figures
-from deltalens.studies.study_table import Cell, StudyTable
+from deltalens.studies.study_table import StudyTable
 
 
 def draw(kind: str, table: StudyTable, study: Study) -> dict[str, str]:

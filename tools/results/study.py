@@ -10,11 +10,12 @@ from pathlib import Path
 
 from deltalens.cli.main import main as deltalens
 from deltalens.lifecycle.atomic import write_text
+from deltalens.studies.cells import Cell
 from deltalens.studies.grid import Grid
 from deltalens.studies.significance import tasks_of
 from deltalens.studies.study_details import read_details
 from deltalens.studies.study_reader import read_study
-from deltalens.studies.study_table import Cell, StudyTable, read_table
+from deltalens.studies.study_table import StudyTable, read_table
 
 from .page import ROOT, Page, made_with
 from .plots import draw

@@ -25,9 +25,10 @@ def fetching(name: str) -> Iterator[None]:
         raise named from error
 
 
-def missing_library(library: str, extra: str) -> ImportError:
-    """The error for a model of a library that is not installed."""
-    return ImportError(f"models of {library} need the package {library}: pip install deltalens[{extra}]")
+def missing_library(library: str, extra: str, model: str | None = None) -> ImportError:
+    """The error for a model of a library that is not installed. model: its name, where that does not say it."""
+    what = f"models of {library} need" if model is None else f"{model} is a model of {library}, and needs"
+    return ImportError(f"{what} the package {library}: pip install deltalens[{extra}]")
 
 
 def _named(name: str, errors: list[BaseException]) -> Exception | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from torch import nn
 
 from deltalens.backbones.class_prompts import TEMPLATE
 from deltalens.backbones.fetching import fetching
+from deltalens.backbones.open_clip.mini import NAME as CLIP_MINI
 from deltalens.backbones.preprocessing import record
 from deltalens.backbones.timm import named as timm_names
 from deltalens.backbones.timm.named import SHIPPED
@@ -63,7 +65,8 @@ def create_backbone(
 
     name: "timm/<model>[.<tag>]" (the prefix may be left out), "hf/<owner>/<repository>" (transformers),
     "torchvision/<model>[.<weights>]", "open_clip/<model>/<tag>" or "open_clip/hf-hub:<owner>/<repository>",
-    "deltalens/swin-mini", "deltalens/vit-mini", or a folder in the format of timm, transformers or open_clip.
+    "deltalens/swin-mini", "deltalens/vit-mini", "deltalens/clip-mini", or a folder in the format of timm,
+    transformers or open_clip.
     num_classes: classes of a fresh head; None for the head that the weights have, if any; 0 for features. checkpoint:
     a .safetensors or .pth file (read with weights_only=True) whose weights are loaded instead of the published ones;
     its head is dropped where class counts differ. class_names: of an open_clip or transformers model with two towers,
@@ -125,7 +128,8 @@ def list_models(pattern: str = "*", pretrained: bool = True) -> list[str]:
     A pattern with a library's prefix (``torchvision/*``) looks there only. ValueError for "hf/...": the hub is not
     listed. Models of libraries that are not installed are left out.
     """
-    shipped = [name for name in SHIPPED if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*/{pattern}")]
+    known = [*SHIPPED, *([CLIP_MINI] if importlib.util.find_spec("open_clip") else [])]
+    shipped = [name for name in known if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*/{pattern}")]
     library, _, inner = pattern.partition("/")
     if library in LIBRARIES and inner:
         return shipped + _resolver(library).list_models(inner, pretrained)
@@ -164,6 +168,8 @@ def _library_and_name(name: str) -> tuple[str, str]:
     """(library, the name inside it) of a name or a folder."""
     if name in SHIPPED:
         return "timm", name
+    if f"deltalens/{name.removeprefix('deltalens/')}" == CLIP_MINI:
+        return "open_clip", CLIP_MINI
     first, slash, inner = name.partition("/")
     prefixed = bool(slash and inner) and first in LIBRARIES
     folder = Path(name.removeprefix("local-dir:"))

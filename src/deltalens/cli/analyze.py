@@ -1,61 +1,136 @@
-"""Look into trained adapters.
+"""Look into trained adapters, or into a model.
 
 embeddings: what the heads of several adapters read, by t-SNE, one panel each, with the accuracy of 5 nearest neighbours
 and the silhouette. attention: where a block of a ViT or Swin looks in one picture, over patches and prompts, head by
-head. ensemble: accuracy of several VPT adapters of one backbone alone and averaged, in one forward pass. storage: bytes
+head. layers: how well the features of each block tell which dataset a sample comes from, image tower and text tower.
+ensemble: accuracy of several VPT adapters of one backbone alone and averaged, in one forward pass. storage: bytes
 on disk of one backbone and all adapters, against a whole model for each.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, Literal
+
+from deltalens.cli.analyze_layers import TEMPLATES, run_layers
+from deltalens.cli.method_options import MODEL_HELP
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-ANALYSES = ("embeddings", "attention", "ensemble", "storage")
+ANALYSES = ("embeddings", "attention", "layers", "ensemble", "storage")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("analysis", type=Literal[ANALYSES], help="what to look at")
-    add("adapters", type=str, nargs="+", help="folders of adapters; attention takes one")
-    add("--data", type=str | None, default=None, help="embeddings, ensemble: folder of images")
-    add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which of its images")
-    add("--images", type=int, default=1000, help="embeddings: at most so many, spread evenly over the split")
+    add("adapters", type=str, nargs="*", help="folders of adapters; attention takes one, layers one or --model")
+    add(
+        "--data",
+        type=list[str] | str | None,
+        default=None,
+        metavar="FOLDER",
+        help="embeddings, ensemble: folder of images; layers: NAME=FOLDER, once for each dataset",
+    )
+    add(
+        "--split",
+        type=Literal["train", "val", "test", "all"] | None,
+        default=None,
+        help="which of its images; by default test, and train for layers",
+    )
+    add(
+        "--images",
+        type=int,
+        default=1000,
+        help="embeddings: at most so many, spread evenly over the split; layers: at most so many of each dataset",
+    )
     add("--image", type=str | None, default=None, help="attention: the picture")
     add("--block", type=int, default=-1, help="attention: number of the block, from 0, or negative from the end")
+    add("--model", type=str | None, default=None, help=f"layers: instead of an adapter, {MODEL_HELP}")
+    add("--checkpoint", type=str | None, default=None, help="layers: weights file of --model, instead of the hub's")
+    add(
+        "--tower",
+        type=Literal["vision", "text", "both"] | None,
+        default=None,
+        help="layers: which towers; by default all that can be looked at",
+    )
+    add(
+        "--templates",
+        type=list[str] | str,
+        default=list(TEMPLATES),
+        help="layers: texts of the classes, 'a photo of a {}.', or a list of such",
+    )
+    add("--seeds", type=list[int], default=[0, 1, 2], help="layers: draws of samples and of what is held out")
+    add(
+        "--format",
+        type=list[str] | str,
+        default="auto",
+        help="layers: of the data, as in train; NAME=FORMAT for a single dataset; may be repeated",
+    )
+    add("--skip-broken", type=bool, default=False, help="layers: leave out images that cannot be read")
     add(
         "--output",
         type=str | None,
         default=None,
-        help="embeddings, attention: figure (.svg, .png, .pdf); attention writes its arrays beside it as .npz; "
-        "ensemble, storage: JSON file",
+        help="embeddings, attention, layers: figure (.svg, .png, .pdf); attention writes its arrays beside it as .npz, "
+        "layers its numbers as .csv; ensemble, storage: JSON file",
     )
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--seed", type=int, default=0, help="of t-SNE")
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
 
 
+def translate(argv: list[str]) -> list[str]:
+    """Gather the words of an option that was given several times into one list."""
+    rest, words = [], iter(argv)
+    found: dict[str, list[str]] = {"--data": [], "--format": []}
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in found and (equals or (value := next(words, ""))):
+            found[option].append(value)
+        else:
+            rest.append(word)
+    for option, values in found.items():
+        if values:
+            rest += [option, values[0] if len(values) == 1 else json.dumps(values)]
+    return rest
+
+
+NEEDED = {
+    "embeddings": ("adapters", "data", "output"),
+    "attention": ("adapters", "image", "output"),
+    "layers": ("data", "output"),
+    "ensemble": ("adapters", "data"),
+    "storage": ("adapters",),
+}
+
+
 def run(args: Namespace) -> None:
     """Do the analysis, print its numbers, and write what was asked for."""
-    wanted = {"embeddings": ("data", "output"), "attention": ("image", "output"), "ensemble": ("data",)}.get(
-        args.analysis, ()
-    )
-    missing = [f"--{name}" for name in wanted if getattr(args, name) is None]
+    if "adapters" in NEEDED[args.analysis] and not args.adapters:
+        raise ValueError(f"deltalens analyze {args.analysis} needs the folder of an adapter")
+    missing = [f"--{name}" for name in NEEDED[args.analysis] if getattr(args, name) is None]
     if missing:
         raise ValueError(f"deltalens analyze {args.analysis} needs {' and '.join(missing)}")
     for name in ("images", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    analyses = {"embeddings": _embeddings, "attention": _attention, "ensemble": _ensemble, "storage": _storage}
+    if args.analysis != "layers" and isinstance(args.data, list):
+        raise ValueError(f"deltalens analyze {args.analysis} takes one --data, got {len(args.data)}")
+    analyses = {
+        "embeddings": _embeddings,
+        "attention": _attention,
+        "layers": run_layers,
+        "ensemble": _ensemble,
+        "storage": _storage,
+    }
     analyses[args.analysis](args)
 
 
-# ------------------------------------------------------------------ the four
+# ------------------------------------------------------------------ the analyses
 def _embeddings(args: Namespace) -> None:
-    from deltalens.cli.trained import load_trained
+    from deltalens.cli.trained import label_of, load_trained
     from deltalens.studies.embeddings import embed, plot_embeddings
     from deltalens.studies.figure import check_kind
 
@@ -66,7 +141,7 @@ def _embeddings(args: Namespace) -> None:
         if names not in (None, class_names):
             raise ValueError(f"{folder} was trained on other classes than {args.adapters[0]}")
         names = class_names
-        found.append(embed(_label(model, folder), model, _batches(args, model, class_names, args.images), args.seed))
+        found.append(embed(label_of(model, folder), model, _batches(args, model, class_names, args.images), args.seed))
     width = max(len(each.name) for each in found)
     print(f"{'adapter':<{width}}  5-NN, %  silhouette")
     for each in found:
@@ -114,8 +189,6 @@ def _attention(args: Namespace) -> None:
 
 
 def _ensemble(args: Namespace) -> None:
-    import json
-
     import torch
 
     import deltalens as dl
@@ -140,13 +213,12 @@ def _ensemble(args: Namespace) -> None:
     width = max(map(len, accuracies))
     for name, accuracy in accuracies.items():
         print(f"{name:<{width}}  {100 * accuracy:.1f} %")
-    print(f"{count} images ({args.split})")
+    print(f"{count} images ({args.split or 'test'})")
     if args.output:
         write_text(args.output, json.dumps({"images": count, "accuracy": accuracies}, indent=2) + "\n")
 
 
 def _storage(args: Namespace) -> None:
-    import json
     from dataclasses import asdict
 
     from deltalens.lifecycle.atomic import write_text
@@ -177,18 +249,8 @@ def _batches(args: Namespace, model: Any, class_names: list[str], most: int | No
     info = dl.adapter_info(model)
     if info.get("task") not in (None, "classification"):
         raise ValueError(f"{args.analysis} needs one label an image, and the adapter was trained for {info['task']}")
-    files = read_part(args.data, args.split, class_names, info.get("split"))
+    files = read_part(args.data, args.split or "test", class_names, info.get("split"))
     if most is not None and len(files) > most:
         files = files.subset([i * len(files) // most for i in range(most)])
     files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
     return evaluation_loader(files, args.batch_size, default_workers())
-
-
-def _label(model: Any, folder: str) -> str:
-    """The last two names of the path as it was given, and the method."""
-    from pathlib import Path
-
-    from deltalens.lifecycle.state import adapter_of
-
-    methods = " + ".join(method.name for method in adapter_of(model)[1].configs)
-    return f"{'/'.join(Path(folder).parts[-2:])} ({methods})"

@@ -4,7 +4,7 @@ the frozen backbone and full fine-tuning, all in one run.
 Contenders run in turns (A B C D, A B C D, ...) on random weights with dropout 0; a ratio is the median over the rounds
 of the ratios within a round. A training step is forward and backward; "saved MB" is what autograd keeps for backward,
 each storage once, without parameters. On a GPU the peak memory of a step is shown too. Targets are checked for the
-models they are stated for: VPT-deep on ViT-B/16, Mona on Swin-T, attaching and files on ViT-L.
+models they are stated for: VPT-deep on ViT-B/16, Mona on Swin-T, attaching and files on ViT-L, MMA on CLIP ViT-B/16.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-PARTS = ("vpt", "mona", "lifecycle")  # those that have targets, and run where none is named
-FURTHER = ("prompts",)
+PARTS = ("vpt", "mona", "lifecycle")  # those that run where none is named
+FURTHER = ("clip", "prompts")
 
 
-HELP = "what to measure; vpt, mona and lifecycle where none is named; prompts is VPT's cost table over prompt lengths"
+HELP = (
+    "what to measure; vpt, mona and lifecycle where none is named; clip is MMA, CoOp and CoCoOp on a two-tower model, "
+    "which needs open_clip; prompts is VPT's cost table over prompt lengths"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -29,7 +32,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("parts", nargs="*", type=Literal[(*PARTS, *FURTHER)], default=list(PARTS), help=HELP)
     add("--model", type=str | None, help="instead of a part's own model; vpt needs a ViT with a class token")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
-    add("--batch-size", type=int, default=4, help="images in a batch")
+    add("--batch-size", type=int | None, help="images in a batch; null for 4, in clip 16")
+    add("--classes", type=int | None, help="classes of clip, each a text; null for 100")
     add("--rounds", type=int, default=7, help="interleaved rounds of training steps, twice as many of inference")
     add("--threads", type=int | None, help="processor threads; null for torch's choice")
     add("--device", type=str | None, help="cpu, cuda, cuda:1...; null for a GPU where there is one")
@@ -52,7 +56,7 @@ def run(args: Namespace) -> int:
     import torch
 
     from deltalens.lifecycle.atomic import write_text
-    from deltalens.studies import bench_report, benchmarks, lifecycle_bench, prompt_bench
+    from deltalens.studies import bench_report, benchmarks, clip_bench, lifecycle_bench, prompt_bench
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -60,12 +64,13 @@ def run(args: Namespace) -> int:
             f"--device {device} was asked for, but torch finds no GPU here; leave it out to use the processor"
         )
     options = benchmarks.Options(
-        args.model, args.img_size, args.batch_size, args.rounds, device, args.clock, args.quick
+        args.model, args.img_size, args.batch_size, args.rounds, device, args.clock, args.quick, args.classes
     )
     benches = {
         "vpt": benchmarks.bench_vpt,
         "mona": benchmarks.bench_mona,
         "lifecycle": lifecycle_bench.bench_lifecycle,
+        "clip": clip_bench.bench_clip,
         "prompts": prompt_bench.bench_prompts,
     }
     reports = []
@@ -85,7 +90,7 @@ def run(args: Namespace) -> int:
 
 
 def _check(args: Namespace) -> None:
-    for name in ("batch_size", "rounds", "threads", "img_size"):
+    for name in ("batch_size", "classes", "rounds", "threads", "img_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

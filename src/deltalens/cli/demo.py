@@ -1,19 +1,23 @@
-"""Compare methods on real images with an embedded backbone, and write a report.
+"""Compare methods with an embedded backbone, and write a report.
 
 Linear probing, LoRA, VPT-deep, Mona and full fine-tuning teach the same small backbone scikit-learn's digit scans,
-with the same images, epochs and search for the learning rate. Nothing is downloaded. The result is a table, and a
-folder with report.html, results.json and one adapter for each method.
+with the same images, epochs and search for the learning rate. With --task clip, few-shot methods teach a small CLIP
+half of the classes of drawn shapes, and are tested on these and on the other half. Nothing is downloaded. The result is
+a table, and a folder with report.html, results.json and one adapter for each method.
 """
 
 from __future__ import annotations
 
 import shlex
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+    from rich.console import Console
+    from rich.table import Table
+    from torch import nn
 
-TASKS = {"classification": "deltalens.studies.demo"}  # modules with DemoSettings, run_demo and REPORT
 DEFAULTS = {
     "task": "classification",
     "output": "./deltalens-demo",
@@ -22,9 +26,16 @@ DEFAULTS = {
     "methods": ["linear", "lora", "vpt", "mona", "full"],
     "epochs": 12,
     "train_images": 400,
+    "shots": 16,
     "seed": 0,
     "tune": False,
     "open": False,
+}
+CLIP_DEFAULTS = {
+    "model": "deltalens/clip-mini",
+    "img_size": None,
+    "methods": ["zero_shot", "coop", "clip_adapter", "tip_adapter", "lora", "mma"],
+    "epochs": 20,
 }
 
 
@@ -34,13 +45,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     def add(option: str, **kwargs: Any) -> None:
         parser.add_argument(option, default=DEFAULTS[option.removeprefix("--").replace("-", "_")], **kwargs)
 
-    add("--task", type=Literal[tuple(TASKS)], help="what to demonstrate")
+    add("--task", type=Literal["classification", "clip"], help="digits, or base-to-novel with texts as classes")
     add("--output", type=str, help="folder for the report and the adapters")
     add("--model", type=str, help="the backbone (deltalens list models)")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
     add("--methods", type=str, nargs="+", help="which methods, in which order (deltalens list methods)")
     add("--epochs", type=int, help="passes over the training images")
-    add("--train-images", type=int, help="how many images to train on, 10 to 1097")
+    add("--train-images", type=int, help="how many images to train on, 10 to 1097; with --task clip see --shots")
+    add("--shots", type=int, help="with --task clip: training pictures of each base class")
     add("--seed", type=int, help="of initialisation, order and dropout; the split of the images stays the same")
     add(
         "--tune",
@@ -50,32 +62,27 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--open", action="store_true", help="open the report in the browser")
 
 
+def translate(argv: list[str]) -> list[str]:
+    """With --task clip, put that task's defaults in front, so that what is said counts."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    if "clip" not in [after for word, after in pairwise(words) if word == "--task"]:
+        return argv
+    return [*_as_words(CLIP_DEFAULTS), *argv]
+
+
 def run(args: Namespace) -> None:
     """Run the demonstration, print its table, and say where the report is."""
-    from importlib import import_module
     from pathlib import Path
 
     from rich.console import Console
 
-    from deltalens.cli.sized_backbone import create_sized_backbone
-    from deltalens.studies.terminal import comparison_table
+    from deltalens.studies.demo import REPORT
 
-    demo = import_module(TASKS[args.task])
-    settings = demo.DemoSettings(args.model, tuple(args.methods), args.epochs, args.train_images, args.seed, args.tune)
     console = Console()
-    console.print(
-        f"{args.model} learns handwritten digits: {args.train_images} images, {args.epochs} epochs\n", highlight=False
-    )
-    comparison = demo.run_demo(
-        settings,
-        lambda num_classes: create_sized_backbone(args.model, num_classes, args.img_size),
-        args.output,
-        command_line(args),
-        console,
-    )
+    table = _clip(args, console) if args.task == "clip" else _classification(args, console)
     console.print()
-    console.print(comparison_table(comparison))
-    report = Path(args.output) / demo.REPORT
+    console.print(table)
+    report = Path(args.output) / REPORT
     console.print(f"\nreport: {report}", highlight=False, soft_wrap=True)
     if args.open:
         import webbrowser
@@ -83,16 +90,58 @@ def run(args: Namespace) -> None:
         webbrowser.open(report.resolve().as_uri())
 
 
+def _classification(args: Namespace, console: Console) -> Table:
+    from deltalens.cli.sized_backbone import create_sized_backbone
+    from deltalens.studies.demo import DemoSettings, run_demo
+    from deltalens.studies.terminal import comparison_table
+
+    settings = DemoSettings(args.model, tuple(args.methods), args.epochs, args.train_images, args.seed, args.tune)
+    console.print(
+        f"{args.model} learns handwritten digits: {args.train_images} images, {args.epochs} epochs\n", highlight=False
+    )
+
+    def make(num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+        return create_sized_backbone(args.model, num_classes, args.img_size)
+
+    return comparison_table(run_demo(settings, make, args.output, command_line(args), console))
+
+
+def _clip(args: Namespace, console: Console) -> Table:
+    from deltalens.cli.sized_backbone import create_sized_backbone
+    from deltalens.studies.clip_demo import ClipSettings, run_clip_demo
+    from deltalens.studies.terminal import clip_table
+
+    if args.train_images != DEFAULTS["train_images"]:
+        raise ValueError("--train-images is for the digits: with --task clip say --shots, pictures of each base class")
+    settings = ClipSettings(args.model, tuple(args.methods), args.epochs, args.shots, args.seed, args.tune)
+    console.print(
+        f"{args.model} learns half of the classes of drawn shapes: {args.shots} pictures of each, {args.epochs} "
+        "epochs\n",
+        highlight=False,
+    )
+
+    def make(class_names: list[str], template: str) -> tuple[nn.Module, dict[str, Any]]:
+        return create_sized_backbone(
+            args.model, len(class_names), args.img_size, class_names=class_names, templates=template
+        )
+
+    return clip_table(run_clip_demo(settings, make, args.output, command_line(args), console))
+
+
 def command_line(args: Namespace) -> str:
     """The shortest command that runs the same."""
-    words = ["deltalens", "demo"]
-    for name, default in DEFAULTS.items():
-        value = getattr(args, name)
-        if value == default or name in ("output", "open"):
-            continue
+    defaults = DEFAULTS | (CLIP_DEFAULTS if args.task == "clip" else {})
+    said = {name: getattr(args, name) for name in DEFAULTS if name not in ("output", "open")}
+    changed = {name: value for name, value in said.items() if value != defaults[name]}
+    return shlex.join(["deltalens", "demo", *_as_words(changed)])
+
+
+def _as_words(options: dict[str, Any]) -> list[str]:
+    """{"img_size": None, "tune": True} -> ["--img-size", "null", "--tune"]."""
+    words = []
+    for name, value in options.items():
         words.append(f"--{name.replace('_', '-')}")
         if value is not True:
-            words += (
-                [str(each) for each in value] if isinstance(value, list) else ["null" if value is None else str(value)]
-            )
-    return shlex.join(words)
+            values = value if isinstance(value, list) else [value]
+            words += ["null" if each is None else str(each) for each in values]
+    return words

@@ -41,6 +41,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--format", type=str | None, default=None, help="of the data, as in train; by default the training run's")
     add("--download", type=bool, default=False, help="fetch the data where its format knows how")
     add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which images")
+    add(
+        "--classes",
+        type=Literal["all", "base", "new"] | None,
+        default=None,
+        help="images of all classes, or of the first or the second half; by default the training run's",
+    )
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
@@ -96,7 +102,7 @@ def _classifier_and_images(args: Namespace) -> tuple[Classifier, Any, Classifica
     from deltalens.tasks import task_class
 
     templates = read_words(args.templates, "templates")
-    reading = {"skip_broken": args.skip_broken, "download": args.download}
+    reading = {"skip_broken": args.skip_broken, "download": args.download, "subset": args.classes}
     if args.class_names == "data" or (args.model is not None and args.class_names is None):
         files, names, task = read_named_part(args.data, args.split, args.format, **reading)
         classifier = load_classifier(args, names, templates)

@@ -3,21 +3,24 @@
 Of a repository on the Hugging Face Hub the configuration is fetched, which is small.
 
 For every block: the slots that are used and the tensors that go there, with shapes; then the counts with and without
-head.
+head. With --templates the classes are texts, and image tower and text tower are shown with what goes around them.
 """
 
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from deltalens.cli.method_options import MODEL_HELP, add_method_argument, translate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from jsonargparse import ArgumentParser, Namespace
     from torch import nn
+
+    from deltalens.sites.anatomy import Anatomy, Site, Tower
 
 __all__ = ["add_arguments", "run", "translate"]
 
@@ -26,8 +29,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("--model", type=str, default="deltalens/vit-mini", help=MODEL_HELP)
+    add(
+        "--templates",
+        type=list[str] | str | None,
+        default=None,
+        help="make the classes texts, as in CLIP: 'a photo of a {}.', or a list of such; for models with a text tower",
+    )
+    add("--tower", type=str | None, default=None, help="adapt only this tower of a model with several: vision, text")
     add_method_argument(parser)
-    add("--num-classes", type=int | None, default=None, help="classes of the head; by default the model's own")
+    add(
+        "--num-classes",
+        type=int | None,
+        default=None,
+        help="classes of the head, by default the model's own; with --templates as many names, by default 2",
+    )
     add("--img-size", type=int | None, default=None, help="input size in pixels, where the model allows another")
     add("--tensors", type=bool, default=False, help="also list every trained tensor with its shape")
 
@@ -39,25 +54,24 @@ def run(args: Namespace) -> None:
     from deltalens.cli.sized_backbone import create_sized_backbone
 
     methods = read_methods(args.method)
-    model, preprocessing = create_sized_backbone(args.model, args.num_classes, args.img_size, pretrained=False)
-    anatomy = dl.describe(model)
-    offered = {site.path: sorted(site.slots) for site in anatomy.blocks()}
-    dl.attach(model, methods)
+    if args.templates is None:
+        model, preprocessing = create_sized_backbone(args.model, args.num_classes, args.img_size, pretrained=False)
+    else:
+        names = [f"class {i + 1}" for i in range(2 if args.num_classes is None else args.num_classes)]
+        texts = {"class_names": names, "templates": args.templates}
+        model, preprocessing = create_sized_backbone(args.model, None, args.img_size, pretrained=False, **texts)
+    anatomy = dl.describe(model, only=args.tower)
+    dl.attach(model, methods, tower=args.tower)
     print(f"model     {args.model} ({type(model).__name__}), input {'x'.join(map(str, preprocessing['input_size']))}")
     for method in methods:
         print(f"method    {method}")
     for tower in anatomy.towers:
-        widths = sorted({site.width for site in tower.blocks})
-        layout = type(tower.layout).__name__
-        print(
-            f"tower     {tower.name}: {len(tower.blocks)} blocks, widths {', '.join(map(str, widths))}, layout {layout}"
-        )
-    for slots in sorted({tuple(slots) for slots in offered.values()}):
-        count = sum(tuple(each) == slots for each in offered.values())
-        text = f"slots     offered by {count} blocks: {', '.join(slots)}"
-        print("\n".join(textwrap.wrap(text, 118, subsequent_indent=" " * 10)))
+        _print_tower(tower)
+    around = sorted({slot for tower in anatomy.towers for site in _around(tower) for slot in site.slots})
+    if args.templates is not None:
+        _print_wrapped(f"slots     offered by the classifier around them: {', '.join(around)}")
     print()
-    for line in _inserted(model, offered):
+    for line in _inserted(model, anatomy):
         print(line)
     for line in _replaced(model):
         print(line)
@@ -68,32 +82,73 @@ def run(args: Namespace) -> None:
     _print_counts(model)
 
 
-def _inserted(model: nn.Module, offered: dict[str, list[str]]) -> list[str]:
-    """The inserted modules by block and slot; blocks where they are the same are said once."""
+def _print_tower(tower: Tower) -> None:
+    """Its blocks, and the slots that they offer."""
+    widths, layout = sorted({site.width for site in tower.blocks}), type(tower.layout).__name__
+    print(f"tower     {tower.name}: {len(tower.blocks)} blocks, widths {', '.join(map(str, widths))}, layout {layout}")
+    offered = [tuple(sorted(site.slots)) for site in tower.blocks]
+    for slots in sorted(set(offered)):
+        _print_wrapped(f"slots     offered by {offered.count(slots)} blocks: {', '.join(slots)}")
+
+
+def _print_wrapped(text: str) -> None:
+    print("\n".join(textwrap.wrap(text, 118, subsequent_indent=" " * 10)))
+
+
+def _around(tower: Tower) -> list[Site]:
+    """The classifier's places: its slots are not those of blocks."""
+    return [site for site in (tower.owner, tower.classifier) if site is not None and not site.path]
+
+
+def _offered(anatomy: Anatomy) -> dict[str, list[str]]:
+    """Path of a block, or of what lies around the blocks -> the slots there."""
+    found: dict[str, set[str]] = {}
+    for tower in anatomy.towers:
+        around = (tower.embed, tower.owner, tower.classifier, tower.image, tower.stem)
+        for site in (*tower.blocks, *(site for site in around if site is not None)):
+            found[site.path] = found.get(site.path, set()) | site.slots
+    return {path: sorted(slots) for path, slots in found.items()}
+
+
+def _inserted(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """The inserted modules by block and slot; blocks of a tower where they are the same are said once."""
     from deltalens.lifecycle.state import all_slots, state_of
 
-    found: dict[tuple[str, ...], list[str]] = {}
+    offered = _offered(anatomy)
+    tower_of = {site.path: tower.name for tower in anatomy.towers for site in tower.blocks}
+    placed = [module for _, slots in all_slots(model) for _, module in slots.of("default")]
+    users = Counter(id(parameter) for module in placed for parameter in module.parameters())
+    found: dict[tuple[str, ...], list[str]] = {}  # a tower's name and lines -> blocks
     for owner, slots in all_slots(model):
         for place, module in slots.of("default"):
-            block = max((path for path in offered if f"{owner}.".startswith(f"{path}.")), key=len, default=owner)
+            block = max((path for path in offered if _lies_in(owner, path)), key=len, default=owner)
             key, _, method = place.rpartition(".")
             slot = next((name for name in offered.get(block, ()) if name.replace(".", "_") == key), f"weights:{key}")
             count = sum(parameter.numel() for parameter in module.parameters())
+            shared = sum(parameter.numel() for parameter in module.parameters() if users[id(parameter)] > 1)
             title = f"{slot:<22} {method}: {type(module).__name__}, {count:,} parameters"
-            found.setdefault((f"    {title}", *_tensors(module.named_parameters())), []).append(block)
+            title += f", {shared:,} of them shared with another place" if shared else ""
+            lines = (tower_of.get(block, ""), f"    {title}", *_tensors(module.named_parameters()))
+            found.setdefault(lines, []).append(block)
     for wrapping in state_of(model).active_wrappings():
         own = {id(parameter) for parameter in wrapping.parameters() if parameter.requires_grad}
         for path, layer in wrapping.layers.items():
-            block = max((each for each in offered if path.startswith(f"{each}.")), key=len, default="")
+            block = max((each for each in tower_of if path.startswith(f"{each}.")), key=len, default="")
             tensors = [(name, parameter) for name, parameter in layer.named_parameters() if id(parameter) in own]
             count = sum(parameter.numel() for _, parameter in tensors)
             place = "around " + path.removeprefix(f"{block}.")
             title = f"{place:<22} {wrapping.method}: {type(layer).__name__}, {count:,} parameters"
-            found.setdefault((f"    {title}", *_tensors(tensors)), []).append(block or path)
+            lines = (tower_of.get(block, ""), f"    {title}", *_tensors(tensors))
+            found.setdefault(lines, []).append(block or path)
     by_blocks: dict[tuple[str, ...], list[str]] = {}
-    for lines, blocks in found.items():
+    for (_, *lines), blocks in found.items():
         by_blocks.setdefault(tuple(blocks), []).extend(lines)
     return [line for blocks, lines in by_blocks.items() for line in (_range(blocks), *lines)] or ["nothing is inserted"]
+
+
+def _lies_in(owner: str, path: str) -> bool:
+    """Whether a module is the one at the path, or inside it; what is inside of the model is not the model's own."""
+    return owner == path or bool(path and owner.startswith(f"{path}."))
 
 
 def _tensors(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
@@ -118,7 +173,9 @@ def _replaced(model: nn.Module) -> list[str]:
     return lines
 
 
-def _range(blocks: list[str]) -> str:
+def _range(blocks: Sequence[str]) -> str:
+    if not blocks[0]:
+        return "around the towers"
     return blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]} ({len(blocks)} blocks)"
 
 

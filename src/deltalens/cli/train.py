@@ -64,8 +64,8 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         "--format",
         type=str,
         default="auto",
-        help="folder, csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, voc2007, voc2007/single, torchvision/<Name>; "
-        "auto goes by the files",
+        help="folder, csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, coop/<dataset>, voc2007, voc2007/single, "
+        "torchvision/<Name>; auto goes by the files",
     )
     add(
         "--protocol",
@@ -74,6 +74,19 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         help="trainval trains on train and val together, for a last run whose settings were chosen before",
     )
     add("--download", type=bool, default=False, help="fetch the data where a format knows how")
+    add("--shots", type=int | None, default=None, help="so many training images of every class, drawn by --seed")
+    add(
+        "--stored-shots",
+        type=bool,
+        default=True,
+        help="take them from a split_fewshot file of CoOp's where there is one",
+    )
+    add(
+        "--classes",
+        type=Literal["all", "base", "new"],
+        default="all",
+        help="all, or the first or the second half of them, as base-to-novel protocols do",
+    )
     add("--output", type=str, required=True, help="folder for the results")
     add(
         "--val-fraction",
@@ -84,9 +97,8 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add(
         "--test-fraction", type=float, default=0.15, help="share of images for test where the data has no split folders"
     )
-    add("--split-seed", type=int | None, default=None, help="of the split and the training subset; by default --seed")
+    add("--split-seed", type=int | None, default=None, help="of the split and of --train-fraction; by default --seed")
     add("--train-fraction", type=float | None, default=None, help="train on this share of every class's images only")
-    add("--shots", type=int | None, default=None, help="train on so many images of every class only")
     add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
     add("--allow-missing-classes", type=bool, default=False, help="let val and test lack classes of train")
     add("--min-crop", type=float, default=0.5, help="smallest share of an image that a training crop keeps")
@@ -104,9 +116,17 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         default=None,
         help='decay all that is trained but what has one of these texts in its path, such as "[norm, bias]"',
     )
-    add("--warmup-epochs", type=float, default=1.0, help="linear warm-up; a cosine follows")
+    add("--warmup-epochs", type=float, default=1.0, help="warm-up, linear or at --warmup-lr; a cosine follows")
+    add("--warmup-lr", type=float | None, default=None, help="constant rate of the warm-up, instead of a linear one")
+    add(
+        "--schedule",
+        type=Literal["step", "epoch"],
+        default="step",
+        help="change the rate at every step, or once an epoch as CoOp and those after it do",
+    )
     add("--min-lr", type=float, default=0.0, help="where the cosine ends, as a share of the rate: 0.01 for 1 per cent")
     add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum 0.9")
+    add("--eps", type=float, default=1e-8, help="what AdamW adds to its denominators")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 for no clipping")
     add("--seed", type=int, default=0, help="of everything random: split, initialisation, order, augmentation, dropout")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
@@ -210,7 +230,7 @@ def settled_rate(options: dict[str, Any], methods: list) -> float:
 
 
 def split_seed(options: dict[str, Any]) -> int:
-    """The seed that draws parts and subsets of the data."""
+    """The seed that draws parts of the data, and shares of them."""
     own = options.get("split_seed")
     return options["seed"] if own is None else own
 
@@ -226,13 +246,15 @@ def settings_of(options: dict[str, Any]):
 
 
 def read_images(options: dict[str, Any]):
-    """The data, without transforms, and with the training images that are asked for."""
+    """The data, without transforms, with the images and classes that are asked for."""
     from deltalens.data import ReadOptions, TrainingSubset, read_data
 
-    seed = split_seed(options)
-    subset = TrainingSubset(options.get("train_fraction"), options.get("shots"), seed)
-    reading = ReadOptions(**{field: options[field] for field in vars(ReadOptions())} | {"seed": seed})
-    return subset.take(read_data(options["data"], options["format"], protocol=options["protocol"], options=reading))
+    if options["train_fraction"] is not None and options["shots"] is not None:
+        raise ValueError("--train-fraction and --shots are two ways to say the same: give one of them")
+    chosen = {"shots_seed": options["seed"], "subset": options["classes"], "seed": split_seed(options)}
+    reading = ReadOptions(**{name: options[name] for name in vars(ReadOptions()).keys() - chosen.keys()}, **chosen)
+    data = read_data(options["data"], options["format"], protocol=options["protocol"], options=reading)
+    return TrainingSubset(options["train_fraction"], chosen["seed"]).take(data)
 
 
 def build_task(options: dict[str, Any], methods: list, data):
@@ -287,6 +309,7 @@ def _check_same_run(output, options: dict[str, Any]) -> None:
 # ------------------------------------------------------------------ printing
 def _print_start(task, data, options: dict[str, Any]) -> None:
     import deltalens as dl
+    from deltalens.training.optim import trains_nothing
 
     count = dl.count_parameters(task.model)
     names = " + ".join(entry["method"] for entry in options["method"])
@@ -299,10 +322,15 @@ def _print_start(task, data, options: dict[str, Any]) -> None:
         f"{count.backbone:,}, and {count.head:,} in the head"
     )
     print(f"{len(data.class_names)} classes, {len(data.train)} training, {val}, {test} images")
+    if trains_nothing(task):
+        print("nothing is trained: the adapter is made of the training images, without epochs")
 
 
 def _print_results(results: dict[str, Any], output) -> None:
     for part in ("val", "test"):
         if results[part]:
             print(f"{part:<5}" + "  ".join(f"{name} {value:.4f}" for name, value in results[part].items()))
-    print(f"adapter, results.json and metrics.csv are in {output.folder}")
+    for method, values in results.get("chosen", {}).items():
+        print(f"{method} chose " + ", ".join(f"{name} {value:g}" for name, value in values.items()))
+    files = "adapter, results.json and metrics.csv" if results["history"] else "adapter and results.json"
+    print(f"{files} are in {output.folder}")

@@ -66,7 +66,7 @@ def load_classifier(
         raise ValueError(f"{args.model} without an adapter has no classes of its own: name them with --classes")
     said: dict[str, Any] = {} if templates is None else {"templates": templates}
     model = dl.create_backbone(args.model, checkpoint=args.checkpoint, class_names=list(class_names), **said)
-    device = torch.device(_device(args.device))
+    device = torch.device(chosen_device(args.device))
     return Classifier(model.eval().to(device), list(class_names), device, args.model)
 
 
@@ -115,11 +115,12 @@ def load_trained(directory: str, device: str | None) -> tuple[nn.Module, list[st
 
     model = dl.from_pretrained(directory)
     class_names = dl.class_names(model) or [str(i) for i in range(adapter_of(model)[1].num_classes or 0)]
-    chosen = _device(device)
+    chosen = chosen_device(device)
     return model.to(chosen), class_names, torch.device(chosen)
 
 
-def _device(name: str | None) -> str:
+def chosen_device(name: str | None) -> str:
+    """The device of that name, or the fastest there is. ValueError for one that is not there."""
     import torch
 
     available = ["cpu"]
@@ -132,3 +133,13 @@ def _device(name: str | None) -> str:
     if name.partition(":")[0] not in available:
         raise ValueError(f"there is no device {name!r} here; available: {', '.join(available)}")
     return name
+
+
+def label_of(model: nn.Module, folder: str) -> str:
+    """For figures: the last two names of the path as it was given, and the method."""
+    from pathlib import Path
+
+    from deltalens.lifecycle.state import adapter_of
+
+    methods = " + ".join(method.name for method in adapter_of(model)[1].configs)
+    return f"{'/'.join(Path(folder).parts[-2:])} ({methods})"

@@ -58,7 +58,7 @@ def run(args: Namespace) -> None:
     space = DEFAULT if args.space is None else read_space(_space_file(args.space))
     data = train.read_images(options)
     if data.val is None:
-        raise ValueError("a search needs validation images, which --protocol trainval trains on: leave it out")
+        raise ValueError("a search needs validation images: the data has none, or --protocol trainval trains on them")
     search = Search(
         args.output,
         space,

@@ -24,6 +24,7 @@ import torch
 from deltalens.data.assemble import Images
 from deltalens.data.image_folder import UnknownClasses, read_split
 from deltalens.data.options import ReadOptions
+from deltalens.data.selection import select, subset_classes
 from deltalens.data.splits import Splits
 from deltalens.data.subsets import TrainingSubset
 
@@ -33,6 +34,7 @@ FORMATS = {
     "fgvc": "deltalens.data.fgvc",
     "hf": "deltalens.data.hf_datasets",
     "folder": "deltalens.data.image_folder",
+    "coop": "deltalens.data.coop",
     "csv": "deltalens.data.csv_table",
     "multilabel": "deltalens.data.multilabel_table",
     "torchvision": "deltalens.data.torchvision_sets",
@@ -50,19 +52,26 @@ def read_data(
     """Read train, validation and test images of any format. Datasets come without a transform.
 
     format: "auto" finds it by the files; otherwise "folder", "csv", "multilabel", "hf", "vtab1k/<task>", "fgvc/<set>",
-    "voc2007", "voc2007/single" or "torchvision/<Name>". protocol: "val" trains on train and keeps val; "trainval"
-    trains on both and has no val. `Splits.origin["format"]` says what was read.
+    "coop/<dataset>", "coop", "voc2007", "voc2007/single" or "torchvision/<Name>". protocol: "val" trains on train and
+    keeps val; "trainval" trains on both and has no val. `Splits.origin` says what was read: "format", and "shots",
+    "shots_seed", "shots_from" and "class_subset" where the options chose some of it. Data with test images only (the
+    variants of ImageNet) has an empty train.
 
     Raises FileNotFoundError or ValueError with the expected tree where the layout is another.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; there are {' and '.join(PROTOCOLS)}")
+    subset_classes(2, options.subset)
+    if protocol == "trainval" and options.shots is not None:
+        raise ValueError("shots are drawn for train and for val, and the protocol trainval would join them: use val")
     root = Path(root).expanduser()
     if format == "auto":
         format = recognise(root) or "folder"
     module, which = _reader(format)
-    splits = module.read(root, which, options)
+    splits = select(module.read(root, which, options), options)
     splits = replace(splits, origin={"format": format} | splits.origin)
+    if protocol == "trainval" and splits.val is None:
+        raise ValueError(f"{root} has no val part to train on: use the protocol val")
     return splits.joined() if protocol == "trainval" else splits
 
 
@@ -74,24 +83,37 @@ def read_part(
     format: str | None = None,
     skip_broken: bool = False,
     download: bool = False,
+    subset: str | None = None,
 ) -> Images:
     """Read one part to measure a trained model on: "train", "val", "test", or "all".
 
     Labels index `class_names`, the model's. origin: `Splits.origin` of the training run, which tells how the parts were
-    drawn, which training images were used, and the format where `format` is None. Raises ValueError for classes that
-    the model does not know, and for a part that the data does not have.
+    drawn, which training images were used, and the format where `format` is None. subset: "all", "base" or "new"
+    classes; None for the training run's. Raises ValueError for classes that the model does not know, and for a part
+    that the data does not have.
     """
     origin = origin or {}
+    sampled = "shots" in origin and split in ("train", "val")
     root = Path(root).expanduser()
     if format in (None, "auto"):
         format = origin.get("format", "auto") if format is None else "auto"
         format = (recognise(root) or "folder") if format == "auto" else format
     used = TrainingSubset.of_origin(origin) if split == "train" else TrainingSubset()
-    if format == "folder":
+    if format == "folder" and not sampled and not (subset or "class_subset" in origin):
         return used.of(_folder_part(root, split, class_names, origin, skip_broken))
-    drawn = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
-    options = ReadOptions(**drawn, skip_broken=skip_broken, allow_missing_classes=True, download=download)
+    drawn: dict[str, Any] = {key: origin[key] for key in ("val_fraction", "test_fraction", "seed") if key in origin}
+    if sampled:
+        drawn |= {key: origin[key] for key in ("shots", "shots_seed")}
+        drawn["stored_shots"] = origin["shots_from"] != "drawn"
+    options = ReadOptions(
+        **drawn, skip_broken=skip_broken, allow_missing_classes=True, download=download, subset=subset or "all"
+    )
     splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
+    if subset is None:
+        of_the_run = origin.get("class_subset", "all")
+        names = [splits.class_names[label] for label in subset_classes(len(splits.class_names), of_the_run)]
+        if names == list(class_names):  # otherwise other data, which is read whole
+            splits = select(splits, replace(options, subset=of_the_run))
     return _with_labels_of(class_names, splits, used.of(part_of(splits, split, root)))
 
 
@@ -129,8 +151,8 @@ def part_of(splits: Splits, split: str, root: Path) -> Images:
         parts = [part for part in (splits.train, splits.val, splits.test) if part is not None]
         return sum(parts[1:], parts[0])
     part = getattr(splits, split)
-    if part is None:
-        others = [name for name in ("train", "val", "test") if getattr(splits, name) is not None]
+    if part is None or not len(part):
+        others = [name for name in ("train", "val", "test") if getattr(splits, name)]
         raise ValueError(f"{root} has no {split} part here; it has {', '.join(others)}")
     return part
 
@@ -144,6 +166,9 @@ def _with_labels_of(class_names: Sequence[str], splits: Splits, part: Images) ->
     if unknown:
         shown = ", ".join(unknown[:8])
         raise UnknownClasses(f"the data has other classes than the {len(names)} of the model: {shown}")
+    same = [name for name in splits.class_names if names.count(name) > 1]
+    if same:
+        raise ValueError(f"several classes of the model are called {same[0]!r}: the data must have all of its classes")
     part = part.subset(range(len(part)))
     index = [names.index(name) for name in splits.class_names]
     if splits.task != "multilabel":

@@ -22,7 +22,8 @@ EXPECTED = """expected one folder per class, either split already:
     {root}/test/<class>/*.jpg      (val and test may be absent: val is then split off train by seed)
 or not split yet:
     {root}/<class>/*.jpg
-(for other layouts see --format: csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, voc2007, torchvision/<Name>)"""
+(for other layouts see --format: csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, coop/<dataset>, voc2007,
+torchvision/<Name>)"""
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 

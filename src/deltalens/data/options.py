@@ -9,7 +9,12 @@ from dataclasses import dataclass
 class ReadOptions:
     """val_fraction, test_fraction, seed: how parts that the data lacks are split off. skip_broken: leave out images
     that cannot be read. allow_missing_classes: splits may lack classes of each other. download: fetch what is not
-    there, where a format knows how."""
+    there, where a format knows how.
+
+    shots: so many training images of every class, and at most 4 for validation (`deltalens.data.few_shot`).
+    shots_seed: which ones; by default `seed`. stored_shots: read them from `split_fewshot/shot_{n}-seed_{s}.pkl` where
+    a dataset of CoOp's has that file. subset: "all" classes, or the "base" or the "new" half of them.
+    """
 
     val_fraction: float = 0.15
     test_fraction: float = 0.15
@@ -17,6 +22,15 @@ class ReadOptions:
     skip_broken: bool = False
     allow_missing_classes: bool = False
     download: bool = False
+    shots: int | None = None
+    shots_seed: int | None = None
+    stored_shots: bool = True
+    subset: str = "all"
+
+    @property
+    def sampling_seed(self) -> int:
+        """The seed that few-shot images are drawn by."""
+        return self.seed if self.shots_seed is None else self.shots_seed
 
 
 def refuse_variant(name: str, which: str, known: tuple[str, ...] = ()) -> None:

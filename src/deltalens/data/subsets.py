@@ -1,4 +1,4 @@
-"""A part of the training images: so many for each class, or a share of each class."""
+"""A share of the training images of every class."""
 
 from __future__ import annotations
 
@@ -15,39 +15,27 @@ from deltalens.data.splits import Splits, strata
 
 @dataclass(frozen=True)
 class TrainingSubset:
-    """Which training images are used. fraction: this share of every class, in (0, 1]. shots: so many images of every
-    class, all where it has fewer. Neither: all. seed: draws them.
+    """Which training images are used. fraction: this share of every class, in (0, 1]; None: all. seed: draws them.
+    (So many images of every class: `ReadOptions.shots`.)
 
-    Drawn are the first round(fraction * n), but at least one, or the first `shots` of the n images of a class, in an
-    order that depends on the images and the seed alone. So the parts are nested: what 10 % holds, 25 % holds too. Of
-    images with several labels the rarest one is the class; those without any are a class of their own.
+    Drawn are the first round(fraction * n), but at least one, of the n images of a class, in an order that depends on
+    the images and the seed alone. So the parts are nested: what 10 % holds, 25 % holds too. Of images with several
+    labels the rarest one is the class; those without any are a class of their own.
 
-    Raises ValueError for both at once, and for numbers out of range.
+    Raises ValueError for fractions out of range.
     """
 
     fraction: float | None = None
-    shots: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.fraction is not None and self.shots is not None:
-            raise ValueError("a training subset is a fraction or a number of shots, not both: give one of them")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"the fraction of training images must lie above 0 and not above 1, got {self.fraction:g}")
-        if self.shots is not None and self.shots < 1:
-            raise ValueError(f"shots, the training images of each class, must be at least 1, got {self.shots}")
 
     @property
     def whole(self) -> bool:
         """Whether nothing is left out."""
-        return self.fraction is None and self.shots is None
-
-    @property
-    def text(self) -> str:
-        """ "25%", "4 shots"; empty for all images."""
-        if self.fraction is not None:
-            return f"{100 * self.fraction:.6g}%"
-        return "" if self.shots is None else f"{self.shots} shot{'' if self.shots == 1 else 's'}"
+        return self.fraction is None
 
     @classmethod
     def of_origin(cls, origin: Mapping[str, Any]) -> TrainingSubset:
@@ -76,17 +64,12 @@ class TrainingSubset:
         for index, label in enumerate(strata(labels)):
             members[label].append(index)
         random = np.random.default_rng(self.seed)
+        share = 1 if self.fraction is None else self.fraction
         found: list[int] = []
         for label in sorted(members):
             order = random.permutation(len(members[label]))
-            found += [members[label][i] for i in order[: self._count(len(order))]]
+            found += [members[label][i] for i in order[: max(1, round(share * len(order)))]]
         return sorted(found)
-
-    def _count(self, images: int) -> int:
-        """How many of a class."""
-        if self.fraction is not None:
-            return max(1, round(self.fraction * images))
-        return images if self.shots is None else min(self.shots, images)
 
 
 def _labels(images: Dataset) -> list[Any]:

@@ -22,7 +22,8 @@ def import_official(
     source: "mona" (Leiyi-Hu/mona, STAR-MMRotate) or "vpt" (KMnP/vpt: ViT, MAE, MoCo-v3 and Swin, all locations and
     depths; PROJECT is loaded as such, or applied to the prompts where the configuration has none); of the baselines
     "mona_adapter", "mona_adaptformer" and "mona_lorand" (Leiyi-Hu/mona, STAR-MMRotate), "vpt_adapter", "vpt_side" and
-    "vpt_mlp" (KMnP/vpt); beside a CLIP "mma" (Multi-Modal-Adapter), "coop", "cocoop", "clip_adapter" and "tip_adapter".
+    "vpt_mlp" (KMnP/vpt); beside a CLIP "mma" (Multi-Modal-Adapter), "coop", "cocoop", "kgcoop", "prograd",
+    "maple", "rpo", "lasp", "clip_adapter" and "tip_adapter".
     Attach the same configuration first. Backbone weights and embeddings of class names in the checkpoint are ignored,
     as they are the frozen ones; a checkpoint without a head leaves the head as it is. ValueError for missing or
     misshapen tensors.

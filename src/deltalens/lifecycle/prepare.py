@@ -1,15 +1,18 @@
-"""State that methods compute from the training data before training: `Method.prepare`."""
+"""What methods take from data beside training: state before it (`Method.prepare`), settings after it
+(`Method.finish`)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltalens.lifecycle.state import state_of
+from deltalens.lifecycle.state import KEY, State, state_of
+from deltalens.methods.base import Method
 
 
 @torch.no_grad()
@@ -20,14 +23,51 @@ def prepare(model: nn.Module, loader: Iterable[Any]) -> nn.Module:
     gives batches (images, labels). Methods that need nothing do not read it, and what an adapter already holds, from a
     file or an earlier call, stays. The model runs in eval mode, without gradients and, if it is compiled, uncompiled.
     """
-    state, training = state_of(model), model.training
-    methods = [method for name in state.active for method in state.adapters[name].configs]
+    with _evaluating(model):
+        for method in _active_methods(state_of(model)):
+            method.prepare(model, loader)
+    return model
+
+
+@torch.no_grad()
+def finish(model: nn.Module, loader: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """Let the active adapters' methods choose settings on validation images (Tip-Adapter's alpha and beta).
+
+    Call it once after a training loop of your own, and before the test; `deltalens.training.fit` does it by itself
+    where there are validation images. loader gives their batches (images, labels), never test images. Returns what was
+    chosen, method -> setting -> value; the adapters' configurations, and so their files, have it. The model runs as in
+    `prepare`.
+    """
+    state, chosen = state_of(model), {}
+    with _evaluating(model):
+        for name in state.active:
+            configs = state.adapters[name].configs
+            for index, method in enumerate(configs):
+                values = method.finish(model, loader)
+                if values:
+                    chosen[method.name] = values
+                    configs[index] = dataclasses.replace(method, **values)
+    return chosen
+
+
+def has_choices(model: nn.Module) -> bool:
+    """Whether an active method may choose settings after training."""
+    if KEY not in model.__dict__:
+        return False
+    return any(type(method).finish is not Method.finish for method in _active_methods(state_of(model)))
+
+
+def _active_methods(state: State) -> list[Method]:
+    return [method for name in state.active for method in state.adapters[name].configs]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
-            for method in methods:
-                method.prepare(model, loader)
+            yield
     finally:
         model.train(training)
-    return model

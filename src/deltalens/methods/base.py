@@ -77,6 +77,14 @@ class Method:
         """Compute state from training data once, before training (caches, prototypes, choices), into buffers or
         parameters of the method's modules. `deltalens.prepare` calls it; what is already there stays as it is."""
 
+    def finish(self, model: nn.Module, loader: Iterable) -> dict[str, Any]:
+        """Choose settings on validation images once, after training and before any test (Tip-Adapter's alpha and beta).
+
+        The method gives them to its modules and returns them by name; the adapter's configuration, and so its files,
+        then have them. Empty where nothing was chosen. `deltalens.finish` calls it.
+        """
+        return {}
+
     def unfreeze_multiplier(self) -> float:
         """Factor on the learning rate of the tensors that `unfreeze` names."""
         return 1.0

@@ -11,9 +11,9 @@ Keep = int | Tensor  # the tokens of a block's output that somebody reads
 
 def kept(x: Tensor, keep: Keep) -> Tensor:
     """The tokens of (B, N, C) that are read: the first `keep`, or, where keep is a tensor (B,), one of each sample at
-    that position, as (B, 1, C)."""
+    that position, as (B, 1, C). A copy: a view that backward saves would keep all tokens in memory."""
     if isinstance(keep, int):
-        return x[:, :keep]
+        return x[:, :keep].clone()
     return x[torch.arange(len(x), device=x.device), keep][:, None]
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,25 +30,28 @@ MONA_INFERENCE_LIMIT = 0.75  # merged overhead over the frozen backbone / the pl
 class Options:
     """How a benchmark runs.
 
-    model, img_size: None for the benchmark's own. quick: the small shipped backbones, batch 2 and 3 rounds at most.
+    model, img_size, batch_size: None for the benchmark's own. quick: the small shipped backbones, batch 2 and 3 rounds
+    at most. classes: texts of the part clip.
     """
 
     model: str | None = None
     img_size: int | None = None
-    batch_size: int = 4
+    batch_size: int | None = None
     rounds: int = 7
     device: str = "cpu"
     clock: Clock = "wall"
     quick: bool = False
+    classes: int | None = None
 
-    def settled(self, own_model: str, quick_model: str) -> Options:
-        """With the benchmark's own model filled in, and everything made small where quick."""
+    def settled(self, own_model: str, quick_model: str, own_batch: int = 4) -> Options:
+        """With the benchmark's own model and batch filled in, and everything made small where quick."""
+        batch_size = self.batch_size or own_batch
         if not self.quick:
-            return replace(self, model=self.model or own_model)
+            return replace(self, model=self.model or own_model, batch_size=batch_size)
         return replace(
             self,
             model=self.model or quick_model,
-            batch_size=min(self.batch_size, 2),
+            batch_size=min(batch_size, 2),
             rounds=min(self.rounds, 3),
         )
 
@@ -183,10 +187,22 @@ def check_same_outputs(images: Tensor, models: Mapping[str, nn.Module], toleranc
             raise RuntimeError(f"{name} and {first} differ by {error:.2g} of the largest output: not the same function")
 
 
+REFERENCES = MappingProxyType({"full": FULL, "frozen": FROZEN})  # label of a column -> the row that it compares with
+
+
 def compare_training(
-    models: Mapping[str, nn.Module], images: Tensor, labels: Tensor, options: Options, plain_of: Mapping[str, str]
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    labels: Tensor,
+    options: Options,
+    plain_of: Mapping[str, str],
+    references: Mapping[str, str] = REFERENCES,
+    memory_reference: tuple[str, str] = ("full", FULL),
 ) -> Section:
-    """Forward and backward of a cross-entropy loss, without optimiser; bytes saved for backward; on a GPU the peak."""
+    """Forward and backward of a cross-entropy loss, without optimiser; bytes saved for backward; on a GPU the peak.
+
+    A model without trained parameters has a forward only.
+    """
 
     def loss_of(model: nn.Module) -> Callable[[], Tensor]:
         return lambda: F.cross_entropy(model(images), labels)
@@ -199,18 +215,27 @@ def compare_training(
         model.train()
     losses = {name: loss_of(model) for name, model in models.items()}
     saved = {name: saved_bytes(losses[name], own_tensors(model)) for name, model in models.items()}
-    steps = {name: (lambda loss=loss: loss().backward()) for name, loss in losses.items()}
+    steps = {name: (lambda loss=loss: _step(loss())) for name, loss in losses.items()}
     timings = interleaved(steps, options.rounds, between=drop_gradients, device=options.device, clock=options.clock)
     rows = []
     for name in models:
         peak = peak_bytes(steps[name], options.device)
         drop_gradients()
-        rows.append(_row(name, timings, {"full": FULL, "frozen": FROZEN}, plain_of, saved[name], peak))
-    return Section("training step", rows, ("full", FULL))
+        rows.append(_row(name, timings, references, plain_of, saved[name], peak))
+    return Section("training step", rows, memory_reference)
+
+
+def _step(loss: Tensor) -> None:
+    if loss.requires_grad:
+        loss.backward()
 
 
 def compare_inference(
-    models: Mapping[str, nn.Module], images: Tensor, options: Options, plain_of: Mapping[str, str]
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    options: Options,
+    plain_of: Mapping[str, str],
+    references: Mapping[str, str] = MappingProxyType({"frozen": FROZEN}),
 ) -> tuple[Section, Timings]:
     """Forward in eval mode under inference_mode, in twice as many rounds: a forward is short and its ratios scatter."""
 
@@ -225,7 +250,7 @@ def compare_inference(
         model.eval()
     forwards = {name: forward_of(model) for name, model in models.items()}
     timings = interleaved(forwards, 2 * options.rounds, device=options.device, clock=options.clock)
-    return Section("inference", [_row(name, timings, {"frozen": FROZEN}, plain_of) for name in models]), timings
+    return Section("inference", [_row(name, timings, references, plain_of) for name in models]), timings
 
 
 def own_tensors(model: nn.Module) -> Iterator[Tensor]:

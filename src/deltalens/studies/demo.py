@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 import deltalens as dl
 from deltalens.data.arrays import ArrayDataset
 from deltalens.data.digits import Digits, Images, load_digits
+from deltalens.data.drawn_classes import DrawnClasses
 from deltalens.data.splits import Splits
 from deltalens.data.transforms import eval_transform
 from deltalens.lifecycle.atomic import write_text
@@ -107,7 +108,7 @@ def run_demo(
     """
     chosen = {name: contender(name) for name in settings.methods}
     output = Path(output)
-    _check_output(output)
+    check_output(output)
     _, preprocessing = make_backbone(len(Digits.class_names))
     digits = load_digits(preprocessing["input_size"][-1], settings.train_images)
     runs, answers = [], []
@@ -135,20 +136,31 @@ def one_thread() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------ one method
+class Budget(Protocol):
+    """What a contest reads of a demonstration's settings."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def tune(self) -> bool: ...
+
+
 class Contest:
     """What is the same for all methods: images, training, and how results are measured."""
 
     def __init__(
         self,
-        settings: DemoSettings,
+        settings: Budget,
         make_backbone: MakeBackbone,
         preprocessing: dict[str, Any],
-        digits: Digits,
+        data: Digits | DrawnClasses,
         bars: MethodBars,
     ):
         self.settings, self.make_backbone, self.bars = settings, make_backbone, bars
-        self.preprocessing, self.class_names = preprocessing, list(digits.class_names)
-        self.train, self.val, self.test = (self._dataset(part) for part in (digits.train, digits.val, digits.test))
+        self.preprocessing, self.class_names = preprocessing, list(data.class_names)
+        self.train, self.val, self.test = (self._dataset(part) for part in (data.train, data.val, data.test))
 
     def _dataset(self, part: Images) -> ArrayDataset:
         """Without augmentation: the images are few, and the methods are to differ, not their training."""
@@ -161,7 +173,7 @@ class Contest:
         self.bars.finish(each.label, f"test {100 * results['test']['accuracy']:.1f} %")
         self._save(task, results, folder)
         count = dl.count_parameters(task.model)
-        answers = self._answers(task)
+        answers = self._answers(task, self.test)
         run = RunResult(
             method=each.label,
             settings={**each.shown, "lr": rate},
@@ -221,13 +233,13 @@ class Contest:
         dl.save_pretrained(task.model, folder)
 
     @torch.no_grad()
-    def _answers(self, task: ClassificationTask) -> list[Prediction]:
-        """The most probable class of every test image."""
+    def _answers(self, task: ClassificationTask, images: ArrayDataset) -> list[Prediction]:
+        """The most probable class of every image."""
         task.eval()
         found = []
-        for start in range(0, len(self.test), 250):
-            stop = min(start + 250, len(self.test))
-            batch = torch.stack([self.test[i][0] for i in range(start, stop)])
+        for start in range(0, len(images), 250):
+            stop = min(start + 250, len(images))
+            batch = torch.stack([images[i][0] for i in range(start, stop)])
             found += [Prediction(*best[0]) for best in task.decode(task.model(batch))]
         return found
 
@@ -240,7 +252,7 @@ class Contest:
 
 
 # ------------------------------------------------------------------ all of them
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Refuse a folder with anything but what a demo, finished or stopped, has left there; before anything slow."""
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file; --output must be a folder")
@@ -262,7 +274,7 @@ def _comparison(
     shown = choose_pictures(correct, digits.test.labels, PICTURES)
     easy = sum(correct[:, index].all() for index in shown)
     return Comparison(
-        title=f"{_number(len(runs))} to adapt one backbone",
+        title=f"{number_of_ways(len(runs))} to adapt one backbone",
         intro=_intro(settings, runs, digits),
         runs=[replace(run, predictions=[answer[i] for i in shown]) for run, answer in zip(runs, answers, strict=True)],
         test_images=len(digits.test),
@@ -299,10 +311,7 @@ def _finding(runs: list[RunResult]) -> str:
 
 def _conditions(settings: DemoSettings, digits: Digits, command: str) -> dict[str, str]:
     found = "in this run" if settings.tune else "beforehand with deltalens demo --tune"
-    versions = {"deltalens": dl.__version__, "torch": torch.__version__, "Python": platform.python_version()}
     rates = ", ".join(f"{rate:g}" for rate in RATES)
-    today = datetime.now()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "Command": command,
         "Data": f"scikit-learn's handwritten digits; {len(digits.train):,} training, {len(digits.val)} validation and "
@@ -314,12 +323,22 @@ def _conditions(settings: DemoSettings, digits: Digits, command: str) -> dict[st
         "Measured": "saved for backward: distinct storages that autograd keeps for one step of "
         f"{BATCH_SIZE} images, without parameters; time: training and validation, on a machine that may have had "
         "other work",
+        **here_and_now(),
+    }
+
+
+def here_and_now() -> dict[str, str]:
+    """Versions, machine and date, as conditions of a comparison."""
+    versions = {"deltalens": dl.__version__, "torch": torch.__version__, "Python": platform.python_version()}
+    today = datetime.now()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Machine": f"{platform.system()}, {platform.machine()}, {cores} CPU cores, of which one was used",
         "Date": f"{today.day} {today:%B %Y}",
     }
 
 
-def _number(count: int) -> str:
+def number_of_ways(count: int) -> str:
     words = ("One way", "Two ways", "Three ways", "Four ways", "Five ways", "Six ways")
     return words[count - 1] if count <= len(words) else f"{count} ways"

@@ -40,7 +40,7 @@ def head_inputs(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> tuple[
     """(features (N, D), labels (N,)) of (images, labels) batches: what enters the classifier layer, which for a ViT is
     the class token after the final norm, or what pools in its place. The model is put in eval mode.
     """
-    head, device = _classifier(model), next(model.parameters()).device
+    head, device = classifier_layer(model), next(model.parameters()).device
     features: list[Tensor] = []
     labels: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].float().cpu()))
@@ -55,9 +55,13 @@ def head_inputs(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> tuple[
     return torch.cat(features).flatten(1).numpy(), torch.cat(labels).numpy()
 
 
-def _classifier(model: nn.Module) -> nn.Module:
+def classifier_layer(model: nn.Module) -> nn.Module:
+    """The layer that a network classifies with. TypeError for a network with several, ValueError without any."""
     if hasattr(model, "get_classifier"):
-        return model.get_classifier()
+        layer = model.get_classifier()
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"{type(model).__name__} has no single classifier layer whose input could be taken")
+        return layer
     path = (anatomy_of(model) if KEY in model.__dict__ else describe(model)).head
     if path is None:
         raise ValueError(f"{type(model).__name__} has no classifier layer whose input could be taken")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltalens.studies.candidates import SearchPlan, short_name, value_text
 from deltalens.studies.search_space import Choice, Parameter
-from deltalens.studies.study import Study, Variant
+from deltalens.studies.study import Study, Training, Variant
 
 PROTOCOLS = {
     None: "",
@@ -26,6 +26,7 @@ def protocol_text(study: Study) -> str:
             _search_text(study),
             *([f"With settings of their own: {'; '.join(own)}."] if own else []),
             _images_text(study),
+            *_classes_text(study),
             "Top-1 accuracy in per cent: mean ± sample standard deviation over seeds.",
         ]
     )
@@ -48,10 +49,17 @@ def _training_text(study: Study) -> str:
     ]
     if training.no_decay is not None:
         said.append(f"but none on {', '.join(training.no_decay)}" if training.no_decay else "on all that is trained")
-    said.append(f"warm-up of {training.warmup_epochs:g} and a cosine to {100 * training.min_lr:g} % of the rate")
+    said.append(_schedule_text(training))
     said += [f"gradients clipped at {training.clip_grad:g}"] if training.clip_grad else []
     said += [f"label smoothing {training.label_smoothing:g}"] if training.label_smoothing else []
     return f"{', '.join(said)}; {'seed' if len(study.seeds) == 1 else 'seeds'} {', '.join(map(str, study.seeds))}."
+
+
+def _schedule_text(training: Training) -> str:
+    warmup = f"warm-up of {training.warmup_epochs:g}"
+    warmup += f" at {training.warmup_lr:g}" if training.warmup_lr is not None and training.warmup_epochs else ""
+    changed = ", changed once an epoch" if training.schedule == "epoch" else ""
+    return f"{warmup} and a cosine to {100 * training.min_lr:g} % of the rate{changed}"
 
 
 # ------------------------------------------------------------------ search
@@ -133,6 +141,23 @@ def _images_text(study: Study) -> str:
         text += f" Final runs on {', '.join(joined)} train on training and validation images together"
         return text + (f", on {', '.join(apart)} on the training images alone." if apart else ".")
     return text + " Final runs train on the training images alone."
+
+
+def _classes_text(study: Study) -> list[str]:
+    """Few images, half of the classes, other datasets."""
+    shots = sorted({dataset.shots for dataset in study.datasets if dataset.shots})
+    said = []
+    if shots:
+        said.append(
+            f"{_listed(shots)} training images of each class and at most 4 for validation, drawn by each run's seed."
+        )
+    if study.base_to_novel:
+        said.append("Runs are trained on the first half of the classes; test accuracy is that of this half.")
+    return said
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def counted(number: int, noun: str) -> str:

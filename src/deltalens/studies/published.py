@@ -7,7 +7,8 @@ part of a mean, a rank, a test, or the choice of the best.
       backbone: Swin-L                          # of which backbone they are; needed where a study has several
       scores:
         Full: {flowers102: 99.5772, mean: 92.7876}
-        Mona: {flowers102: {base: 99.7, novel: 80.1}}      # a name for each number where there are several
+        Mona: {flowers102: {base: 99.7, novel: 80.1}}      # a name for each number where there are several; base and
+                                                           # novel stand in the tables of base-to-novel studies
       not_run:                                  # rows that the study does not run
         Adapter+: {flowers102: 99.59}
 
@@ -19,7 +20,7 @@ sources are a list of such mappings. Numbers of a dataset stand beside the whole
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deltalens.data.vtab1k import GROUPS, task_of
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("source", "note", "backbone", "scores", "not_run")
 MEAN = "mean"
+BASE, NOVEL = "base", "novel"  # the names of numbers in base-to-novel studies
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _columns(study: Study) -> list[str]:
     """What scores may be of."""
     tasks = all(task_of(dataset.format, dataset.path) for dataset in study.datasets)
     names = [*dict.fromkeys(name for each in study.datasets for name in (each.source, each.name)), *study.left_out]
+    names += [target.name for target in study.targets if target.name not in names]
     return [*names, *(GROUPS if tasks else ()), *([MEAN] if len(names) > 1 else [])]
 
 
@@ -134,3 +137,9 @@ def _row(document: Document, label: str, row: Any, place: Place, columns: Sequen
                 raise document.error(where, f"expected per cent, from 0 to 100, got {number!r}")
             found.append(PublishedScore(label, column, metric, float(number)))
     return found
+
+
+def without_halves(published: Sequence[Published]) -> tuple[Published, ...]:
+    """The sources without their numbers of base and novel classes, and those that have no others not at all."""
+    rest = [replace(one, scores=tuple(s for s in one.scores if s.metric not in (BASE, NOVEL))) for one in published]
+    return tuple(one for one in rest if one.scores)

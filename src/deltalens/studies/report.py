@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from deltalens.studies.plots import Curve, Point, colour, curves, scatter
 from deltalens.studies.results import (
     Comparison,
     Picture,
+    Prediction,
     RunResult,
     bytes_text,
     count_text,
@@ -48,25 +49,29 @@ def render_report(comparison: Comparison) -> str:
     """The page as text. Raises ValueError for a comparison without runs."""
     if not comparison.runs:
         raise ValueError("a report needs at least one run")
-    sections = [_head(comparison), _table(comparison), _plots(comparison.runs)]
+    sections = [head(comparison.title, comparison.intro), _table(comparison), _plots(comparison.runs)]
     sections += [_pictures(comparison)] if comparison.pictures else []
-    sections += [_adapters(comparison.runs), _conditions(comparison)]
+    sections += [_adapters(comparison.runs), conditions_section(comparison.conditions)]
+    return page(comparison.title, sections)
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """A whole page of sections; empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">\n'
-        f"<title>{escape(comparison.title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
         "<body>\n<main>\n" + "\n".join(section for section in sections if section) + "\n</main>\n</body>\n</html>\n"
     )
 
 
 # ------------------------------------------------------------------ sections
-def _head(comparison: Comparison) -> str:
-    paragraphs = [part.strip() for part in comparison.intro.split("\n\n") if part.strip()]
+def head(title: str, intro: str) -> str:
+    """Title and paragraphs, which blank lines separate."""
+    paragraphs = [part.strip() for part in intro.split("\n\n") if part.strip()]
     return (
-        f"<header>\n<h1>{escape(comparison.title)}</h1>\n"
-        + "\n".join(f"<p>{escape(p)}</p>" for p in paragraphs)
-        + "\n</header>"
+        f"<header>\n<h1>{escape(title)}</h1>\n" + "\n".join(f"<p>{escape(p)}</p>" for p in paragraphs) + "\n</header>"
     )
 
 
@@ -135,30 +140,42 @@ def _plots(runs: list[RunResult]) -> str:
             ("Validation accuracy during training", curves(accuracy, "validation accuracy, %", as_percent=True))
         )
         figures.append(("Training loss", curves(loss, "mean loss of the epoch", as_percent=False)))
-    drawn = "\n".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in figures)
-    return f'<section>\n<h2>Accuracy, cost and training</h2>\n<div class="plots">\n{drawn}\n</div>\n</section>'
+    return plots_section("Accuracy, cost and training", figures)
+
+
+def plots_section(title: str, figures: Iterable[tuple[str, str]]) -> str:
+    """Plots side by side: (caption, SVG)."""
+    drawn = "\n".join(f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>" for caption, svg in figures)
+    return f'<section>\n<h2>{escape(title)}</h2>\n<div class="plots">\n{drawn}\n</div>\n</section>'
 
 
 def _pictures(comparison: Comparison) -> str:
-    cards = []
-    for number, picture in enumerate(comparison.pictures):
+    answers = [(run.method, run.predictions) for run in comparison.runs]
+    return pictures_section("Example predictions", comparison.pictures_note, comparison.pictures, answers)
+
+
+def pictures_section(
+    title: str, note: str, pictures: Sequence[Picture], answers: Iterable[tuple[str, Sequence[Prediction]]]
+) -> str:
+    """A card for each picture, with what each method says. answers: (method, a prediction for each picture)."""
+    answers, cards = list(answers), []
+    for number, picture in enumerate(pictures):
         name = escape(picture.true_name, quote=True)
-        lines = "".join(_prediction(run, number, picture.true_name) for run in comparison.runs)
+        lines = "".join(_prediction(method, said[number], picture.true_name) for method, said in answers)
         cards.append(
             f'<article class="picture"><img src="{_data_url(picture)}" alt="test image of class {name}">'
             f'<div class="said"><h3>{name}</h3><ul>{lines}</ul></div></article>'
         )
-    note = f'<p class="note">{escape(comparison.pictures_note)}</p>\n' if comparison.pictures_note else ""
+    said = f'<p class="note">{escape(note)}</p>\n' if note else ""
     return (
-        f'<section>\n<h2>Example predictions</h2>\n{note}<div class="pictures">\n'
+        f'<section>\n<h2>{escape(title)}</h2>\n{said}<div class="pictures">\n'
         + "\n".join(cards)
         + "\n</div>\n</section>"
     )
 
 
-def _prediction(run: RunResult, number: int, true_name: str) -> str:
-    said = run.predictions[number]
-    return said_line(run.method, said.name, f"{100 * said.confidence:.0f} %", said.name == true_name)
+def _prediction(method: str, said: Prediction, true_name: str) -> str:
+    return said_line(method, said.name, f"{100 * said.confidence:.0f} %", said.name == true_name)
 
 
 def said_line(method: str, said: str, confidence: str, right: bool) -> str:
@@ -189,8 +206,9 @@ def _adapters(runs: Iterable[RunResult]) -> str:
     )
 
 
-def _conditions(comparison: Comparison) -> str:
-    items = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in comparison.conditions.items())
+def conditions_section(conditions: Mapping[str, str]) -> str:
+    """What was run, name by name; nothing for none."""
+    items = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in conditions.items())
     return f"<section>\n<h2>What was run</h2>\n<dl>\n{items}\n</dl>\n</section>" if items else ""
 
 

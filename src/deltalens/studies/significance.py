@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deltalens.studies.study_table import Cell, RunRow
+from deltalens.studies.cells import Cell, RunRow
 
 LEAST_WILCOXON = 6  # with fewer pairs no result of the two-sided test has p < 0.05
 LEAST_T = 3

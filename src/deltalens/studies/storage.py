@@ -12,7 +12,7 @@ from deltalens.studies.results import bytes_text, percent_text
 from deltalens.studies.vtab import total_parameters
 
 if TYPE_CHECKING:
-    from deltalens.studies.study_table import Cell
+    from deltalens.studies.cells import Cell
 
 COUNTS = (1, 10, 100)  # tasks that totals are computed for
 

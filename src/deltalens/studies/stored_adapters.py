@@ -43,7 +43,7 @@ class StoredAdapters:
     def read(self, folder: str | os.PathLike) -> StoredAdapter:
         """One folder."""
         folder = Path(folder)
-        size, config = adapter_bytes(folder), _config(folder)
+        config, size = _config(folder), adapter_bytes(folder)
         base = config.get("base_model") or {}
         name = base.get("id") or config.get("base_model_name_or_path") or base.get("class") or "unknown"
         plain = self._plain(folder, config, base, name)
@@ -96,6 +96,8 @@ def _build(options: dict[str, Any]) -> Plain:
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: name the folder of an adapter")
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is no adapter: {CONFIG} is missing")
     try:

@@ -46,6 +46,7 @@ class DatasetEntry:
     protocol: str = "val"
     download: bool = False
     subset: TrainingSubset = field(default_factory=TrainingSubset)
+    shots: int | None = None
     origin: str | None = None
 
     @property
@@ -112,7 +113,10 @@ class Training:
     batch_size: int = 64
     weight_decay: float = 1e-4
     warmup_epochs: float = 1.0
+    schedule: str = "step"
+    warmup_lr: float | None = None
     optimizer: str = "adamw"
+    eps: float = 1e-8
     clip_grad: float = 0.0
     precision: str = "32"
     min_lr: float = 0.0
@@ -148,7 +152,9 @@ class Study:
     methods are treated alike, "published" where each has its paper's settings. reference: the row that the report's
     test compares the others with; without one full fine-tuning, else the first row. scatter: the datasets on the axes
     of the report's plot of two tasks; without them the first two. published: numbers of papers, to be shown beside.
-    left_out: datasets of the file that no folder was given for.
+    base_to_novel: train on the first half of the classes, and test on the second half, too. targets: further datasets
+    that every trained model is tested on, with their classes. left_out: datasets of the file that no folder was given
+    for.
     """
 
     title: str
@@ -167,6 +173,8 @@ class Study:
     reference: str | None = None
     scatter: tuple[str, str] | None = None
     published: tuple[Published, ...] = ()
+    base_to_novel: bool = False
+    targets: tuple[DatasetEntry, ...] = ()
     left_out: tuple[str, ...] = ()
 
     @property

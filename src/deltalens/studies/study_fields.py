@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from deltalens.studies.study import Training
+from deltalens.studies.study import Training, folder_name
 from deltalens.studies.study_yaml import Document, Place
 
 SHARES = ("min_crop", "hflip")
+NUMBERS_OR_NULL = ("warmup_lr",)
 TRAINING = {each.name: each.default for each in fields(Training)}
 
 
@@ -20,7 +21,9 @@ def plain_fields(document: Document, value: Any, place: Place, defaults: Mapping
 
 
 def plain_field(document: Document, value: Any, place: Place, default: Any) -> Any:
-    """A value of the type of a default; where that is None, a list of texts, or None."""
+    """A value of the type of a default; where that is None, a list of texts, for some fields a number, or None."""
+    if place[-1] in NUMBERS_OR_NULL:
+        return None if value is None else document.number(value, place)
     if default is None:
         return None if value is None else _texts(document, value, place)
     if isinstance(default, str):
@@ -54,3 +57,12 @@ def _texts(document: Document, value: Any, place: Place) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise document.error(place, f"expected a list of texts, or null, got {value!r}")
     return tuple(document.text(each, (*place, index)) for index, each in enumerate(value))
+
+
+def distinct_folders(document: Document, names: Iterable[str], place: Place) -> None:
+    """ValueError for two names whose runs would share a folder."""
+    folders: dict[str, tuple[int, str]] = {}
+    for number, name in enumerate(names):
+        first, other = folders.setdefault(folder_name(name), (number, name))
+        if first != number:
+            raise document.error((*place, name), f"{name!r} and {other!r} would share the folder {folder_name(name)!r}")

@@ -6,10 +6,12 @@ import re
 import statistics
 from collections.abc import Sequence
 
+from deltalens.studies.cells import Cell
 from deltalens.studies.published import Published
 from deltalens.studies.published_table import overview_columns, published_note, published_rows
 from deltalens.studies.results import bytes_text
-from deltalens.studies.study_table import Cell, StudyTable, measured_text, overall
+from deltalens.studies.study_table import StudyTable, measured_text, overall
+from deltalens.studies.transfer_table import Score, TransferTable, transfer_tables
 
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -33,8 +35,9 @@ def to_latex(table: StudyTable) -> str:
     parts = ["% needs \\usepackage{booktabs}"]
     for backbone in dict.fromkeys(cell.backbone for cell in table.cells):
         cells = [cell for cell in table.cells if cell.backbone == backbone]
-        published = [one for one in table.published if one.backbone == backbone]
+        published = [one for one in table.published_here if one.backbone == backbone]
         parts.append(_backbone_table(table.title, backbone, cells, published))
+    parts += [_transfer_table(table.title, found) for found in transfer_tables(table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -80,8 +83,17 @@ def _backbone_table(title: str, backbone: str, cells: Sequence[Cell], published:
         + (f" {INCOMPLETE}: not all seeds." if incomplete else "")
         + (f" {escape_latex(published_note(published))}" if shown else "")
     )
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{title}-{backbone}".lower()).strip("-")
-    rules = [f"{' & '.join(line)} \\\\" for line in lines]
+    return _environment(lines[0], lines[1:], shown, caption, _slug(f"{title}-{backbone}"))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _environment(
+    header: Sequence[str], lines: Sequence[Sequence[str]], shown: Sequence[Sequence[str]], caption: str, slug: str
+) -> str:
+    """A `table`; shown: published rows, below a rule of their own."""
     return "\n".join(
         [
             r"\begin{table}[t]",
@@ -92,15 +104,36 @@ def _backbone_table(title: str, backbone: str, cells: Sequence[Cell], published:
             f"\\label{{tab:{slug}}}",
             f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\toprule",
-            rules[0],
+            f"{' & '.join(header)} \\\\",
             r"\midrule",
-            *rules[1:],
+            *(f"{' & '.join(line)} \\\\" for line in lines),
             *([r"\midrule", *(f"{' & '.join(line)} \\\\" for line in shown)] if shown else []),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
         ]
     )
+
+
+def _transfer_table(title: str, found: TransferTable) -> str:
+    """Novel classes or other datasets, with published rows below."""
+    best = [None if value is None else f"{100 * value:.1f}" for value in found.best()]
+    lines = [
+        [escape_latex(label), *(_score(score, top) for score, top in zip(row, best, strict=True))]
+        for label, row in found.body.items()
+    ]
+    shown = [[escape_latex(name), *map(_published, texts)] for name, texts in found.published]
+    caption = (
+        f"{escape_latex(title)}. {escape_latex(found.title)}, top-1 accuracy in per cent. {escape_latex(found.note)}"
+    )
+    return _environment(
+        ["Method", *map(escape_latex, found.header)], lines, shown, caption, _slug(f"{title}-{found.title}")
+    )
+
+
+def _score(score: Score, best: str | None) -> str:
+    spread = "" if score.value is None or score.spread is None else f"_{{\\pm {100 * score.spread:.1f}}}$"
+    return _number(score.value, best).removesuffix("$" if spread else "") + spread
 
 
 def _published(text: str) -> str:

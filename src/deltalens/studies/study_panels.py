@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deltalens.studies.cells import Cell
 from deltalens.studies.labels import short_name
 from deltalens.studies.plots import HEIGHT, WIDTH, Line, lines
 from deltalens.studies.results import count_text
 from deltalens.studies.storage import largest_parts
 from deltalens.studies.study import folder_name
-from deltalens.studies.study_table import Cell, StudyTable, accuracy_title
+from deltalens.studies.study_table import StudyTable, accuracy_title
 
 
 @dataclass(frozen=True)

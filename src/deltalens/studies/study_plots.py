@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deltalens.lifecycle.atomic import write_text
+from deltalens.studies.cells import Cell
 from deltalens.studies.figure import page_colours
 from deltalens.studies.labels import short_name
 from deltalens.studies.plots import COLOURS, Line, Point, lines, scatter
@@ -15,7 +16,7 @@ from deltalens.studies.results import count_text
 from deltalens.studies.storage import study_storage
 from deltalens.studies.study import folder_name
 from deltalens.studies.study_panels import image_panels, panel_plot, size_panels
-from deltalens.studies.study_table import Cell, StudyTable, accuracy_title
+from deltalens.studies.study_table import StudyTable, accuracy_title
 
 SIZE = (720, 440)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"

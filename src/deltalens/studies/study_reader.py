@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from deltalens.data.formats import PROTOCOLS as DATA_PROTOCOLS
 from deltalens.data.splits import stratified_split
 from deltalens.methods import Method, make_config
 from deltalens.studies.candidates import SearchPlan
+from deltalens.studies.dataset_reader import read_datasets
 from deltalens.studies.published import read_published
 from deltalens.studies.search_reader import check_rows, read_search, relative_search
 from deltalens.studies.search_space import RATES
 from deltalens.studies.study import (
     BackboneEntry,
-    DatasetEntry,
     Protocol,
     Split,
     Study,
     Training,
     Variant,
-    folder_name,
 )
 from deltalens.studies.study_base import merged, read_with_base
-from deltalens.studies.study_fields import SHARES, TRAINING, check_share, check_training, plain_fields, training_fields
+from deltalens.studies.study_fields import TRAINING, check_training, distinct_folders, plain_fields, training_fields
 from deltalens.studies.study_yaml import Document, Place
-from deltalens.studies.training_amounts import AMOUNTS, read_amounts, with_amounts
+from deltalens.studies.training_amounts import AMOUNTS
 
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
-DATASET_FIELDS = ("path", "min_crop", "hflip", "format", "protocol", "download", *AMOUNTS)
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
-FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published", *AMOUNTS)
+FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published", "base_to_novel", "targets", *AMOUNTS)
 ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone", "datasets")  # beside a method and its settings
 OF_BACKBONES = ("img_size", "pretrained", "checkpoint", "model", "num_classes")
 
@@ -57,7 +53,6 @@ class _Reader:
 
     def __init__(self, document: Document):
         self.document = document
-        self.left_out: list[str] = []  # datasets without a folder, where others were given one
 
     def study(self, given: dict[str, str]) -> Study:
         top = self.document.mapping(self.document.content, (), FIELDS)
@@ -79,10 +74,10 @@ class _Reader:
             protocol=self._protocol(top.get("protocol")),
             keep_adapters=self.document.flag(top.get("keep_adapters", True), ("keep_adapters",)),
             x_title=self.document.text(top.get("x_title", "x"), ("x_title",)),
-            datasets=self._datasets(top.get("datasets") or {}, given, top, split.seed),
+            **read_datasets(self.document, top, given, split.seed),
+            base_to_novel=self.document.flag(top.get("base_to_novel", False), ("base_to_novel",)),
             reference=top.get("reference"),
             scatter=tuple(top["scatter"]) if isinstance(top.get("scatter"), list) else top.get("scatter"),
-            left_out=tuple(self.left_out),
         )
         self._check_report(study)
         self._check_datasets_of_rows(study)
@@ -129,67 +124,13 @@ class _Reader:
                 raise self.document.error(place, f"two backbones are called {label!r}; give one a label")
             options = self.document.mapping(entry.get("options") or {}, (*place, "options"))
             found[label] = BackboneEntry(label, model, size, entry.get("checkpoint"), pretrained, options)
-        self._distinct_folders(found, ("backbones",))
+        distinct_folders(self.document, found, ("backbones",))
         return tuple(found.values())
-
-    def _datasets(
-        self, value: Any, given: dict[str, str], top: Mapping[str, Any], seed: int
-    ) -> tuple[DatasetEntry, ...]:
-        amounts = read_amounts(self.document, top, (), seed)
-        entries = self.document.mapping(value, ("datasets",))
-        common, waiting = given.pop("", None), False  # for those that have no folder
-        some = bool(given)
-        found: list[DatasetEntry] = []
-        for name, entry in entries.items():
-            place: Place = ("datasets", name)
-            entry = {"path": entry} if isinstance(entry, str) else {} if entry is None else entry
-            entry = self.document.mapping(entry, place, DATASET_FIELDS)
-            folder = given.pop(name, entry.get("path"))
-            if folder is None:
-                folder, waiting = common, True
-            if folder is None and some:
-                self.left_out.append(name)
-                continue
-            if folder is None:
-                raise self.document.error(place, f"has no path; write one here or give --data {name}=FOLDER")
-            for key in SHARES:
-                if entry.get(key) is not None:
-                    check_share(self.document, entry[key], (*place, key))
-            protocol = entry.get("protocol", "val")
-            if protocol not in DATA_PROTOCOLS:
-                raise self.document.error(
-                    (*place, "protocol"), f"expected {' or '.join(DATA_PROTOCOLS)}, got {protocol!r}"
-                )
-            whole = DatasetEntry(
-                name,
-                self.document.text(folder, place),
-                entry.get("min_crop"),
-                entry.get("hflip"),
-                self.document.text(entry.get("format", "auto"), (*place, "format")),
-                protocol,
-                self.document.flag(entry.get("download", False), (*place, "download")),
-            )
-            found += with_amounts(whole, read_amounts(self.document, entry, place, seed) or amounts)
-        if common is not None and not waiting:
-            raise ValueError(
-                f"--data takes NAME=FOLDER, got {common!r}: no dataset of {self.document.path} waits for a folder"
-            )
-        for name in given:
-            if near := difflib.get_close_matches(name, self.left_out, n=1):
-                raise ValueError(
-                    f"--data {name}=...: {self.document.path} has no dataset {name}; did you mean {near[0]}?"
-                )
-        for name, folder in given.items():
-            found += with_amounts(DatasetEntry(name, folder), amounts)
-        if not found:
-            raise ValueError(f"{self.document.path} names no datasets: give each as --data NAME=FOLDER")
-        self._distinct_folders([dataset.name for dataset in found], ("datasets",))
-        return tuple(found)
 
     def _variants(self, value: Any) -> tuple[Variant, ...]:
         entries = self.document.mapping(value, ("methods",))
         found = {label: self._row_on_all(label, entry, ("methods", label)) for label, entry in entries.items()}
-        self._distinct_folders(found, ("methods",))
+        distinct_folders(self.document, found, ("methods",))
         return tuple(found.values())
 
     def _row_on_all(self, label: str, entry: Any, place: Place) -> Variant:
@@ -260,15 +201,6 @@ class _Reader:
             named = {key: re.search(rf"\b{re.escape(key)}\b", str(error)) for key in settings}
             first = min((key for key in settings if named[key]), key=lambda key: named[key].start(), default="method")
             raise self.document.error((*place, first), str(error)) from error
-
-    def _distinct_folders(self, names: Iterable[str], place: Place) -> None:
-        folders: dict[str, tuple[int, str]] = {}
-        for number, name in enumerate(names):
-            first, other = folders.setdefault(folder_name(name), (number, name))
-            if first != number:
-                raise self.document.error(
-                    (*place, name), f"{name!r} and {other!r} would share the folder {folder_name(name)!r}"
-                )
 
     # ------------------------------------------------------------------ how it is trained
     def _seeds(self, value: Any) -> tuple[int, ...]:

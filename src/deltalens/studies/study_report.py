@@ -8,6 +8,7 @@ from html import escape
 from urllib.parse import quote
 
 from deltalens.lifecycle.atomic import write_text
+from deltalens.studies.cells import RunRow
 from deltalens.studies.grid import Grid
 from deltalens.studies.plots import colour
 from deltalens.studies.plots_storage import storage_plot
@@ -30,7 +31,8 @@ from deltalens.studies.study_report_plots import (
     rank_figure,
     task_figures,
 )
-from deltalens.studies.study_table import EDGE, RunRow, StudyTable, measured_text, overview, rates_only
+from deltalens.studies.study_table import EDGE, StudyTable, measured_text, overview, rates_only
+from deltalens.studies.transfer_table import transfer_tables
 from deltalens.studies.vtab_table import published_vtab_rows, vtab_rows
 
 PAIRED = {
@@ -51,6 +53,7 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
     numbers = method_numbers(table.cells)
     sections = [
         _head(table, study, details),
+        *_transfer(table, numbers),
         _overview(table, numbers),
         *_vtab(table, numbers),
         _figures(
@@ -167,11 +170,27 @@ def _overview(table: StudyTable, numbers: dict[str, int]) -> str:
         for label, line in body.items()
     ]
     title = f"{measured_text(table.cells).capitalize()}, %"
-    shown = published_rows(table.published, overview_columns(tasks_of(table.cells)))
+    shown = published_rows(table.published_here, overview_columns(tasks_of(table.cells)))
     rows += [[escape(label), *line] for label, line in shown]
     classes = [colour(numbers[label]) for label in body] + ["published"] * len(shown)
     note = "The best of each column is bold. Mean: over all columns, where every one of them has a result."
     return _section(title, note, html_table(["Method", *header], rows, classes))
+
+
+def _transfer(table: StudyTable, numbers: dict[str, int]) -> list[str]:
+    """Novel classes and other datasets."""
+    sections = []
+    for found in transfer_tables(table):
+        best = found.best()
+        rows = [
+            [_method(label), *(_marked(score.text, score.value, top) for score, top in zip(row, best, strict=True))]
+            for label, row in found.body.items()
+        ]
+        rows += [[escape(name), *texts] for name, texts in found.published]
+        classes = [colour(numbers[label]) for label in found.body] + ["published"] * len(found.published)
+        header = ["Method", *(name[0].upper() + name[1:] for name in found.header)]
+        sections.append(_section(found.title, found.note, html_table(header, rows, classes, large=len(header) - 1)))
+    return sections
 
 
 def _vtab(table: StudyTable, numbers: dict[str, int]) -> list[str]:
@@ -208,7 +227,7 @@ def _task_table(table: StudyTable, task: tuple[str, str], numbers: dict[str, int
     cells = [cell for cell in table.cells if (cell.backbone, cell.dataset) == task]
     best = max((cell.mean for cell in cells if cell.mean is not None), default=None)
     with_memory = any(cell.memory is not None for cell in cells)
-    columns = published_columns(table.published, *task)
+    columns = published_columns(table.published_here, *task)
     rest = ["Trained parameters", "With head", "% of backbone"]
     rest += ["Learning rate" if rates_only(cells) else "Settings", "Time for training"]
     rest += ["GPU memory"] if with_memory else []

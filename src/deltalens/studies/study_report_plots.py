@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from deltalens.studies.cells import Cell
 from deltalens.studies.labels import short_name
 from deltalens.studies.plots import HEIGHT, WIDTH, Curve, Point, curves, scatter
 from deltalens.studies.plots_compare import RankRow, TwoTasks, rank_plot, task_scatter
@@ -13,7 +14,7 @@ from deltalens.studies.significance import Ranking, tasks_of
 from deltalens.studies.study_details import Details
 from deltalens.studies.study_panels import Panel, panel_plot
 from deltalens.studies.study_plots import parameters_plot
-from deltalens.studies.study_table import Cell, StudyTable, accuracy_title
+from deltalens.studies.study_table import StudyTable, accuracy_title
 
 MOST_TASKS = 12  # with more, only the means over datasets are shown; plots/ has every task
 Numbers = Mapping[str, int]

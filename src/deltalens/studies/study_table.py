@@ -7,13 +7,15 @@ import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from deltalens.data.vtab1k import task_of
-from deltalens.studies.candidates import Values, value_text, values_text
+from deltalens.studies.candidates import values_text
+from deltalens.studies.cells import Cell, RunRow
 from deltalens.studies.grid import Grid
 from deltalens.studies.markdown import markdown_table
 from deltalens.studies.protocol import protocol_text
-from deltalens.studies.published import Published
+from deltalens.studies.published import NOVEL, Published, without_halves
 from deltalens.studies.published_table import (
     only_published,
     overview_columns,
@@ -24,129 +26,10 @@ from deltalens.studies.published_table import (
 )
 from deltalens.studies.results import percent_text, seconds_text
 from deltalens.studies.storage import storage_parts
-from deltalens.studies.study import Study, Variant
+from deltalens.studies.study import Study
+from deltalens.studies.transfer_table import transfer_tables
 from deltalens.studies.trial import Run, score
 from deltalens.studies.vtab_table import vtab_parts
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """One run, a line of runs.csv. Accuracies are fractions (metric says of what: "accuracy", or "mAP" where images
-    have several labels); settings: "lr 0.003, weight_decay 0.01", what was searched; what is not known is None."""
-
-    stage: str
-    backbone: str
-    dataset: str
-    method: str
-    seed: int
-    lr: float | None
-    status: str
-    val_accuracy: float | None
-    test_accuracy: float | None
-    test_mean_class_accuracy: float | None
-    adapter_parameters: int | None
-    head_parameters: int | None
-    backbone_parameters: int | None
-    percent: float | None
-    training_seconds: float | None
-    total_seconds: float | None
-    x: float | None
-    curve: str | None
-    folder: str
-    message: str | None
-    metric: str | None = None
-    peak_memory_bytes: int | None = None
-    settings: str | None = None
-    training_images: int | None = None
-    adapter_bytes: int | None = None
-    backbone_bytes: int | None = None
-    model_bytes: int | None = None
-
-    @property
-    def accuracy(self) -> float | None:
-        """What methods are compared by: on the test images, on those for validation where there is no test."""
-        return self.val_accuracy if self.test_accuracy is None else self.test_accuracy
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method on one backbone and dataset: its final runs together.
-
-    accuracies: on the test images (validation where there is no test), of the finished runs, in the order of the
-    seeds. chosen: values by name, what the search varies, else the rate; edges: the names at an edge of the search.
-    failures: messages, of the searches too. left: final runs that are neither finished nor failed. tested: accuracies
-    are on test images. memory: most GPU memory of training in bytes, the mean over runs; None where runs were not on a
-    GPU. training_images: that a run was trained on. adapter_bytes: on disk with the head, the mean over runs;
-    backbone_bytes, model_bytes: of the plain backbone without and with the head; None where the results do not say.
-    """
-
-    backbone: str
-    dataset: str
-    variant: Variant
-    accuracies: tuple[float, ...]
-    adapter_parameters: int | None
-    head_parameters: int | None
-    percent: float | None
-    chosen: Values
-    edges: frozenset[str]
-    seconds: float | None
-    failures: tuple[str, ...]
-    left: int
-    backbone_parameters: int | None = None
-    metric: str | None = None
-    tested: bool = True
-    memory: float | None = None
-    training_images: int | None = None
-    adapter_bytes: float | None = None
-    backbone_bytes: int | None = None
-    model_bytes: int | None = None
-
-    @property
-    def lr(self) -> float | None:
-        """The chosen rate; None where there is no result, or where it was not searched."""
-        return self.chosen.get("lr")
-
-    @property
-    def at_edge(self) -> bool:
-        return bool(self.edges)
-
-    def settings_text(self) -> str:
-        """ "0.003 *" where only the rate is of interest, else "lr 0.003 *, weight_decay 0.01"."""
-        if list(self.chosen) == ["lr"]:
-            return value_text(self.lr) + (" *" if self.at_edge else "")
-        return values_text(self.chosen, self.edges)
-
-    @property
-    def with_head(self) -> int | None:
-        """Trained parameters, head included."""
-        return None if self.adapter_parameters is None else self.adapter_parameters + self.head_parameters
-
-    @property
-    def complete(self) -> bool:
-        """Whether every final run has finished."""
-        return self.mean is not None and not self.left and not self.failures_of_finals
-
-    @property
-    def mean(self) -> float | None:
-        return statistics.fmean(self.accuracies) if self.accuracies else None
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds; None for fewer than two."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
-
-    def accuracy_text(self) -> str:
-        """ "91.2 ± 0.4", with what is missing said; "failed" or "-" where there is nothing."""
-        if self.mean is None:
-            return "failed" if self.failures and not self.left else "-"
-        text = f"{100 * self.mean:.1f}" + (f" ± {100 * self.std:.1f}" if self.std is not None else "")
-        failed = len(self.failures_of_finals)
-        notes = ([f"{failed} failed"] if failed else []) + ([f"{self.left} to come"] if self.left else [])
-        return text + (f" ({', '.join(notes)})" if notes else "")
-
-    @property
-    def failures_of_finals(self) -> list[str]:
-        return [message for message in self.failures if message.startswith("seed ")]
 
 
 @dataclass(frozen=True)
@@ -160,14 +43,25 @@ class StudyTable:
     vtab_tasks: dict[str, str] = field(default_factory=dict)  # dataset -> task, where all datasets are VTAB-1k's
     sources: dict[str, str] = field(default_factory=dict)  # dataset -> the one it is a part of, or itself
     published: tuple[Published, ...] = ()
+    base_to_novel: bool = False
+    targets: tuple[str, ...] = ()
+
+    @property
+    def published_here(self) -> tuple[Published, ...]:
+        """What stands beside what is measured on the runs' own data."""
+        return without_halves(self.published) if self.base_to_novel else self.published
 
     # ------------------------------------------------------------------ texts
     def to_csv(self) -> str:
         text = io.StringIO()
-        names = [each.name for each in fields(RunRow)] + (["published"] if self.published else [])
-        writer = csv.DictWriter(text, names, lineterminator="\n")
+        elsewhere = ([NOVEL] if self.base_to_novel else []) + list(self.targets)
+        names = [each.name for each in fields(RunRow) if each.name != "transfer"] + [f"on {n}" for n in elsewhere]
+        names += ["published"] if self.published else []
+        writer = csv.DictWriter(text, names, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(vars(row) for row in self.rows)
+        for row in self.rows:
+            there = {f"on {name}": row.transfer.get(name, {}).get("accuracy") for name in elsewhere}
+            writer.writerow(vars(row) | there)
         writer.writerows(published_runs(self.published))
         return text.getvalue()
 
@@ -175,10 +69,12 @@ class StudyTable:
         """An overview over all backbones and datasets, where there are several, then one table for each."""
         pairs = list(dict.fromkeys((cell.backbone, cell.dataset) for cell in self.cells))
         parts = [f"# {self.title}", self.description]
+        parts += [part for each in transfer_tables(self) for part in each.to_markdown()]
+        published = self.published_here
         if len(pairs) > 1:
             header, body = overview(self.cells)
             lines = [[label, *(text for text, _ in line)] for label, line in body.items()]
-            lines += [[label, *line] for label, line in published_rows(self.published, overview_columns(pairs))]
+            lines += [[label, *line] for label, line in published_rows(published, overview_columns(pairs))]
             parts += [
                 f"## {'Test' if all(cell.tested for cell in self.cells) else 'Validation'} accuracy, %",
                 markdown_table(["method", *header], lines),
@@ -188,7 +84,7 @@ class StudyTable:
             parts += [f"## VTAB-1k, {backbone}", *vtab_parts(cells, self.vtab_tasks, self.published)]
         for backbone, dataset in pairs:
             cells = [cell for cell in self.cells if (cell.backbone, cell.dataset) == (backbone, dataset)]
-            parts += [f"## {backbone}, {dataset}", _pair_table(cells, self.published), *_notes(cells)]
+            parts += [f"## {backbone}, {dataset}", _pair_table(cells, published), *_notes(cells)]
         parts += storage_parts(self.cells, self.sources, bool(self.vtab_tasks))
         return "\n\n".join(parts) + "\n"
 
@@ -222,8 +118,17 @@ def read_table(grid: Grid) -> StudyTable:
     by_folder = {row.folder: row for row in rows}
     cells = [_cell(grid, [by_folder[_folder(grid, run)] for run in finals], finals) for finals in grid.finals.values()]
     study = grid.study
-    sources = {dataset.name: dataset.source for dataset in study.datasets}
-    return StudyTable(study.title, rows, cells, study_text(study), _vtab_tasks(grid), sources, study.published)
+    return StudyTable(
+        study.title,
+        rows,
+        cells,
+        study_text(study),
+        _vtab_tasks(grid),
+        {dataset.name: dataset.source for dataset in study.datasets},
+        study.published,
+        study.base_to_novel,
+        tuple(target.name for target in study.targets),
+    )
 
 
 def _vtab_tasks(grid: Grid) -> dict[str, str]:
@@ -270,6 +175,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
         adapter_bytes=stored.get("adapter"),
         backbone_bytes=stored.get("backbone"),
         model_bytes=stored.get("model"),
+        transfer=results.get("transfer") or {},
     )
 
 
@@ -304,7 +210,16 @@ def _cell(grid: Grid, rows: Sequence[RunRow], finals: Sequence[Run]) -> Cell:
         adapter_bytes=statistics.fmean(sizes) if sizes else None,
         backbone_bytes=done[0].backbone_bytes if done else None,
         model_bytes=done[0].model_bytes if done else None,
+        transfer=_elsewhere(done, "accuracy"),
+        refused={name: whys[0] for name, whys in _elsewhere(done, "refused").items()},
     )
+
+
+def _elsewhere(rows: Sequence[RunRow], fact: str) -> dict[str, tuple[Any, ...]]:
+    """Name of other data -> that fact of all runs; without those that lack it in a run."""
+    names = dict.fromkeys(name for row in rows for name in row.transfer)
+    found = {name: tuple(row.transfer.get(name, {}).get(fact) for row in rows) for name in names}
+    return {name: facts for name, facts in found.items() if None not in facts}
 
 
 def rates_only(cells: Sequence[Cell]) -> bool:

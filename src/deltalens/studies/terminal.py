@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from torch import nn
 
+from deltalens.studies.clip_demo_results import ClipComparison, share_text
 from deltalens.studies.results import Comparison, bytes_text, percent_text, seconds_text
 
 COLUMNS = (
@@ -118,5 +119,26 @@ def comparison_table(comparison: Comparison) -> Table:
             seconds_text(run.seconds).removesuffix(" s"),
             bytes_text(run.saved_bytes),
             bytes_text(run.adapter_bytes),
+        )
+    return table
+
+
+def clip_table(comparison: ClipComparison) -> Table:
+    """The table of the demonstration of CLIP, for rich."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    for name in ("base", "novel", "harmonic\nmean", "trained", "% of\nCLIP", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    best = max((run.mean for run in comparison.runs if run.mean is not None), default=None)
+    for run in comparison.runs:
+        mean = share_text(run.mean)
+        table.add_row(
+            run.method,
+            share_text(run.base),
+            share_text(run.novel),
+            f"[bold]{mean}[/bold]" if run.mean is not None and run.mean == best else mean,
+            f"{run.parameters:,}",
+            percent_text(run.percent),
+            seconds_text(run.seconds).removesuffix(" s") if run.parameters else "-",
         )
     return table

@@ -14,15 +14,13 @@ import torch
 from torch import nn
 
 import deltalens as dl
-from deltalens.data.formats import read_data
-from deltalens.data.memory import keep_in_memory
-from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits
-from deltalens.data.transforms import eval_resize, eval_transform, image_mode, train_resize, train_transform
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.candidates import Candidate, Values, values_text
 from deltalens.studies.examples import examples_of, keep_pictures
-from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Training, Variant
+from deltalens.studies.run_data import RunData
+from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Variant
+from deltalens.studies.transfer import tested_elsewhere
 from deltalens.tasks import ClassificationTask, task_class
 from deltalens.training import TrainingSettings, fit
 from deltalens.training.callbacks import as_csv
@@ -146,8 +144,7 @@ class Run:
 
 
 class Workplace:
-    """Carries out runs. Reads each dataset once, and keeps the images of the present backbone and dataset in memory
-    where they are small.
+    """Carries out runs.
 
     make_backbone: (name, number of classes, image size, pretrained=, checkpoint=, ...) -> (model, its preprocessing).
     features: a folder in which the features of frozen networks are kept for the methods that allow it, or None.
@@ -163,15 +160,15 @@ class Workplace:
     ):
         self.study, self.make_backbone, self.workers, self.accelerator = study, make_backbone, workers, accelerator
         self.features = features
-        self._read: dict[str, Splits] = {}
+        self.data = RunData(study)
         self._checked: set[tuple[str, str]] = set()
-        self._present: tuple[tuple[str, str, str], dict[bool, tuple[Any, Splits]]] | None = None
 
     def check(self, runs: list[Run]) -> None:
         """Read every dataset and build every backbone of these runs once, so that what is wrong with them is said
         before anything is trained."""
         for run in runs:
-            splits = self._splits(run.dataset)
+            splits = self.data.splits(run)
+            self.data.elsewhere(run)
             built = (run.backbone.label, json.dumps(run.variant.backbone, sort_keys=True))
             if built not in self._checked:
                 self._model(run, splits.class_names)
@@ -186,8 +183,7 @@ class Workplace:
         return self._fit(run, values, again, None)
 
     def _fit(self, run: Run, values: Values, again: bool, features: str | None) -> dict[str, Any]:
-        splits = self._splits(run.dataset)
-        model, preprocessing = self._model(run, splits.class_names)
+        model, preprocessing = self._model(run, self.data.splits(run).class_names)
         dl.attach(model, self.study.methods_of(run.variant, values))
         task, data = self._task(run, model, preprocessing, values)
         return fit(
@@ -199,13 +195,13 @@ class Workplace:
             overwrite=again,
             config=run_config(self.study, run, values),
             cache_features=features,
-            more_results=lambda: {"values": dict(values)} | self._examples(run, task, data),
+            more_results=lambda: {"values": dict(values)} | self._at_the_end(run, values, task, data, preprocessing),
         )
 
     def test_trained(self, run: Run, trained: Run) -> dict[str, Any]:
         """Finish a final run whose training is that of a search run: same values, same seed. Only the test is left."""
         results, values = trained.output.read_results(), trained.values
-        model, preprocessing = self._model(run, self._splits(run.dataset).class_names)
+        model, preprocessing = self._model(run, self.data.splits(run).class_names)
         dl.load_adapter(model, trained.folder)
         task, data = self._task(run, model, preprocessing, values)
         settings = self._settings(run, values)
@@ -217,26 +213,41 @@ class Workplace:
             results["data"]["test"] = len(data.test)
             measured = {f"test {name}": value for name, value in results["test"].items() if name != "loss"}
             dl.adapter_info(model)["metrics"] |= measured
-        results |= self._examples(run, task, data)
+        results |= self._at_the_end(run, values, task, data, preprocessing)
         dl.save_pretrained(model, run.folder)
-        write_text(output.metrics, as_csv(results["history"]))
+        if results["history"]:
+            write_text(output.metrics, as_csv(results["history"]))
         output.write_results(results | {"values": dict(values), "trained_in": trained.folder.name})
         return results
 
-    def _examples(self, run: Run, task: ClassificationTask, data: Splits) -> dict[str, Any]:
-        """What the task of a final run says about the example pictures, which are kept beside the runs."""
+    def _at_the_end(
+        self,
+        run: Run,
+        values: Values,
+        task: ClassificationTask,
+        data: Splits,
+        preprocessing: dict[str, Any],
+    ) -> dict[str, Any]:
+        """What else is measured of a final run: what it says about the example pictures, which are kept beside the
+        runs, and how good it is elsewhere."""
         if run.stage == "search":
             return {}
-        keep_pictures(run.study_folder, run.dataset.source, self._splits(run.dataset))
+        keep_pictures(run.study_folder, run.dataset.source, self.data.splits(run))
         examples = examples_of(task.eval(), data)
-        return {} if examples is None else {"examples": examples.to_dict()}
+        found: dict[str, Any] = {} if examples is None else {"examples": examples.to_dict()}
+        others = self.data.prepared_elsewhere(run, preprocessing)
+        if others:
+            settings = self._settings(run, values)
+            found["transfer"] = tested_elsewhere(task, others, lambda task, data: _tested(task, data, settings))
+        return found
 
     # ------------------------------------------------------------------ model and data
     def _model(self, run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
         """The backbone with a head for these classes; where its options have templates, a classifier made of their
-        names."""
+        names. A row's `templates: null` is a head again."""
         backbone = run.backbone
-        texts = {"class_names": list(classes)} if "templates" in run.backbone_options else {}
+        options = {name: each for name, each in run.backbone_options.items() if name != "templates" or each is not None}
+        texts = {"class_names": list(classes)} if "templates" in options else {}
         torch.manual_seed(run.seed)  # the same head and adapter, whatever ran before
         return self.make_backbone(
             backbone.model,
@@ -245,7 +256,7 @@ class Workplace:
             pretrained=backbone.pretrained,
             checkpoint=backbone.checkpoint,
             **texts,
-            **run.backbone_options,
+            **options,
         )
 
     def _task(
@@ -253,61 +264,13 @@ class Workplace:
     ) -> tuple[ClassificationTask, Splits]:
         dl.adapter_info(model)["preprocessing"] = preprocessing
         training = self.study.training_of(run.variant, run.dataset, values)
-        data = self._data(run, preprocessing, training)
+        data = self.data.prepared(run, preprocessing, training)
         task = task_class(data.task)(model, data.class_names, training.label_smoothing)
         return task, replace(data, test=None) if run.stage == "search" else data
 
     def _settings(self, run: Run, values: Values) -> TrainingSettings:
         training = self.study.training_of(run.variant, run.dataset, values)
         return replace(training.settings(values["lr"], run.seed, self.workers), accelerator=self.accelerator)
-
-    def _splits(self, dataset: DatasetEntry) -> Splits:
-        if dataset.source not in self._read:
-            split = self.study.split
-            self._read[dataset.source] = read_data(
-                dataset.path,
-                dataset.format,
-                options=ReadOptions(
-                    split.val_fraction,
-                    split.test_fraction,
-                    split.seed,
-                    allow_missing_classes=True,
-                    download=dataset.download,
-                ),
-            )
-            if dataset.protocol == "trainval" and self._read[dataset.source].test is None:
-                raise ValueError(f"{dataset.source} has no test images, and the protocol trainval leaves none for val")
-        return self._read[dataset.source]
-
-    def _data(self, run: Run, preprocessing: dict[str, Any], training: Training) -> Splits:
-        """The dataset with its transforms for this backbone, and train and val together where the run asks for it."""
-        key = (run.backbone.label, run.dataset.name, json.dumps(run.variant.backbone, sort_keys=True))
-        if self._present is None or self._present[0] != key:
-            self._present = (key, {})  # let go of the images before others are read
-        kept = self._present[1]
-        augmentation = (training.min_crop, training.hflip, training.rand_augment)
-        if run.joined in kept and kept[run.joined][0] == augmentation:
-            return kept[run.joined][1]
-        augment, judge = train_transform(preprocessing, *augmentation), eval_transform(preprocessing)
-        shrink, fit_in = train_resize(preprocessing, training.min_crop), eval_resize(preprocessing)
-        splits, mode = self._splits(run.dataset), image_mode(preprocessing)
-
-        def prepared(files, transform, resize):
-            files = files.subset(range(len(files)))
-            files.transform, files.mode = transform, mode
-            return keep_in_memory(files, resize)
-
-        splits = run.dataset.subset.take(splits.joined() if run.joined else splits)
-        train = prepared(splits.train, augment, shrink)
-        known = kept.pop(run.joined, (None, None))[1]  # with other training images
-        val, test = splits.val, splits.test
-        if val is not None:
-            val = known.val if known else prepared(val, judge, fit_in)
-        if test is not None:
-            others = [each.test for _, each in kept.values()] + ([known.test] if known else [])
-            test = others[0] if others else prepared(test, judge, fit_in)  # the same images, decoded already
-        kept[run.joined] = (augmentation, replace(splits, train=train, val=val, test=test))
-        return kept[run.joined][1]
 
 
 def score(values: dict[str, float]) -> float | None:
@@ -322,6 +285,9 @@ def run_config(study: Study, run: Run, values: Values) -> dict[str, Any]:
         "backbone": backbone | {"options": dict(run.backbone_options)},
         "dataset": run.dataset.name,
         **({} if run.dataset.subset.whole else {"training_subset": asdict(run.dataset.subset)}),
+        **({"shots": run.dataset.shots} if run.dataset.shots else {}),
+        "base_to_novel": study.base_to_novel,
+        "targets": sorted(target.name for target in study.targets),
         "format": run.dataset.format,
         "protocol": run.dataset.protocol,
         "methods": [json.loads(json.dumps(method.to_dict())) for method in study.methods_of(run.variant, values)],

@@ -12,7 +12,7 @@ from deltalens.studies.published_table import published_rows
 from deltalens.studies.vtab import total_parameters, vtab_summary
 
 if TYPE_CHECKING:
-    from deltalens.studies.study_table import Cell
+    from deltalens.studies.cells import Cell
 
 
 def vtab_parts(cells: Sequence[Cell], tasks: Mapping[str, str], published: Sequence[Published] = ()) -> list[str]:

@@ -119,11 +119,14 @@ class History(pl.Callback):
     def on_train_start(self, trainer, module) -> None:
         self._started = time.perf_counter()
 
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+
     def on_train_epoch_end(self, trainer, module) -> None:
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
-            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "lr": self._rate,  # of the epoch's last step
             "train_loss": module.mean_training_loss(),
             **{name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val_")},
             "seconds": time.perf_counter() - self._started,

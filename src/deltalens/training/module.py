@@ -9,12 +9,12 @@ import torch
 from torchmetrics import MeanMetric
 
 from deltalens.data.splits import Splits
-from deltalens.lifecycle.prepare import prepare
+from deltalens.lifecycle.prepare import finish, prepare
 from deltalens.lifecycle.state import KEY
 from deltalens.tasks.gradients import backward, gradient_rule
 from deltalens.training.loaders import evaluation_loader, mixed_seed, preparation_loader, training_loader
-from deltalens.training.optim import make_optimizer, parameter_groups
-from deltalens.training.schedule import warmup_cosine, warmup_cosine_factor
+from deltalens.training.optim import make_optimizer, parameter_groups, trains_nothing
+from deltalens.training.schedule import RateSchedule
 from deltalens.training.settings import TrainingSettings
 
 PROGRESS = "deltalens_progress"
@@ -27,7 +27,9 @@ class TaskModule(pl.LightningModule):
     goes on exactly as if it had not been stopped. Checkpoints hold trained parameters and buffers, not the frozen
     backbone.
 
-    position: (epoch, batches) the next step belongs to; `PROGRESS` in checkpoints. resumed_at: where this run begins.
+    finishing: let methods choose settings on the validation images before these are measured next; `chosen` then holds
+    them. position: (epoch, batches) the next step belongs to; `PROGRESS` in checkpoints. resumed_at: where this run
+    begins.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class TaskModule(pl.LightningModule):
         self.strict_loading = False
         self.loss_sum, self.loss_count = torch.zeros(()), 0
         self.result: dict[str, Any] | None = None
+        self.finishing = False
+        self.chosen: dict[str, dict[str, Any]] = {}
 
     # ------------------------------------------------------------------ data
     def train_dataloader(self):
@@ -65,31 +69,38 @@ class TaskModule(pl.LightningModule):
 
     # ------------------------------------------------------------------ optimiser
     def configure_optimizers(self):
+        if trains_nothing(self.task):
+            return None
         groups = self._groups()
-        optimizer = make_optimizer(self.settings.optimizer, groups)
-        scheduler = warmup_cosine(
-            optimizer, self._warmup_steps(), self.trainer.estimated_stepping_batches, self.settings.min_lr
-        )
+        optimizer = make_optimizer(self.settings.optimizer, groups, self.settings.eps)
+        scheduler = self._schedule().scheduler(optimizer, [group["lr"] for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
         settings = self.settings
         return parameter_groups(self.task, settings.lr, settings.weight_decay, settings.no_decay)
 
-    def _warmup_steps(self) -> int:
-        total = self.trainer.estimated_stepping_batches
-        return min(round(self.settings.warmup_epochs * total / self.settings.epochs), total - 1)
+    def _schedule(self) -> RateSchedule:
+        settings = self.settings
+        return RateSchedule(
+            int(self.trainer.estimated_stepping_batches),
+            settings.epochs,
+            settings.warmup_epochs,
+            settings.min_lr,
+            settings.schedule,
+            settings.warmup_lr,
+        )
 
     def _use_rates_of_settings(self) -> None:
         """Learning rates and weight decay come from the settings, also where a checkpoint has brought others."""
-        groups = self._groups()
-        factor = warmup_cosine_factor(
-            self.global_step, self._warmup_steps(), self.trainer.estimated_stepping_batches, self.settings.min_lr
-        )
+        groups, schedule = self._groups(), self._schedule()
         scheduler = self.lr_schedulers()
         scheduler.base_lrs = [group["lr"] for group in groups]
         for present, wanted in zip(self.optimizers().param_groups, groups, strict=True):
+            factor = schedule.factor(self.global_step, wanted["lr"])
             present["lr"], present["weight_decay"] = wanted["lr"] * factor, wanted["weight_decay"]
+            if "eps" in present:
+                present["eps"] = self.settings.eps
 
     # ------------------------------------------------------------------ steps
     def on_fit_start(self) -> None:
@@ -143,6 +154,13 @@ class TaskModule(pl.LightningModule):
         return total / count
 
     # ------------------------------------------------------------------ evaluation
+    def on_validation_start(self) -> None:
+        """All of the images in every process, so that all choose the same."""
+        if self.finishing:
+            self.finishing = False
+            loader = evaluation_loader(self.data.val, self._batch_size(), self.settings.workers)
+            self.chosen = finish(self.task.model, loader)
+
     def _start_evaluation(self) -> None:
         self.metrics = self.task.new_metrics().to(self.device)
         self.mean_loss = MeanMetric().to(self.device)

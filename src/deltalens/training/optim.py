@@ -57,7 +57,7 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(path)
     if not groups:
-        if any(getattr(module, "training_free", False) for module in model.modules()):
+        if trains_nothing(model):
             raise ValueError(
                 "nothing is trainable: this adapter is made by deltalens.prepare(model, loader) alone, without training"
             )
@@ -65,11 +65,17 @@ def parameter_groups(
     return list(groups.values())
 
 
-def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """ "adamw" (betas .9, .999) or "sgd" (momentum .9)."""
+def trains_nothing(model: nn.Module) -> bool:
+    """Whether all of an adapter comes from `deltalens.prepare` (Tip-Adapter without trained keys)."""
+    free = any(getattr(module, "training_free", False) for module in model.modules())
+    return free and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]], eps: float = 1e-8) -> torch.optim.Optimizer:
+    """ "adamw" (betas .9, .999, and eps) or "sgd" (momentum .9)."""
     groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     if name == "adamw":
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, eps=eps)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=groups[0]["lr"], momentum=0.9)
     raise ValueError(f"optimizer must be adamw or sgd, got {name!r}")

@@ -20,9 +20,11 @@ from deltalens.data.splits import Splits
 from deltalens.lifecycle.count import count_parameters
 from deltalens.lifecycle.files import save_pretrained
 from deltalens.lifecycle.info import adapter_info
+from deltalens.lifecycle.prepare import has_choices
 from deltalens.lifecycle.state import KEY
 from deltalens.lifecycle.storage import stored_bytes
 from deltalens.training.feature_cache import cached_features
+from deltalens.training.optim import trains_nothing
 from deltalens.training.output import Output, is_main_process
 from deltalens.training.settings import PRECISIONS, TrainingSettings
 
@@ -44,24 +46,29 @@ def fit(
     The task is left on the CPU, in eval mode.
 
     data: datasets with their transforms; validation, where there is one, is measured after every epoch and the last
-    epoch's values are reported; test, where there is one, is measured once, at the end. output: a folder for the
-    adapter (`task.model` must have one), `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing.
-    resume: go on from the folder's checkpoint; the continued run equals an uninterrupted one, on one CPU thread bit for
-    bit, on several and on a GPU with `settings.deterministic`. See `Output.check` for what is refused. config: written
-    to `config.yaml`. cache_features: a folder in which the features of a network that is frozen up to its last blocks
-    or its head are kept and read from, instead of being computed in every epoch (see
-    `deltalens.training.feature_cache`); nothing may be augmented then. after_epoch: called with the row of every
-    finished epoch, before its checkpoint is written; what it raises ends the training. more_results: called when the
-    task is trained and tested; what it gives is added to the results.
+    epoch's values are reported, or those of a last look where a method chooses settings on these images
+    (`Method.finish`). Where there is nothing to train (Tip-Adapter) no epoch is run, and there is no history. test,
+    where there is one, is measured once, at the end. output: a folder for the adapter (`task.model` must have one),
+    `metrics.csv`, `results.json` and a checkpoint per epoch; None writes nothing. resume: go on from the folder's
+    checkpoint; the continued run equals an uninterrupted one, on one CPU thread bit for bit, on several and on a GPU
+    with `settings.deterministic`. See `Output.check` for what is refused. config: written to `config.yaml`.
+    cache_features: a folder in which the features of a network that is frozen up to its last blocks or its head are
+    kept and read from, instead of being computed in every epoch (see `deltalens.training.feature_cache`); nothing may
+    be augmented then. after_epoch: called with the row of every finished epoch, before its checkpoint is written; what
+    it raises ends the training. more_results: called when the task is trained and tested; what it gives is added to the
+    results.
 
-    Results: "val" and "test" (metric -> value), "history" (one row per epoch), "parameters", "data", "seconds" (all
-    epochs and the last start; what a stop has lost does not count), "device", "machine", "finished" (date and time,
-    UTC), "settings", "versions", "peak_memory_bytes" of training on a GPU (None elsewhere), "features" where they were
-    kept, and "bytes" where there is a folder (see `deltalens.lifecycle.storage.stored_bytes`).
+    Results: "val" and "test" (metric -> value), "chosen" (method -> setting -> value, where a method has chosen some),
+    "history" (one row per epoch), "parameters", "data", "seconds" (all epochs and the last start; what a stop has lost
+    does not count), "device", "machine", "finished" (date and time, UTC), "settings", "versions", "peak_memory_bytes"
+    of training on a GPU (None elsewhere), "features" where they were kept, and "bytes" where there is a folder (see
+    `deltalens.lifecycle.storage.stored_bytes`).
 
     Raises NonFiniteLossError where the loss becomes NaN or infinite: the checkpoint before it stays. Raises
     FeaturesCannotBeKept with cache_features where something is trained or random from the start.
     """
+    if not len(data.train):
+        raise ValueError("the data has no images to train on; data with a test part alone is for evaluate")
     place = None if output is None else Output(output)
     if place is not None:
         if KEY not in task.model.__dict__:
@@ -81,11 +88,12 @@ def fit(
             place.prepare(resume, overwrite)
             if config is not None:
                 place.write_config(config)
-        history, test, device, peak = _train(task, inputs, settings, place, resume, after_epoch)
+        history, measured, chosen, device, peak = _train(task, inputs, settings, place, resume, after_epoch)
     rows = history.rows
     results = {
-        "val": _metrics(rows[-1], "val_"),
-        "test": _metrics(test, "test_"),
+        "val": _metrics(measured, "val_"),
+        "test": _metrics(measured, "test_"),
+        **({"chosen": chosen} if chosen else {}),
         "parameters": _parameters(task.model),
         "data": _counts(data),
         "seconds": {
@@ -111,7 +119,8 @@ def fit(
 
 
 def _train(task, data, settings: TrainingSettings, place: Output | None, resume: bool, after_epoch):
-    """(history, test metrics, device name, most memory of the GPU while training or None)."""
+    """(history, last metrics of validation and test, what methods have chosen, device name, most memory of the GPU
+    while training or None)."""
     import lightning.pytorch as pl
 
     from deltalens.training.callbacks import History, KeepLast, StopOnBadLoss, WholeCheckpoints
@@ -136,7 +145,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         accelerator=settings.accelerator,
         devices=settings.devices,
         precision=PRECISIONS[settings.precision],
-        max_epochs=settings.epochs,
+        max_epochs=0 if trains_nothing(task) else settings.epochs,
         gradient_clip_val=settings.clip_grad or None,
         deterministic=settings.deterministic or None,
         callbacks=callbacks,
@@ -150,6 +159,8 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         num_sanity_val_steps=0,
         limit_val_batches=0 if data.val is None else None,
     )
+    if trainer.max_epochs == 0 and trainer.world_size > 1:
+        raise ValueError("there is nothing to train, which takes one device: set devices=1")
     on_gpu = trainer.strategy.root_device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
@@ -159,11 +170,16 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         goes_on = "; the same command with --resume goes on" if place else ""
         raise KeyboardInterrupt(f"training was stopped{goes_on}") from stopped
     peak = torch.cuda.max_memory_allocated(trainer.strategy.root_device) if on_gpu else None
-    test = trainer.test(module, verbose=False)[0] if data.test is not None else {}
+    measured = dict(history.rows[-1]) if history.rows else {}
+    if data.val is not None and (has_choices(task.model) or not history.rows):
+        module.finishing = True
+        measured |= trainer.validate(module, verbose=False)[0]
+    if data.test is not None:
+        measured |= trainer.test(module, verbose=False)[0]
     device = str(module.device)
     module.cpu()
     task.eval()
-    return history, test, device, peak
+    return history, measured, module.chosen, device, peak
 
 
 @contextlib.contextmanager
@@ -193,6 +209,7 @@ def quiet_lightning() -> Iterator[None]:
                 ".*does not have many workers.*",
                 ".*in eval mode at the start of training.*",
                 ".*your dataloader is not resumable.*",
+                ".*this fit will run with no optimizer.*",
                 ".*GPU available but not used.*",
                 ".*MPS available but not used.*",
                 ".*LeafSpec.* is deprecated.*",

@@ -1,11 +1,15 @@
-"""Linear warm-up, then half a cosine, per optimiser step."""
+"""Warm-up, then half a cosine, changed at every optimiser step or once an epoch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+SCHEDULES = ("step", "epoch")
 
 
 def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, least: float = 0.0) -> float:
@@ -16,10 +20,47 @@ def warmup_cosine_factor(step: int, warmup_steps: int, total_steps: int, least: 
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return _cosine((step - warmup_steps) / max(1, total_steps - warmup_steps), least)
+
+
+def _cosine(progress: float, least: float) -> float:
     return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, least: float = 0.0) -> LambdaLR:
-    """A scheduler to be stepped after every optimiser step."""
-    return LambdaLR(optimizer, lambda step: warmup_cosine_factor(step, warmup_steps, total_steps, least))
+@dataclass(frozen=True)
+class RateSchedule:
+    """Learning rates of a training, as a factor on the peak rate.
+
+    Both kinds warm up over `warmup_epochs`, linearly, or at the constant `warmup_lr`, which is then the rate of every
+    group, whatever its peak.
+
+    * kind "step": the rate changes at every step; the cosine takes what the warm-up leaves of the steps.
+    * kind "epoch": it changes once an epoch, as in Dassl, on which CoOp and those after it are built. In epoch
+      e = warmup_epochs, warmup_epochs + 1, ... of E the progress of the cosine is t = (e - warmup_epochs) / E: it
+      begins anew behind the warm-up and is as long as all epochs, so that with a warm-up it does not reach its end.
+      Five epochs at 0.0035 with one of warm-up at 1e-5: 1e-5, 0.0035, 0.00317, 0.00229, 0.00121.
+
+    At least one step, or epoch, is no warm-up.
+    """
+
+    total_steps: int
+    epochs: int
+    warmup_epochs: float = 0.0
+    least: float = 0.0
+    kind: str = "step"
+    warmup_lr: float | None = None
+
+    def factor(self, step: int, peak: float) -> float:
+        """Of the step, counted from 0; peak: the group's rate, which the factor is multiplied with."""
+        if self.kind == "step":
+            place, warmup = step, min(round(self.warmup_epochs * self.total_steps / self.epochs), self.total_steps - 1)
+            plain = warmup_cosine_factor(step, warmup, self.total_steps, self.least)
+        else:
+            place = step // max(1, self.total_steps // self.epochs)
+            warmup = min(round(self.warmup_epochs), self.epochs - 1)
+            plain = warmup_cosine_factor(place, warmup, warmup + self.epochs, self.least)
+        return self.warmup_lr / peak if self.warmup_lr is not None and place < warmup else plain
+
+    def scheduler(self, optimizer: Optimizer, peaks: Sequence[float]) -> LambdaLR:
+        """To be stepped after every optimiser step. peaks: of the optimiser's groups."""
+        return LambdaLR(optimizer, [lambda step, peak=peak: self.factor(step, peak) for peak in peaks])

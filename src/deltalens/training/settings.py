@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deltalens.training.schedule import SCHEDULES
+
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 
 
@@ -12,8 +14,10 @@ class TrainingSettings:
     """Settings of one training run. Raises ValueError for values that make no sense.
 
     epochs: passes over the training data. batch_size: images a step, over all devices together. lr: peak learning
-    rate. warmup_epochs: length of the linear warm-up (fractions allowed); a cosine follows, to min_lr, a share of lr.
-    optimizer: adamw, or sgd with momentum 0.9. no_decay: weight decay acts on all trained parameters but those whose
+    rate. warmup_epochs: length of the warm-up (fractions allowed with schedule "step"), linear, or at the constant rate
+    warmup_lr; a cosine follows, to min_lr, a share of lr. schedule: "step" changes the rate at every step, "epoch" once
+    an epoch, as Dassl does (`deltalens.training.schedule.RateSchedule`). optimizer: adamw, or sgd with momentum 0.9.
+    eps: what AdamW adds to its denominators. no_decay: weight decay acts on all trained parameters but those whose
     path has one of these texts in it; None for matrices of linear and convolution layers only. clip_grad: largest norm
     of the gradient, 0 for no clipping. seed: of everything random. workers: loader processes. precision: 32, bf16 or 16
     (mixed), 64. compile: torch.compile the model. devices: how many, or "0,2", or "auto". accelerator: cpu, gpu, mps or
@@ -28,7 +32,10 @@ class TrainingSettings:
     weight_decay: float = 1e-4
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
+    schedule: str = "step"
+    warmup_lr: float | None = None
     optimizer: str = "adamw"
+    eps: float = 1e-8
     no_decay: tuple[str, ...] | None = None
     clip_grad: float = 0.0
     seed: int = 0
@@ -42,7 +49,9 @@ class TrainingSettings:
     progress: bool = True
 
     def __post_init__(self):
-        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
+        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr, "eps": self.eps}
+        if self.warmup_lr is not None:
+            positive["warmup_lr"] = self.warmup_lr
         other = {
             "weight_decay": self.weight_decay,
             "warmup_epochs": self.warmup_epochs,
@@ -59,6 +68,12 @@ class TrainingSettings:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= self.min_lr <= 1:
             raise ValueError(f"min_lr is a share of lr, between 0 and 1, got {self.min_lr}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.schedule == "epoch" and self.warmup_epochs != round(self.warmup_epochs):
+            raise ValueError(
+                f"warmup_epochs must be a whole number where the rate changes once an epoch, got {self.warmup_epochs:g}"
+            )
         if isinstance(self.no_decay, str):
             raise ValueError(f"no_decay must be a list of texts, or None, got {self.no_decay!r}")
         if self.precision not in PRECISIONS:

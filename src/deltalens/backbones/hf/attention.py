@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltalens.sites.anatomy import Family
+from deltalens.sites.attention import Keep, kept, kept_rows
 from deltalens.sites.layout import Layout
 from deltalens.sites.swap import original_method
 
@@ -51,7 +52,8 @@ def attention_family(
     dropout: str = "attention_dropout",
     rotate: Callable[..., KeysValues] | None = None,
 ) -> Family:
-    """The reading of an attention module, called with `delta_keys_values=((keys, values), ...)` where there are some.
+    """The reading of an attention module, called with `delta_keys_values=((keys, values), ...)` where there are some,
+    and with `delta_keep` where only those queries are wanted (see `kept`; not where positions are rotated).
 
     library: the module of this family in transformers; its `eager_attention_forward` is the plain attention. out,
     scaling, dropout: names of those attributes. rotate: what turns (q, k, cos, sin) into rotated (q, k); further keys
@@ -63,22 +65,26 @@ def attention_family(
         hidden_states: Tensor,
         attention_mask: Any = None,
         delta_keys_values: tuple[KeysValues, ...] = (),
+        delta_keep: Keep | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        if not delta_keys_values:
+        if not delta_keys_values and delta_keep is None:
             return original_method(self, "forward")(hidden_states, attention_mask, **kwargs)
         length = hidden_states.shape[1]
-        query, key, value = (heads(self, layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        asking = hidden_states if delta_keep is None else kept(hidden_states, delta_keep)
+        query = heads(self, self.q_proj(asking))
+        key, value = (heads(self, layer(hidden_states)) for layer in (self.k_proj, self.v_proj))
         if rotate is not None:
             query, key = rotate(query, key, *kwargs.pop("position_embeddings"))
         key, value = joined(self, key, value, delta_keys_values)
         mask = beside_prompts(attention_mask, key.shape[2] - length)
+        mask = mask if mask is None or delta_keep is None else kept_rows(mask, delta_keep)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, library.eager_attention_forward
         )
         p = getattr(self, dropout) if self.training else 0.0
         y, weights = interface(self, query, key, value, mask, dropout=p, scaling=getattr(self, scaling), **kwargs)
-        y = getattr(self, out)(y.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        y = getattr(self, out)(y.reshape(*asking.shape[:-1], -1).contiguous())
         return y, None if weights is None else weights[..., -length:]
 
     return Family(name=name, methods={"forward": forward})
@@ -90,9 +96,11 @@ def attend(
     normed: Tensor,
     mask: Any,
     of_prompts: Callable[[nn.Module, Tensor], KeysValues],
+    keep: Keep | None = None,
     **kwargs,
 ) -> Tensor:
-    """The block's attention on n with what is in its slots `attention.mask` and `attention.prompts`."""
+    """The block's attention on n with what is in its slots `attention.mask` and `attention.prompts`; of the rows `keep`
+    alone where it is given."""
     slots = block.delta
     mask = for_added_tokens(mask, normed, slots.layout)
     if slots.live("attention.mask"):
@@ -100,6 +108,8 @@ def attend(
     prompts = [module(normed) for module in slots.live("attention.prompts")]
     if prompts:
         kwargs["delta_keys_values"] = tuple(p if isinstance(p, tuple) else of_prompts(block, p) for p in prompts)
+    if keep is not None:
+        kwargs["delta_keep"] = keep
     return attention(normed, mask, **kwargs)[0]
 
 

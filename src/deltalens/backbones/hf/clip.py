@@ -29,11 +29,13 @@ from deltalens.backbones.hf.towers import (
     leave,
     readers,
 )
+from deltalens.backbones.multihead import may_keep_class_row_only
 from deltalens.backbones.unknown import UNKNOWN_BLOCK
 from deltalens.sites.anatomy import Family, Tower
+from deltalens.sites.attention import Keep
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
 from deltalens.sites.layout import Words
-from deltalens.sites.swap import original_class
+from deltalens.sites.swap import Swapped, original_class
 
 
 def prompt_keys_values(block: nn.Module, prompts: Tensor) -> KeysValues:
@@ -41,16 +43,31 @@ def prompt_keys_values(block: nn.Module, prompts: Tensor) -> KeysValues:
     return keys_values(block.self_attn, block.layer_norm1(prompts))
 
 
-def _block_forward(self: nn.Module, hidden_states: Tensor, attention_mask=None, **kwargs) -> Tensor:
+def _block_forward(
+    self: nn.Module, hidden_states: Tensor, attention_mask=None, keep: Keep | None = None, **kwargs
+) -> Tensor:
+    """keep: compute these rows only, for a pooling that reads no others."""
+
     def attention(normed: Tensor) -> Tensor:
-        return attend(self, self.self_attn, normed, attention_mask, prompt_keys_values, **kwargs)
+        return attend(self, self.self_attn, normed, attention_mask, prompt_keys_values, keep, **kwargs)
 
     branches = (
         Branch("attention", self.layer_norm1, attention, identity),
         Branch("mlp", self.layer_norm2, self.mlp, identity),
     )
     hidden_states = self.delta.tokens("words.in", hidden_states, self.delta.layout)
-    return leave(self, residual_block(self.delta, self.delta.layout, hidden_states, branches))
+    x = residual_block(self.delta, self.delta.layout, hidden_states, branches, keep)
+    return leave(self, x) if keep is None else x
+
+
+def takes_rows(block: nn.Module) -> bool:
+    """Whether a block is called with `keep`: it is adapted, and nothing in it reads other rows than its own."""
+    known = (BLOCK, TEXT_BLOCK, SIGLIP_TEXT_BLOCK)
+    return (
+        isinstance(block, Swapped)
+        and any(family in type(block)._families for family in known)
+        and may_keep_class_row_only(block.delta)
+    )
 
 
 def _attention(name: str, library) -> Family:

@@ -10,8 +10,10 @@ from transformers.models.clip import modeling_clip as clip
 from transformers.models.siglip import modeling_siglip as siglip
 
 from deltalens.backbones.feature_classifier import embedding_of
+from deltalens.backbones.hf.clip import takes_rows
 from deltalens.backbones.two_towers import TextReading, TwoTowers
 from deltalens.sites.attention import Keep
+from deltalens.sites.output import live
 from deltalens.sites.swap import original_class
 
 
@@ -27,7 +29,7 @@ def two_towers(model: nn.Module) -> TwoTowers | None:
 
 # ------------------------------------------------------------------ steps
 def _run(model: nn.Module, block: nn.Module, x: Tensor, mask: Tensor | None, keep: Keep | None) -> Tensor:
-    return block(x, mask)
+    return block(x, mask) if keep is None else block(x, mask, keep=keep)
 
 
 def _causal_mask(model: nn.Module, length: int) -> Tensor:
@@ -62,7 +64,7 @@ def _reading(model: nn.Module, plain: type[nn.Module], **steps: Any) -> TextRead
         positions=lambda model: model.text_model.embeddings.position_embedding.weight,
         blocks=lambda model: model.text_model.encoder.layers,
         run=_run,
-        takes_rows=lambda block: False,
+        takes_rows=takes_rows,
         **steps,
     )
 
@@ -97,12 +99,40 @@ def _image(model: nn.Module, images: Tensor) -> Tensor:
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
+def _image_of_clip(model: nn.Module, images: Tensor) -> Tensor:
+    """The same; of the last block the class token's row alone, where nothing else is read."""
+    if not _reads_class_row_only(model):
+        return _image(model, images)
+    vision = model.vision_model
+    x = vision.pre_layrnorm(vision.embeddings(images))
+    *earlier, last = vision.encoder.layers
+    for block in earlier:
+        x = block(x, None)
+    x = last(x, None, keep=1)
+    return model.visual_projection(vision.post_layernorm(x[:, 0]))
+
+
+def _reads_class_row_only(model: nn.Module) -> bool:
+    """Whether the image tower is the library's own, its last block takes rows, and no module or hook reads the tokens
+    that leave it. Modules of the slot `image` act in the tower's own forward."""
+    vision = model.vision_model
+    own = getattr(clip, "CLIPVisionTransformer", clip.CLIPVisionModel)  # the tower itself in earlier versions
+    return (
+        original_class(vision).forward is own.forward
+        and original_class(vision.encoder).forward is clip.CLIPEncoder.forward
+        and takes_rows(vision.encoder.layers[-1])
+        and not live(vision, "pool")
+        and not live(vision, "image")
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in (vision, vision.encoder))
+    )
+
+
 def _text(model: nn.Module, ids: Tensor) -> Tensor:
     return embedding_of(model.get_text_features(ids))
 
 
 CLIP = TwoTowers(
-    _image,
+    _image_of_clip,
     _text,
     lambda model: model.logit_scale.exp(),
     lambda model: None,

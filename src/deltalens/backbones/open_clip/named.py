@@ -1,4 +1,5 @@
-"""open_clip's image towers by name: `open_clip/<model>/<tag>`, `open_clip/hf-hub:<owner>/<repository>`, a folder."""
+"""open_clip's models by name: `open_clip/<model>/<tag>`, `open_clip/hf-hub:<owner>/<repository>`, a folder, and the
+CLIP that comes with the package, `deltalens/clip-mini`."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from deltalens.backbones.feature_classifier import FeatureClassifier
 from deltalens.backbones.fetching import missing_library
+from deltalens.backbones.open_clip import mini
 from deltalens.backbones.preprocessing import record
 from deltalens.backbones.two_towers import NamedTwoTowers
 
@@ -26,7 +28,7 @@ def create(
 ) -> tuple[nn.Module, str]:
     """(classifier on the projected image embedding, its full name). The text tower is thrown away. options go to
     open_clip.create_model; img_size is its force_image_size."""
-    _require()
+    _require(name)
     options = dict(options)
     if "img_size" in options:
         options["force_image_size"] = options.pop("img_size")
@@ -35,21 +37,20 @@ def create(
     preprocessing = as_preprocessing(config)
     model = FeatureClassifier(clip.visual, num_classes or 0, tuple(preprocessing["input_size"]))
     record(model, preprocessing)
-    return model, f"open_clip/{name}"
+    return model, _full(name)
 
 
 def create_two_towers(name: str, pretrained: bool, checkpoint: str | None, options: dict[str, Any]) -> NamedTwoTowers:
     """Both towers of a model, with the tokenizer that belongs to it. options as in `create`."""
-    _require()
+    _require(name)
     import open_clip
 
     if "img_size" in options:
         options["force_image_size"] = options.pop("img_size")
     clip, name = _clip(name, pretrained, checkpoint, options)
     place = name if name.startswith((HUB, FOLDER)) else name.partition("/")[0]
-    return NamedTwoTowers(
-        clip, open_clip.get_tokenizer(place), as_preprocessing(clip.visual.preprocess_cfg), f"open_clip/{name}"
-    )
+    tokenizer = mini.tokenizer() if name == mini.NAME else open_clip.get_tokenizer(place)
+    return NamedTwoTowers(clip, tokenizer, as_preprocessing(clip.visual.preprocess_cfg), _full(name))
 
 
 def as_preprocessing(config: dict[str, Any]) -> dict[str, Any]:
@@ -81,15 +82,21 @@ def list_models(pattern: str, pretrained: bool) -> list[str]:
     return [f"open_clip/{name}" for name in names if any(fnmatch.fnmatch(name, each) for each in wanted)]
 
 
-def _require() -> None:
+def _require(name: str = "") -> None:
     try:
         import open_clip  # noqa: F401
     except ImportError as error:
-        raise missing_library("open_clip", "open-clip") from error
+        raise missing_library("open_clip", "open-clip", mini.NAME if name == mini.NAME else None) from error
+
+
+def _full(name: str) -> str:
+    return name if name == mini.NAME else f"open_clip/{name}"
 
 
 def _clip(name: str, pretrained: bool, checkpoint: str | None, options: dict[str, Any]) -> tuple[nn.Module, str]:
     """(both towers, the name with nothing left out)."""
+    if name == mini.NAME:
+        return mini.create(pretrained, checkpoint, options), name
     if name.startswith((HUB, FOLDER)):
         if checkpoint is not None:
             raise ValueError(
