@@ -199,7 +199,9 @@ def test_the_classes_of_other_data(adapted, capsys, tmp_path):
 def test_a_zero_shot_model_is_measured(clip, capsys, tmp_path):
     images = image_files(Path("split/test"))
     labels = torch.tensor([CLASSES.index(image.parent.name) for image in images])
-    logits = clip.logit_scale.exp().detach() * raw_cosines(clip, pixels("clip", images), [f"a {name}" for name in CLASSES])
+    logits = clip.logit_scale.exp().detach() * raw_cosines(
+        clip, pixels("clip", images), [f"a {name}" for name in CLASSES]
+    )
     words = ("--model", "clip", "--data", "split", "--templates", "a {}")
     results = measured(tmp_path, *words)
     assert results["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
