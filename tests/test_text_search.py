@@ -18,6 +18,7 @@ from deltalens.cli.main import main
 from deltalens.data.image_folder import image_files
 from deltalens.lifecycle.state import state_of
 from deltalens.methods import CLIPAdapterConfig, CoCoOpConfig, CoOpConfig, MaPLeConfig, MMAConfig, RPOConfig
+from deltalens.studies.feature_file import model_digest
 from deltalens.studies.text_search import image_features, search
 
 QUERIES = ["a photo of a red_thing", "green {} leaves"]
@@ -208,10 +209,14 @@ def test_another_models_file_is_refused(world, photos, capsys):
         lambda: setattr(state_of(model).adapters["default"], "configs", [MMAConfig(start=2, bottleneck=4, alpha=0.6)]),
         lambda: dl.adapter_info(model).update(preprocessing={**dl.preprocessing(model), "mean": [0.1, 0.2, 0.3]}),
     ):
+        digest = model_digest(model)
         change()
-        with pytest.raises(ValueError, match="another model"):
-            image_features(model, image_files(photos), own)
+        assert model_digest(model) != digest
+    with pytest.raises(ValueError, match="another model"):
+        image_features(model, image_files(photos), own)
+    digest = model_digest(model)
     model.set_classes(["other", "classes"])
+    assert model_digest(model) == digest
     other = Path("clip/open_clip_model.safetensors")
     before = other.read_bytes()
     assert "no image features" in fails(capsys, "search", "--model", "clip", "a", "flat", "--features", str(other))

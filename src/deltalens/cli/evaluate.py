@@ -110,6 +110,10 @@ def _classifier_and_images(args: Namespace) -> tuple[Classifier, Any, Classifica
         if trained != task:
             raise ValueError(f"{classifier.said} was trained for {trained}, and {args.data} is data for {task}")
         return classifier, files, task_class(task)(classifier.model, names).eval()
+    if args.model is not None:
+        raise ValueError(
+            f"{args.model} without an adapter has no classes of its own: --class-names data takes the data's"
+        )
     classifier = load_classifier(args, None, templates)
     names, info = classifier.class_names, classifier.info
     try:

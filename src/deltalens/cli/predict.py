@@ -104,8 +104,6 @@ def _predict(args: Namespace, paths: list[Path]) -> list[tuple[str, list[tuple[s
     from deltalens.training.loaders import evaluation_loader
 
     class_names = read_words(args.classes, "classes", commas=True)
-    if args.model is not None and class_names is None:
-        raise ValueError(f"{args.model} without an adapter has no classes of its own: name them with --classes")
     classifier = load_classifier(args, class_names, read_words(args.templates, "templates"))
     model, task = classifier.model, _task(args, classifier)
     preprocessing = dl.preprocessing(model)

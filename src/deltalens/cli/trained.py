@@ -63,7 +63,7 @@ def load_classifier(
             set_classes(model, names, templates, args.adapter)
         return Classifier(model, names, device, args.adapter, dl.adapter_info(model))
     if class_names is None:
-        raise ValueError(f"{args.model} without an adapter has no classes of its own: name them")
+        raise ValueError(f"{args.model} without an adapter has no classes of its own: name them with --classes")
     said: dict[str, Any] = {} if templates is None else {"templates": templates}
     model = dl.create_backbone(args.model, checkpoint=args.checkpoint, class_names=list(class_names), **said)
     device = torch.device(chosen_device(args.device))
