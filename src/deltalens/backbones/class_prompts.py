@@ -19,7 +19,8 @@ class ClassPrompts:
     """The P texts of C classes, class by class: T templates of each, or any number of sentences.
 
     names: as shown; "_" is read as a space. templates: empty where the texts are sentences. ids: (P, L). ends: (P,),
-    the position whose features count. name_lengths: (C,), tokens of each name. counts: texts of each class.
+    the position whose features count. name_lengths: (C,), tokens of each name. counts: texts of each class. begin:
+    tokens that every text begins with, 1 in CLIP, 0 in SigLIP.
     """
 
     names: tuple[str, ...]
@@ -28,6 +29,7 @@ class ClassPrompts:
     ends: Tensor
     name_lengths: Tensor
     counts: tuple[int, ...]
+    begin: int = 1
 
     @property
     def single(self) -> bool:
@@ -147,9 +149,19 @@ def _as_ids(
     cut = _cut_off(texts, ids, tokenizer)
     if cut is not None:
         raise ValueError(f"{cut!r} is longer than the {ids.shape[1]} tokens that the text tower reads")
-    start = int(ends(tokenizer([""]))[0])  # tokens before an empty text's end: those that begin every text
-    lengths = ends(tokenizer(words)) - start
-    return ClassPrompts(names, templates, ids, positions, lengths, counts)
+    begin, lengths = word_counts(words, tokenizer)
+    return ClassPrompts(names, templates, ids, positions, lengths, counts, begin)
+
+
+def word_counts(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[int, Tensor]:
+    """(tokens that every text begins with, (n,) tokens of the words of each text): what stands behind these is what an
+    empty text has."""
+    empty, word = tokenizer(["", "a"])
+    begin = int((empty != word).nonzero()[0])
+    rows, rest = tokenizer(list(texts))[:, begin:], empty[begin:]
+    length = len(rest)
+    matches = torch.stack([(rows[:, n:] == rest[: length - n]).all(1) for n in range(length + 1)], 1)
+    return begin, matches.int().argmax(1)  # the first
 
 
 def _cut_off(texts: list[str], ids: Tensor, tokenizer: Tokenizer) -> str | None:

@@ -95,8 +95,9 @@ class TextPass:
 
     def _in_chunks(self, prompts: ClassPrompts) -> Tensor:
         with torch.no_grad():
-            starts = range(0, len(prompts.ids), CHUNK)
-            return torch.cat([self._run(prompts, slice(start, start + CHUNK), None) for start in starts])
+            chunk = len(prompts.ids) if self.live("text.context") else CHUNK  # a context reads all classes' texts
+            starts = range(0, len(prompts.ids), chunk)
+            return torch.cat([self._run(prompts, slice(start, start + chunk), None) for start in starts])
 
     def _conditions(self) -> tuple:
         """What else the numbers depend on."""

@@ -154,8 +154,9 @@ def study_file(name: str) -> Path:
     known = recipes.recipe_files("compare")
     if Path(name).is_file():
         return Path(name)
-    if name in known:
-        return known[name]
+    named = name.removeprefix("recipes/").removesuffix(".yaml")
+    if named in known:
+        return known[named]
     near = difflib.get_close_matches(name, known, n=2) or list(known)
     raise ValueError(f"there is no study file {name!r}, nor one of that name in the package; it has {', '.join(near)}")
 

@@ -51,6 +51,6 @@ class CoCoOpConfig(Method):
             raise ValueError(f"num_words and reduction must be at least 1, got {self.num_words} and {self.reduction}")
 
     def place(self, anatomy):
-        owner, model, reading = text_owner(anatomy, "text.context", "CoCoOp")
+        owner, model, reading = text_owner(anatomy, "text.context", "CoCoOp", both_ways=True)
         words, template = first_words(model, reading, self.num_words, self.init)
         yield owner, "text.context", ConditionalContext(words, template, model.width, self.reduction)

@@ -41,7 +41,9 @@ class CoOpConfig(Method):
             raise ValueError(f"num_words must be at least 1, got {self.num_words}")
 
     def place(self, anatomy):
-        owner, model, reading = text_owner(anatomy, "text.context", type(self).__name__.removesuffix("Config"))
+        owner, model, reading = text_owner(
+            anatomy, "text.context", type(self).__name__.removesuffix("Config"), both_ways=True
+        )
         classes = model.num_classes if self.per_class else None
         words, template = first_words(model, reading, self.num_words, self.init, classes)
         context = self.context(words, template, self.position)

@@ -47,7 +47,7 @@ class KgCoOpConfig(Method):
             raise ValueError(f"weight must not be negative, got {self.weight}")
 
     def place(self, anatomy) -> Iterator[Placement]:
-        owner, model, reading = text_owner(anatomy, "text.context", "KgCoOp")
+        owner, model, reading = text_owner(anatomy, "text.context", "KgCoOp", both_ways=True)
         words, template = first_words(model, reading, self.num_words, self.init)
         yield owner, "text.context", ComparedContext(words, template)
 

@@ -117,7 +117,7 @@ class LASPConfig(Method):
             raise ValueError("weight and noise must not be negative, and noise_probability must be in [0, 1]")
 
     def place(self, anatomy) -> Iterator[Placement]:
-        owner, model, reading = text_owner(anatomy, "text.context", "LASP")
+        owner, model, reading = text_owner(anatomy, "text.context", "LASP", both_ways=True)
         words, template = first_words(model, reading, self.num_words, self.init)
         yield owner, "text.context", ComparedContext(words, template)
         if self.correction:

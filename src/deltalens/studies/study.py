@@ -61,7 +61,8 @@ class Variant:
 
     x, curve: where this row lies in the plot of curves. lr: in the place of the method's own default rate; or base_lr,
     for 256 images a step. training: in the place of fields of the study's training. own_search: search, which may be
-    None, stands in the place of the study's. backbone: more options for the backbone's constructor. datasets: the row
+    None, stands in the place of the study's. backbone: more options for the backbone's constructor. tower: the only one
+    that is adapted, of a model with several. datasets: the row
     as it is on single datasets, where it differs.
     """
 
@@ -75,6 +76,7 @@ class Variant:
     own_search: bool = False
     search: SearchPlan | None = None
     backbone: Mapping[str, Any] = field(default_factory=dict)
+    tower: str | None = None
     datasets: Mapping[str, Variant] = field(default_factory=dict)
 
     def on(self, dataset: str) -> Variant:

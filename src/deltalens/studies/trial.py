@@ -184,7 +184,7 @@ class Workplace:
 
     def _fit(self, run: Run, values: Values, again: bool, features: str | None) -> dict[str, Any]:
         model, preprocessing = self._model(run, self.data.splits(run).class_names)
-        dl.attach(model, self.study.methods_of(run.variant, values))
+        dl.attach(model, self.study.methods_of(run.variant, values), tower=run.variant.tower)
         task, data = self._task(run, model, preprocessing, values)
         return fit(
             task,
@@ -291,6 +291,7 @@ def run_config(study: Study, run: Run, values: Values) -> dict[str, Any]:
         "format": run.dataset.format,
         "protocol": run.dataset.protocol,
         "methods": [json.loads(json.dumps(method.to_dict())) for method in study.methods_of(run.variant, values)],
+        **({"tower": run.variant.tower} if run.variant.tower else {}),
         "training": json.loads(json.dumps(asdict(training))),
         "split": asdict(study.split),
         "stage": run.stage,
