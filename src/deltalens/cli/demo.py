@@ -35,7 +35,7 @@ CLIP_DEFAULTS = {
     "model": "deltalens/clip-mini",
     "img_size": None,
     "methods": ["zero_shot", "coop", "clip_adapter", "tip_adapter", "lora", "mma"],
-    "epochs": 20,
+    "epochs": 10,
 }
 
 

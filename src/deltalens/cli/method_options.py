@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MODEL_HELP = (
     "timm/<name>, hf/<owner>/<repository>, torchvision/<name>, open_clip/<name>/<tag>, deltalens/vit-mini, "
-    "deltalens/swin-mini, or a model folder"
+    "deltalens/swin-mini, deltalens/clip-mini, or a model folder"
 )
 HELP = (
     "method that adapts the backbone; its settings follow as --method.SETTING VALUE; give --method again to combine "

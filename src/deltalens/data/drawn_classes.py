@@ -14,7 +14,7 @@ import numpy as np
 from deltalens.data.digits import Images
 from deltalens.data.drawn_shapes import CHALK, COLOURS, HELD_OUT, SHAPES, TEXTURES, Look, Style, draw_all
 
-VAL_IMAGES, TEST_IMAGES = 20, 50  # of each class
+VAL_IMAGES, TEST_IMAGES = 10, 50  # of each class
 
 
 def _halves() -> tuple[tuple[Look, ...], tuple[Look, ...]]:
