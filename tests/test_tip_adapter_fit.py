@@ -18,6 +18,7 @@ from deltalens.lifecycle.cache_search import search_cache
 from deltalens.methods import TipAdapterConfig
 from deltalens.tasks import ClassificationTask
 from deltalens.training import TrainingSettings, fit
+from deltalens.training.frozen_prefix import FeaturesCannotBeKept
 from deltalens.training.loaders import evaluation_loader, preparation_loader
 
 QUIET = {"accelerator": "cpu", "workers": 0, "progress": False, "batch_size": 10, "weight_decay": 0.0}
@@ -141,6 +142,13 @@ def test_errors():
     dl.prepare(model, preparation_loader(TRAIN, 10, 0))
     with pytest.raises(ValueError, match="2 Tip-Adapters are active"):
         dl.finish(model, evaluation_loader(VAL, 10))
+
+
+def test_features_are_not_kept(tmp_path):
+    """Keys are made of the images: a study then trains as ever."""
+    for keys in (False, True):
+        with pytest.raises(FeaturesCannotBeKept, match="tip_adapter takes state from the training images itself"):
+            fit(task(train_keys=keys), data(), TrainingSettings(**QUIET), cache_features=tmp_path)
 
 
 # ------------------------------------------------------------------ commands

@@ -31,8 +31,11 @@ def find_cut(model: nn.Module, images: Tensor) -> str:
     images: a few real inputs (B, C, H, W), on the model's device. Raises FeaturesCannotBeKept, which says why, where
     there is no such module behind the first block: something is trained, or random, from the start.
     """
-    _refuse_preparing_methods(model)  # which may not run yet
-    calls = _trace(model, images)
+    try:
+        calls = _trace(model, images)
+    except RuntimeError:
+        _refuse_preparing_methods(model)  # they may not run before they are prepared
+        raise
     trained = _first_trained(model, calls)
     blocks = [block.path for block in anatomy_of(model).blocks()]
     heads = anatomy_of(model).head_paths()
@@ -44,6 +47,7 @@ def find_cut(model: nn.Module, images: Tensor) -> str:
             f"features cannot be kept: {trained.path or type(model).__name__} is trained, and nothing but the stem "
             "runs before it. Methods that train the head or the last blocks only (linear, mlp, partial) can keep them"
         )
+    _refuse_preparing_methods(model)
     _refuse_randomness(model, calls, cut)
     _try(model, cut, images)
     return cut
