@@ -7,6 +7,7 @@ from clip_checks import MODELS, trained
 from clip_models import NAMES, VECTORS, open_clip_model, vectors, zero_shot
 
 import deltalens as dl
+from deltalens.backbones.text_pass import CHUNK
 from deltalens.methods import CoCoOpConfig, CoOpConfig, MMAConfig
 
 needs_vectors = pytest.mark.skipif(not VECTORS.exists(), reason="needs ../shared/reference_vectors")
@@ -235,3 +236,16 @@ def test_counts_of_context():
     cocoop = dl.attach(zero_shot(), CoCoOpConfig())
     assert dl.count_parameters(cocoop).adapter == 4 * 64 + (32 * 2 + 2) + (2 * 64 + 64)
     assert len(NAMES) == cocoop.num_classes
+
+
+@pytest.mark.parametrize("options", [{"position": "middle"}, {"per_class": True}], ids=["middle", "per class"])
+def test_learned_words_of_many_classes_without_gradients(options):
+    """More texts than are computed at a time, of names with other lengths, as with gradients."""
+    names = [f"{'very ' * (i % 3)}thing {i}" for i in range(CHUNK + 9)]
+    model = zero_shot()
+    model.set_classes(names)
+    dl.attach(model, CoOpConfig(num_words=3, **options))
+    with_gradients = model.text_features()
+    assert with_gradients.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(model.text_features(), with_gradients.detach(), atol=1e-5, rtol=1e-5)

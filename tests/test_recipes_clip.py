@@ -1,12 +1,10 @@
 """The recipes of CLIP's methods: rows, sizes, data, published numbers; two of them run small."""
 
-import copy
 import json
 import shutil
 import statistics
 
 import pytest
-import torch
 from clip_checks import vit_b16
 from coop_folders import write_imagenet, write_split_file
 from hub_cache import write_open_clip
