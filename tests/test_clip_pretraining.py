@@ -14,8 +14,8 @@ from deltalens.data.drawn_shapes import HELD_OUT, Look
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.pretrain.clip.captions import Captions, drawn_pictures, words  # noqa: E402
-from tools.pretrain.clip.towers import Vocabulary, contrast, create, encode_texts, penultimate  # noqa: E402
+from tools.pretrain.clip.captions import Captions, drawn_pictures, words
+from tools.pretrain.clip.towers import Vocabulary, contrast, create, encode_texts, penultimate
 
 NAMES = [["goldfish", "Carassius auratus"], ["bee"], ["school bus"]]
 LOOKS = [Look("striped", "red", "star"), Look("plain", "red", "ring"), Look("striped", "red", "star")]
