@@ -10,11 +10,13 @@ the model until a method trains the text side. See `weights/README.md`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAME = "deltalens/clip-mini"
 WEIGHTS = Path(__file__).parents[1] / "weights" / "clip-mini.safetensors"
@@ -47,6 +49,8 @@ SEED = 0
 
 def drawn_rows(vocabulary: int, width: int) -> np.ndarray:
     """Rows (vocabulary, width) of standard normal numbers, float32: numpy keeps RandomState's stream for ever."""
+    import numpy as np
+
     return np.random.RandomState(SEED).standard_normal((vocabulary, width)).astype(np.float32)
 
 
