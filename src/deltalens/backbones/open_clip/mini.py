@@ -1,7 +1,7 @@
 """`deltalens/clip-mini`: an open_clip `CLIP` of 3.6 million parameters whose weights travel with the package.
 
 Its image tower has the size of vit-mini, its text tower four causal blocks of width 128, and it reads CLIP's own byte
-pairs in a context of 32. Those have 49,408 entries, and the texts of the training held about a thousand of them: only
+pairs in a context of 32. Those have 49,408 entries, and the texts of the training held 650 of them: only
 the rows of these lie in the file. The others are drawn when the model is built, always the same, with the mean and
 standard deviation of the trained ones. A word that was never seen is thus told apart from others, but means nothing to
 the model until a method trains the text side. See `weights/README.md`.
