@@ -109,4 +109,5 @@ def untrained(vocabulary: int | None = None, image_size: int | None = None) -> n
     images, texts = dict(CONFIG["vision_cfg"]), dict(CONFIG["text_cfg"])
     images |= {} if image_size is None else {"image_size": image_size}
     texts |= {} if vocabulary is None else {"vocab_size": vocabulary}
-    return CLIP(CONFIG["embed_dim"], CLIPVisionCfg(**images), CLIPTextCfg(**texts))
+    clip: nn.Module = CLIP(CONFIG["embed_dim"], CLIPVisionCfg(**images), CLIPTextCfg(**texts))
+    return clip
