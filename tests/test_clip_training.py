@@ -167,3 +167,18 @@ def test_inspect_shows_the_one_tower_that_is_adapted(world, capsys):
     assert f"{dl.count_parameters(dl.attach(model, dl.LoRAConfig(), tower='text')).adapter:,}" in text
     assert main(["inspect", "--templates", "a photo of a {}."]) == 1
     assert "has no text tower" in capsys.readouterr().err
+
+
+def test_descriptions_of_classes(world, tmp_path, capsys):
+    sentences = {"Red": ["blood", "a red thing"], "green": ["grass"], "blue": ["the blue sky"], "grey": ["fog"]}
+    (tmp_path / "told.json").write_text(json.dumps(sentences))
+    words = ["train", "--model", str(world / "open_clip"), "--data", str(world / "flat"), "--method", "zero_shot"]
+    words += ["--descriptions", str(tmp_path / "told.json")]
+    assert main([*words, "--output", str(tmp_path / "plain")]) == 0
+    model = dl.from_pretrained(tmp_path / "plain")
+    assert model.descriptions == {"blue": ("the blue sky",), "green": ("grass",), "red": ("blood", "a red thing")}
+    words += ["--templates", "a {}, which has {description}.", "--output", str(tmp_path / "filled")]
+    assert main(words) == 0
+    assert dl.from_pretrained(tmp_path / "filled").descriptions["green"] == ("a {}, which has grass.",)
+    assert main([*words[:-3], "a {}.", "--output", str(tmp_path / "no")]) == 1
+    assert "has none; leave templates out" in capsys.readouterr().err

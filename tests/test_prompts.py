@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deltalens.data.coop import SETS
-from deltalens.data.prompts import IMAGENET_SELECT, TEMPLATES, fill, read_sentences, read_templates
+from deltalens.data.prompts import IMAGENET_SELECT, TEMPLATES, class_texts, fill, read_sentences, read_templates
 
 
 def test_every_dataset_has_a_template():
@@ -65,3 +65,27 @@ def test_a_name_that_fits_two_classes_of_the_file_finds_none(tmp_path):
     assert read_sentences(file, ["crane"]) == [["a machine"]]
     with pytest.raises(ValueError, match="no sentences for 1 of the 1 classes"):
         read_sentences(file, ["CRANE"])
+
+
+def test_texts_of_classes_for_a_backbone(tmp_path):
+    file = tmp_path / "told.json"
+    file.write_text(json.dumps({"big cat": ["it has claws", "stripes"], "dog": ["a tail"], "cow": ["horns"]}))
+    (tmp_path / "some.txt").write_text("a {}.\na drawing of a {}.\n")
+    names = ["dog", "big_cat"]
+    assert class_texts(names) == {}
+    assert class_texts(names, "a {}.") == {"class_names": names, "templates": ["a {}."]}
+    assert class_texts(names, str(tmp_path / "some.txt"))["templates"] == ["a {}.", "a drawing of a {}."]
+    told = class_texts(names, None, file)
+    assert told["class_names"] == names
+    assert [told["descriptions"][name] for name in (*names, "cow")] == [
+        ["a tail"],
+        ["it has claws", "stripes"],
+        ["horns"],
+    ]
+    both = class_texts(names, ["a {}, which has {description}.", "{}: {description}"], file)
+    assert both["descriptions"]["dog"] == ["a {}, which has a tail.", "{}: a tail"]
+    assert len(both["descriptions"]["big_cat"]) == 4
+    with pytest.raises(ValueError, match=r"'a \{\}\.' has none; leave templates out"):
+        class_texts(names, ["a {}."], file)
+    with pytest.raises(ValueError, match=r"no sentences for 1 of the 1 classes: bird"):
+        class_texts(["bird"], None, file)

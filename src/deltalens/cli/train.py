@@ -49,7 +49,16 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         "--templates",
         type=list[str] | str | None,
         default=None,
-        help="make the classes texts, as in CLIP: 'a photo of a {}.', or a list of such; for models with a text tower",
+        help="make the classes texts, as in CLIP: 'a photo of a {}.', a list of such, or a file of them; for models "
+        "with a text tower",
+    )
+    add(
+        "--descriptions",
+        type=str | None,
+        default=None,
+        metavar="FILE",
+        help="JSON file of class: sentences, which stand in the place of templates, or with --templates in them: "
+        "'a photo of a {}, which has {description}.'",
     )
     add("--tower", type=str | None, default=None, help="adapt only this tower of a model with several: vision, text")
     add_method_argument(parser)
@@ -265,12 +274,12 @@ def build_task(options: dict[str, Any], methods: list, data):
     import deltalens as dl
     from deltalens.cli.sized_backbone import create_sized_backbone
     from deltalens.data import eval_transform, train_transform
+    from deltalens.data.prompts import class_texts
     from deltalens.data.transforms import image_mode
     from deltalens.tasks import task_class
 
     torch.manual_seed(options["seed"])
-    templates = options.get("templates")
-    texts = {"class_names": data.class_names, "templates": templates} if templates else {}
+    texts = class_texts(data.class_names, options.get("templates"), options.get("descriptions"))
     model, preprocessing = create_sized_backbone(
         options["model"],
         len(data.class_names),

@@ -35,6 +35,42 @@ TEMPLATES = {
 }
 
 
+DESCRIPTION = "{description}"
+
+
+def class_texts(
+    class_names: Sequence[str],
+    templates: str | Sequence[str] | None = None,
+    descriptions: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """What `deltalens.create_backbone` takes to make texts of these classes; empty where nothing is said of them.
+
+    templates: one, several, or a .txt or .json file of them (`read_templates`). descriptions: a file of sentences of
+    each class (`read_sentences`), used as they are; with templates these have two places, "a photo of a {}, which
+    has {description}.", and each sentence is put into each.
+
+    Raises ValueError for templates without the second place beside descriptions, and as the readers.
+    """
+    if isinstance(templates, str):
+        templates = read_templates(templates) if templates.lower().endswith((".txt", ".json")) else [templates]
+    if descriptions is None:
+        return {} if not templates else {"class_names": list(class_names), "templates": list(templates)}
+    found = zip(class_names, read_sentences(descriptions, class_names), strict=True)
+    sentences = _told(_existing(descriptions)) | dict(found)  # those of other classes serve these later
+    if templates:
+        lacking = next((template for template in templates if DESCRIPTION not in template), None)
+        if lacking is not None:
+            raise ValueError(
+                f"with descriptions a template has a place for them, such as 'a photo of a {{}}, which has "
+                f"{DESCRIPTION}.', and {lacking!r} has none; leave templates out to use the sentences as they are"
+            )
+        sentences = {
+            name: [template.replace(DESCRIPTION, each) for each in own for template in templates]
+            for name, own in sentences.items()
+        }
+    return {"class_names": list(class_names), "descriptions": sentences}
+
+
 def fill(templates: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:
     """The prompts of every class: each template with the class's name.
 
@@ -79,13 +115,7 @@ def read_sentences(file: str | os.PathLike, class_names: Sequence[str]) -> list[
     so are classes that only the file has. Raises FileNotFoundError, and ValueError for classes without sentences.
     """
     place = _existing(file)
-    content = _json(place)
-    if not isinstance(content, dict):
-        raise ValueError(f"{place} is no mapping of class names to lists of sentences")
-    for name, sentences in content.items():
-        if not isinstance(sentences, list) or not all(isinstance(each, str) for each in sentences):
-            raise ValueError(f"{place} has no list of sentences for {name!r}")
-    told = {name: [each.strip() for each in sentences if each.strip()] for name, sentences in content.items()}
+    told = _told(place)
     indexes = [(key, _index(told, key)) for key in (str, _plain, _sorted_words)]
     found, missing = [], []
     for name in class_names:
@@ -117,6 +147,17 @@ def _json(place: Path) -> Any:
         return json.loads(place.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is no JSON: {error}") from None
+
+
+def _told(place: Path) -> dict[str, list[str]]:
+    """Class -> sentences, as a file has them."""
+    content = _json(place)
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} is no mapping of class names to lists of sentences")
+    for name, sentences in content.items():
+        if not isinstance(sentences, list) or not all(isinstance(each, str) for each in sentences):
+            raise ValueError(f"{place} has no list of sentences for {name!r}")
+    return {name: [each.strip() for each in sentences if each.strip()] for name, sentences in content.items()}
 
 
 def _check_template(template: str, where: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import deltalens as dl
+from deltalens.data.prompts import class_texts
 from deltalens.data.splits import Splits
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.candidates import Candidate, Values, values_text
@@ -243,11 +244,11 @@ class Workplace:
 
     # ------------------------------------------------------------------ model and data
     def _model(self, run: Run, classes: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
-        """The backbone with a head for these classes; where its options have templates, a classifier made of their
-        names. A row's `templates: null` is a head again."""
+        """The backbone with a head for these classes; where its options have templates or a file of descriptions, a
+        classifier made of their names. A row's `templates: null` is a head again."""
         backbone = run.backbone
-        options = {name: each for name, each in run.backbone_options.items() if name != "templates" or each is not None}
-        texts = {"class_names": list(classes)} if "templates" in options else {}
+        options = dict(run.backbone_options)
+        texts = class_texts(classes, options.pop("templates", None), options.pop("descriptions", None))
         torch.manual_seed(run.seed)  # the same head and adapter, whatever ran before
         return self.make_backbone(
             backbone.model,
