@@ -80,7 +80,7 @@ def _add_points(parser: ArgumentParser) -> None:
     parser.add_argument("--mask-ratio", type=float, default=0.6, help="share of hidden patches")
     parser.add_argument("--decoder-depth", type=int, default=2)
     parser.add_argument("--drop-path", type=float, default=0.0)
-    parser.add_argument("--scale", type=float, default=1.5, help="largest stretching of an axis; 1 / scale is the least")
+    parser.add_argument("--scale", type=float, default=1.5, help="largest stretching of an axis; 1 / scale the least")
     parser.add_argument("--shift", type=float, default=0.2)
 
 

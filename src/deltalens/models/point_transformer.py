@@ -112,10 +112,11 @@ class PointTransformer(nn.Module):
 
     dim, depth, heads, drop_path: of the blocks. num_groups, group_size: G and k. encoder_dim: width of the
     mini-PointNet; where it is not dim, a linear layer `reduce_dim` follows (Point-BERT: 256). encoder_hidden: its inner
-    widths. class_tokens: names of the learned tokens in front, each with a position; "cls", and in ReCon "img" and "text" too. two_streams: ReCon's
-    blocks, whose class tokens read the patches by cross-attention and are not read by them. head: see `PointHead`.
-    pos_every_block: False adds positions once, before the first block, as DAPT does. skip_origin: see
-    `farthest_points`; True in all official models. num_points: how many points the clouds should have; others work.
+    widths. class_tokens: names of the learned tokens in front, each with a position; "cls", and in ReCon "img" and
+    "text" too. two_streams: ReCon's blocks, whose class tokens read the patches by cross-attention and are not read by
+    them. head: see `PointHead`. pos_every_block: False adds positions once, before the first block, as DAPT does.
+    skip_origin: see `farthest_points`; True in all official models. num_points: how many points the clouds should
+    have; others work.
 
     num_classes=0: no head, the features (B, (class tokens + 1) dim) come out.
     """

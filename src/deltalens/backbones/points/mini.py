@@ -1,4 +1,4 @@
-"""`deltalens/points-mini`: a small `PointTransformer` whose weights travel with the package. See `weights/README.md`."""
+"""`deltalens/points-mini`: a small `PointTransformer` whose weights come with the package. See `weights/README.md`."""
 
 from __future__ import annotations
 
