@@ -6,6 +6,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 import deltalens as dl
@@ -28,10 +29,13 @@ def bench_points(options: Options) -> Report:
         raise ValueError("the part points takes clouds: leave out --img-size")
     options = options.settled(MODEL, QUICK_MODEL, BATCH)
     torch.manual_seed(0)
-    model = dl.create_backbone(options.model, pretrained=False, num_classes=15, drop_path=0.0)
+    model = dl.create_backbone(options.model, pretrained=False, num_classes=15)
     if not isinstance(model, PointTransformer):
         raise ValueError(f"the part points takes a model of point clouds, such as {MODEL}, and not {options.model}")
     model = model.to(options.device)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
     points = POINTS if options.model == MODEL else model.num_points
     clouds = torch.randn(options.batch_size, points, 3, device=options.device)
     labels = torch.randint(15, (options.batch_size,), device=options.device)
