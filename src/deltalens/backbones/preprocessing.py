@@ -74,6 +74,13 @@ def _of_timm(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def input_in_words(preprocessing: dict[str, Any]) -> str:
+    """ "3x224x224", or "clouds of 1,024 points"."""
+    if preprocessing.get("kind") == "points":
+        return f"clouds of {preprocessing['num_points']:,} points"
+    return "x".join(map(str, preprocessing["input_size"]))
+
+
 def crop_share(crop: int, resized: int) -> float:
     """crop / resized, such that floor(crop / crop_share) is `resized` in floating point, too."""
     share = crop / resized
