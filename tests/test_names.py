@@ -177,4 +177,4 @@ def test_lists(capsys):
     assert main(["list", "models", "hf/*"]) == 1
     assert "the Hugging Face Hub is not listed here" in capsys.readouterr().err
     every = dl.list_models("*")
-    assert {name.partition("/")[0] for name in every} == {"deltalens", "timm", "torchvision", "open_clip"}
+    assert {name.partition("/")[0] for name in every} == {"deltalens", "timm", "torchvision", "open_clip", "points"}

@@ -32,9 +32,10 @@ def test_files_are_small():
         "swin-mini.safetensors",
         "vit-mini.safetensors",
         "clip-mini.safetensors",
+        "points-mini.safetensors",
         "README.md",
     }
-    assert sum(file.stat().st_size for file in files) <= 24 * 2**20
+    assert sum(file.stat().st_size for file in files) <= 27 * 2**20
 
 
 @each_model

@@ -34,6 +34,8 @@ def create_sized_backbone(
         raise ValueError(f"{name} cannot be built for --img-size {img_size}: {error}") from error
     _check_patches(model, name, img_size)
     preprocessing = dl.preprocessing(model)
+    if preprocessing.get("kind") == "points":
+        raise ValueError(f"{name} reads clouds of points, and --img-size is the edge of images: leave it out")
     preprocessing["input_size"] = [preprocessing["input_size"][0], img_size, img_size]
     _try(model, name, preprocessing["input_size"])
     return model, preprocessing
