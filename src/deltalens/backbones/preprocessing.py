@@ -11,6 +11,9 @@ own.
 * "border": the whole image is fitted into the input, and the rest filled with `fill` (by default the mean).
 
 channel_order "bgr" stands in it where a model reads colours in that order.
+
+Of a model that takes point clouds it has none of these, but "kind": "points", num_points (how many a cloud is
+resampled to) and normalize ("unit_sphere": centred, and scaled to radius 1; or None).
 """
 
 from __future__ import annotations
@@ -60,6 +63,13 @@ def _of_timm(model: nn.Module) -> dict[str, Any]:
         "crop_pct": config.get("crop_pct", 1.0),
         "crop_mode": config.get("crop_mode", "center"),
     }
+
+
+def input_text(preprocessing: dict[str, Any]) -> str:
+    """The size of an input in words: "3x224x224", "1024 points"."""
+    if preprocessing.get("kind") == "points":
+        return f"{preprocessing['num_points']} points"
+    return "x".join(str(size) for size in preprocessing["input_size"])
 
 
 def crop_share(crop: int, resized: int) -> float:

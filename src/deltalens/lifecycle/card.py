@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from deltalens.backbones.preprocessing import input_text
+
 _TEMPLATE = """---
 library_name: deltalens
 {base}pipeline_tag: {tag}
@@ -44,6 +46,13 @@ deltalens predict path/to/this/folder image.jpg
 _TAGS = {"classification": "image-classification"}
 
 
+def _tag(info: dict[str, Any], preprocessing: dict[str, Any]) -> str:
+    """The hub's name of the task; it has none for clouds."""
+    if preprocessing.get("kind") == "points":
+        return "other"
+    return _TAGS.get(info.get("task", "classification"), "image-feature-extraction")
+
+
 def model_card(config: dict[str, Any]) -> str:
     """README.md of an adapter, from its configuration alone."""
     base, info, count = config["base_model"], config.get("info") or {}, config.get("trained_parameters") or {}
@@ -56,8 +65,9 @@ def model_card(config: dict[str, Any]) -> str:
         rows.append(("trained parameters", f"{count['adapter']:,} ({count['percent']:.3f} % of the backbone)"))
         rows.append(("with the head", f"{count['adapter'] + count['head']:,} ({count['percent_with_head']:.3f} %)"))
     preprocessing = {**base, **(info.get("preprocessing") or {})}
-    rows.append(("input", "x".join(str(size) for size in preprocessing["input_size"])))
-    rows.append(("mean, std", f"{_numbers(preprocessing['mean'])}, {_numbers(preprocessing['std'])}"))
+    rows.append(("input", input_text(preprocessing)))
+    if "mean" in preprocessing:
+        rows.append(("mean, std", f"{_numbers(preprocessing['mean'])}, {_numbers(preprocessing['std'])}"))
     if info.get("class_names"):
         shown = ", ".join(info["class_names"][:20]) + (" ..." if len(info["class_names"]) > 20 else "")
         rows.append((f"{len(info['class_names'])} classes", shown))
@@ -65,7 +75,7 @@ def model_card(config: dict[str, Any]) -> str:
         rows.append((key, f"{value:.4f}" if isinstance(value, float) else value))
     return _TEMPLATE.format(
         base=_on_the_hub(name, base.get("library")),
-        tag=_TAGS.get(info.get("task", "classification"), "image-feature-extraction"),
+        tag=_tag(info, preprocessing),
         method_tags="\n".join(f"- {method}" for method in methods),
         title=f"{' + '.join(methods)} adapter for {name}",
         summary="A parameter-efficient adapter: the frozen backbone is not part of this folder.",
