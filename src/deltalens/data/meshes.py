@@ -36,6 +36,8 @@ def sample_mesh(vertices: np.ndarray, faces: Sequence[np.ndarray], count: int = 
 
 def _triangles(faces: Sequence[np.ndarray]) -> np.ndarray:
     """(m, 3) vertex numbers."""
+    if isinstance(faces, np.ndarray):  # all of one size
+        return np.concatenate([faces[:, [0, i, i + 1]] for i in range(1, faces.shape[1] - 1)])
     found = []
     for size in sorted({len(face) for face in faces}):
         if size >= 3:
