@@ -1,4 +1,4 @@
-"""Small clouds in folders, a tiny point transformer by name, and the shared ModelNet10, for the tests of point clouds."""
+"""Small clouds in folders, a tiny point transformer by name, and the shared ModelNet10, for tests of clouds."""
 
 from __future__ import annotations
 

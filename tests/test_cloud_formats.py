@@ -84,7 +84,7 @@ def test_folders_that_are_no_clouds(tmp_path):
         read_data(tmp_path / "a")
     (tmp_path / "b/one").mkdir(parents=True)
     (tmp_path / "b/two").mkdir()
-    with pytest.raises(ValueError, match="class folders without clouds in .*one, two; expected one folder per class"):
+    with pytest.raises(ValueError, match=r"class folders without clouds in .*one, two; expected one folder per class"):
         read_data(tmp_path / "b", "points-folder")
     assert recognise(tmp_path / "b") is None
     with pytest.raises(FileNotFoundError, match="no data folder"):
