@@ -5,7 +5,10 @@ python -m tools.pretrain export --data DATA local/pretrain/swin-mini/last.pt
 python -m tools.pretrain clip --data DATA --output local/pretrain/clip-mini --resume
 python -m tools.pretrain clip-export --data DATA local/pretrain/clip-mini/last.pt
 
-DATA is the folder `tiny_imagenet_48`.
+python -m tools.pretrain points --data VOXELS --output local/pretrain/points-mini --resume
+python -m tools.pretrain points-export --data VOXELS local/pretrain/points-mini/last.pt
+
+DATA is the folder `tiny_imagenet_48`, VOXELS the folder `modelnet10_voxels`.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction, Namespace
@@ -18,10 +21,11 @@ def parse_args() -> Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_train(commands.add_parser("train", formatter_class=ArgumentDefaultsHelpFormatter))
     _add_clip(commands.add_parser("clip", help="train clip-mini", formatter_class=ArgumentDefaultsHelpFormatter))
-    for command in ("export", "clip-export"):
+    _add_points(commands.add_parser("points", help="train points-mini", formatter_class=ArgumentDefaultsHelpFormatter))
+    for command in ("export", "clip-export", "points-export"):
         export = commands.add_parser(command, help="write EMA weights, metrics and card into the package")
         export.add_argument("checkpoint")
-        export.add_argument("--data", required=True, help="folder of tiny_imagenet_48")
+        export.add_argument("--data", required=True, help="folder of the data set trained on")
         export.add_argument("--threads", type=int, help="torch threads")
     return parser.parse_args()
 
@@ -52,6 +56,32 @@ def _add_clip(parser: ArgumentParser) -> None:
     parser.add_argument("--color-jitter", type=float, default=0.2)
     parser.add_argument("--drawn-share", type=float, default=0.1, help="of drawn pictures among the images")
     parser.add_argument("--held-out-pictures", type=int, default=1000, help="drawn, of unseen pairs, for the log")
+
+
+def _add_points(parser: ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="folder of modelnet10_voxels")
+    parser.add_argument("--output", required=True, help="folder of last.pt and log.csv")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt where there is one")
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--budget-minutes", type=float, help="end, fully annealed, after this wall-clock time")
+    parser.add_argument("--log-steps", type=int, default=200)
+    parser.add_argument("--save-minutes", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--bf16", action=BooleanOptionalAction, default=True)
+    parser.add_argument("--opt", default="adamw", help="a timm optimiser")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--final-lr", type=float, default=1e-6)
+    parser.add_argument("--warmup", type=float, default=0.05, help="share of the run")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--clip-grad", type=float, default=10.0)
+    parser.add_argument("--ema-decay", type=float, default=0.995)
+    parser.add_argument("--mask-ratio", type=float, default=0.6, help="share of hidden patches")
+    parser.add_argument("--decoder-depth", type=int, default=2)
+    parser.add_argument("--drop-path", type=float, default=0.0)
+    parser.add_argument("--scale", type=float, default=1.5, help="largest stretching of an axis; 1 / scale the least")
+    parser.add_argument("--shift", type=float, default=0.2)
 
 
 def _add_train(parser: ArgumentParser) -> None:
@@ -105,6 +135,14 @@ def main() -> None:
         from .clip.train import ClipTrainer
 
         ClipTrainer(args).run()
+    elif args.command == "points":
+        from .points.train import PointTrainer
+
+        PointTrainer(args).run()
+    elif args.command == "points-export":
+        from .points.export import export
+
+        export(args)
     elif args.command == "clip-export":
         from .clip.export import export
 

@@ -6,7 +6,7 @@ import importlib
 
 from torch import nn
 
-from deltalens.backbones import classifier, hf, open_clip, timm, torchvision, unknown, zero_shot
+from deltalens.backbones import classifier, hf, open_clip, points, timm, torchvision, unknown, zero_shot
 from deltalens.backbones.hf.names import in_classifier
 from deltalens.backbones.timm.features import canonical_names
 from deltalens.sites.anatomy import Anatomy, Site, Tower, prefixed
@@ -18,6 +18,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     **hf.FAMILIES,
     **torchvision.FAMILIES,
     **open_clip.FAMILIES,
+    **points.FAMILIES,
 }
 
 
@@ -57,14 +58,19 @@ def _describe(model: nn.Module, backbone: str | None, blocks: str | None) -> Ana
         towers[0].classifier = Site("", model, classifier.CLASSIFIER, width, tower=towers[0])
     if backbone:
         modules, tensors = _outside(model, backbone)
-        return Anatomy(model, prefixed(backbone, towers), [], modules, canonical, tensors)
+        prefixed(backbone, towers)
+        return Anatomy(model, towers, [], modules, canonical, tensors + _untrained(towers))
     heads = classifier.find_heads(model)
     if len(heads) > 1:  # one features tensor before one layer: several layers have no such place
         for tower in towers:
             tower.classifier = None
-    anatomy = Anatomy(model, towers, heads, [], canonical)
+    anatomy = Anatomy(model, towers, heads, [], canonical, _untrained(towers))
     zero_shot.claim(model, anatomy)
     return anatomy
+
+
+def _untrained(towers: list[Tower]) -> list[str]:
+    return [path for tower in towers for path in tower.untrained]
 
 
 def _submodule(model: nn.Module, path: str | None) -> nn.Module:

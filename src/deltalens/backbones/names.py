@@ -20,13 +20,14 @@ from torch import nn
 from deltalens.backbones.class_prompts import TEMPLATE
 from deltalens.backbones.fetching import fetching
 from deltalens.backbones.open_clip.mini import NAME as CLIP_MINI
+from deltalens.backbones.points.mini import NAME as POINTS_MINI
 from deltalens.backbones.preprocessing import record
 from deltalens.backbones.timm import named as timm_names
 from deltalens.backbones.timm.named import SHIPPED
 from deltalens.backbones.zero_shot import ZeroShotClassifier
 
 SOURCE_KEY = "_deltalens_source"
-LIBRARIES = ("timm", "hf", "torchvision", "open_clip")
+LIBRARIES = ("timm", "hf", "torchvision", "open_clip", "points")
 # an adapter's file names the constructor's options, too: none of them may make a library run what it downloads
 REFUSED_OPTIONS = ("trust_remote_code", "weights_only", "use_safetensors")
 
@@ -66,7 +67,8 @@ def create_backbone(
     name: "timm/<model>[.<tag>]" (the prefix may be left out), "hf/<owner>/<repository>" (transformers),
     "torchvision/<model>[.<weights>]", "open_clip/<model>/<tag>" or "open_clip/hf-hub:<owner>/<repository>",
     "deltalens/swin-mini", "deltalens/vit-mini", "deltalens/clip-mini", or a folder in the format of timm,
-    transformers or open_clip.
+    transformers or open_clip. Of point clouds: "deltalens/points-mini", "points/point-mae", "points/point-bert",
+    "points/act", "points/recon", whose weights are given as checkpoint.
     num_classes: classes of a fresh head; None for the head that the weights have, if any; 0 for features. checkpoint:
     a .safetensors or .pth file (read with weights_only=True) whose weights are loaded instead of the published ones;
     its head is dropped where class counts differ. class_names: of an open_clip or transformers model with two towers,
@@ -128,13 +130,13 @@ def list_models(pattern: str = "*", pretrained: bool = True) -> list[str]:
     A pattern with a library's prefix (``torchvision/*``) looks there only. ValueError for "hf/...": the hub is not
     listed. Models of libraries that are not installed are left out.
     """
-    known = [*SHIPPED, *([CLIP_MINI] if importlib.util.find_spec("open_clip") else [])]
+    known = [*SHIPPED, *([CLIP_MINI] if importlib.util.find_spec("open_clip") else []), POINTS_MINI]
     shipped = [name for name in known if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"*/{pattern}")]
     library, _, inner = pattern.partition("/")
     if library in LIBRARIES and inner:
         return shipped + _resolver(library).list_models(inner, pretrained)
     names = list(shipped)
-    for library in ("timm", "torchvision", "open_clip"):
+    for library in ("timm", "torchvision", "open_clip", "points"):
         try:
             names += _resolver(library).list_models(pattern, pretrained)
         except ImportError:
@@ -170,6 +172,8 @@ def _library_and_name(name: str) -> tuple[str, str]:
         return "timm", name
     if f"deltalens/{name.removeprefix('deltalens/')}" == CLIP_MINI:
         return "open_clip", CLIP_MINI
+    if f"deltalens/{name.removeprefix('deltalens/')}" == POINTS_MINI:
+        return "points", POINTS_MINI
     first, slash, inner = name.partition("/")
     prefixed = bool(slash and inner) and first in LIBRARIES
     folder = Path(name.removeprefix("local-dir:"))

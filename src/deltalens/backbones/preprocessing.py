@@ -10,6 +10,9 @@ own.
 * "squash": both sides become floor(H / crop_pct), floor(W / crop_pct), without keeping proportions.
 * "border": the whole image is fitted into the input, and the rest filled with `fill` (by default the mean).
 
+A model of point clouds has other keys: kind ("points"), num_points, and normalize: "unit_sphere" where clouds are
+centred and scaled to a largest radius of 1, None where they are taken as they are.
+
 channel_order "bgr" stands in it where a model reads colours in that order.
 
 Of a model that takes point clouds it has none of these, but "kind": "points", num_points (how many a cloud is
@@ -23,6 +26,8 @@ import sys
 from typing import Any
 
 from torch import nn
+
+from deltalens.models.point_transformer import PointTransformer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREPROCESSING_KEY = "_deltalens_preprocessing"
@@ -38,6 +43,8 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
     recorded = model.__dict__.get(PREPROCESSING_KEY)
     if recorded is not None:
         return dict(recorded)
+    if isinstance(model, PointTransformer):
+        return of_points(model)
     if "transformers" in sys.modules and isinstance(model, sys.modules["transformers"].PreTrainedModel):
         from deltalens.backbones.hf.preprocessing import known_of
 
@@ -48,6 +55,11 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
 
             return as_preprocessing(tower.preprocess_cfg)
     return _of_timm(model)
+
+
+def of_points(model: PointTransformer, normalize: str | None = "unit_sphere") -> dict[str, Any]:
+    """Clouds of the model's own number of points."""
+    return {"kind": "points", "num_points": model.num_points, "normalize": normalize}
 
 
 def _of_timm(model: nn.Module) -> dict[str, Any]:

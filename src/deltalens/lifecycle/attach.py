@@ -255,7 +255,10 @@ def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: An
 
 
 def _fresh_head(original: nn.Module, num_classes: int) -> nn.Module:
-    """A linear layer like the original, or a 1x1 convolution, with new weights for so many classes."""
+    """A linear layer like the original, or a 1x1 convolution, with new weights for so many classes; a head of several
+    layers says itself how it looks for other classes (`with_classes`)."""
+    if hasattr(original, "with_classes"):
+        return original.with_classes(num_classes)
     options = {"bias": original.bias is not None, "device": original.weight.device, "dtype": original.weight.dtype}
     if isinstance(original, nn.Conv2d):
         head: nn.Module = nn.Conv2d(original.in_channels, num_classes, 1, **options)

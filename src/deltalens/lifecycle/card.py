@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from deltalens.backbones.preprocessing import input_text
-
 _TEMPLATE = """---
 library_name: deltalens
 {base}pipeline_tag: {tag}
@@ -53,6 +51,16 @@ def _tag(info: dict[str, Any], preprocessing: dict[str, Any]) -> str:
     return _TAGS.get(info.get("task", "classification"), "image-feature-extraction")
 
 
+def _input_rows(preprocessing: dict[str, Any]) -> list[tuple[str, str]]:
+    if preprocessing.get("kind") == "points":
+        normalised = ", scaled into the unit sphere" if preprocessing.get("normalize") == "unit_sphere" else ""
+        return [("input", f"clouds of {preprocessing['num_points']:,} points{normalised}")]
+    return [
+        ("input", "x".join(str(size) for size in preprocessing["input_size"])),
+        ("mean, std", f"{_numbers(preprocessing['mean'])}, {_numbers(preprocessing['std'])}"),
+    ]
+
+
 def model_card(config: dict[str, Any]) -> str:
     """README.md of an adapter, from its configuration alone."""
     base, info, count = config["base_model"], config.get("info") or {}, config.get("trained_parameters") or {}
@@ -65,9 +73,7 @@ def model_card(config: dict[str, Any]) -> str:
         rows.append(("trained parameters", f"{count['adapter']:,} ({count['percent']:.3f} % of the backbone)"))
         rows.append(("with the head", f"{count['adapter'] + count['head']:,} ({count['percent_with_head']:.3f} %)"))
     preprocessing = {**base, **(info.get("preprocessing") or {})}
-    rows.append(("input", input_text(preprocessing)))
-    if "mean" in preprocessing:
-        rows.append(("mean, std", f"{_numbers(preprocessing['mean'])}, {_numbers(preprocessing['std'])}"))
+    rows += _input_rows(preprocessing)
     if info.get("class_names"):
         shown = ", ".join(info["class_names"][:20]) + (" ..." if len(info["class_names"]) > 20 else "")
         rows.append((f"{len(info['class_names'])} classes", shown))

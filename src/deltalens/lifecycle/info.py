@@ -22,8 +22,8 @@ def class_names(model: nn.Module, name: str | None = None) -> list[str] | None:
 
 
 def preprocessing(model: nn.Module, name: str | None = None) -> dict[str, Any]:
-    """How images become inputs: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode. Of a model that
-    takes clouds: kind "points", num_points, normalize.
+    """How images become inputs: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode. Of a model of
+    point clouds: kind ("points"), num_points, and normalize ("unit_sphere" or None).
 
     What the adapter was trained with; where it does not say, or none is active, what the backbone's library says.
     """

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deltalens.methods.base import Method, may_fetch, register, setting
 from deltalens.sites.anatomy import Anatomy
+from deltalens.sites.layout import Patches
 from deltalens.sites.output import features_site
 
 ALEXNET_SMALLEST = 63  # pixels; below, its poolings run out of rows
@@ -68,6 +69,11 @@ class SidetuneConfig(Method):
 
     def place(self, anatomy: Anatomy):
         site = features_site(anatomy, "Sidetune")
+        if site.tower is not None and isinstance(site.tower.layout, Patches):
+            raise TypeError(
+                f"Sidetune has an AlexNet for images beside the backbone, and {type(anatomy.model).__name__} reads "
+                "point clouds; use Adapter, AdaptFormer, LoRA or VPT here"
+            )
         yield site, "output", SideNetwork(site.width_of("output"), self.min_size, self.pretrained and may_fetch())
 
 

@@ -326,6 +326,13 @@ class VPTConfig(Method):
         if tower.classifier is None:
             raise TypeError(f"pool={self.pool!r} changes what a head reads: {type(anatomy.model).__name__} has none")
         require(tower.classifier, "pool", f"VPT with pool={self.pool!r}", anatomy.model)
+        own = tower.classifier.family.widths(tower.classifier.module).get("pool", tower.blocks[-1].width)
+        if own != tower.blocks[-1].width:
+            raise TypeError(
+                f"pool={self.pool!r} gives features of {tower.blocks[-1].width} channels, and the head of "
+                f"{type(anatomy.model).__name__} reads {own}: the class tokens and the maximum over the patches; leave "
+                "pool out"
+            )
         if self.pool == "cls" and not tower.class_token:
             raise ValueError(f"pool='cls' reads the class token, which {type(anatomy.model).__name__} does not have")
         return tower.classifier, "pool", TokenPool(self.pool, tower.layout.prefix)

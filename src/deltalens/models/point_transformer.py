@@ -31,16 +31,14 @@ class MiniPointNet(nn.Module):
     """Patches (B, G, k, 3) -> one vector each, (B, G, width): a PointNet shared by all patches.
 
     Per point 3 -> 128 -> 256 with BatchNorm and ReLU; [max over the patch, own] (512) -> 512 -> width with BatchNorm
-    and ReLU; max over the patch.
+    and ReLU; max over the patch. hidden: the two widths, 128 and 256 in all published models.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: tuple[int, int] = (128, 256)):
         super().__init__()
         self.width = width
-        self.first_conv = nn.Sequential(nn.Conv1d(3, 128, 1), nn.BatchNorm1d(128), nn.ReLU(), nn.Conv1d(128, 256, 1))
-        self.second_conv = nn.Sequential(
-            nn.Conv1d(512, 512, 1), nn.BatchNorm1d(512), nn.ReLU(), nn.Conv1d(512, width, 1)
-        )
+        self.first_conv = _point_layers(3, *hidden)
+        self.second_conv = _point_layers(2 * hidden[1], 2 * hidden[1], width)
 
     def forward(self, groups: Tensor) -> Tensor:
         own = self.first_conv(groups.flatten(0, 1).transpose(1, 2))
@@ -113,11 +111,12 @@ class PointTransformer(nn.Module):
     parameters.
 
     dim, depth, heads, drop_path: of the blocks. num_groups, group_size: G and k. encoder_dim: width of the
-    mini-PointNet; where it is not dim, a linear layer `reduce_dim` follows (Point-BERT: 256). class_tokens: names of
-    the learned tokens in front, each with a position; "cls", and in ReCon "img" and "text" too. two_streams: ReCon's
-    blocks, whose class tokens read the patches by cross-attention and are not read by them. head: see `PointHead`.
-    pos_every_block: False adds positions once, before the first block, as DAPT does. skip_origin: see
-    `farthest_points`; True in all official models.
+    mini-PointNet; where it is not dim, a linear layer `reduce_dim` follows (Point-BERT: 256). encoder_hidden: its inner
+    widths. class_tokens: names of the learned tokens in front, each with a position; "cls", and in ReCon "img" and
+    "text" too. two_streams: ReCon's blocks, whose class tokens read the patches by cross-attention and are not read by
+    them. head: see `PointHead`. pos_every_block: False adds positions once, before the first block, as DAPT does.
+    skip_origin: see `farthest_points`; True in all official models. num_points: how many points the clouds should
+    have; others work.
 
     num_classes=0: no head, the features (B, (class tokens + 1) dim) come out.
     """
@@ -132,20 +131,23 @@ class PointTransformer(nn.Module):
         num_groups: int = 128,
         group_size: int = 32,
         encoder_dim: int = 384,
+        encoder_hidden: tuple[int, int] = (128, 256),
         drop_path: float = 0.1,
         head: str = "mlp-bn",
         class_tokens: tuple[str, ...] = CLASS_TOKENS,
         two_streams: bool = False,
         pos_every_block: bool = True,
         skip_origin: bool = True,
+        num_points: int = 2048,
     ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim={dim} is not a multiple of heads={heads}")
         self.dim, self.num_groups, self.group_size = dim, num_groups, group_size
-        self.pos_every_block, self.skip_origin = pos_every_block, skip_origin
+        self.pos_every_block, self.skip_origin, self.num_points = pos_every_block, skip_origin, num_points
+        self.untrained: tuple[str, ...] = ()  # class tokens that the loaded weights do not have
         self.class_tokens, self.head_kind = tuple(class_tokens), head
-        self.encoder = MiniPointNet(encoder_dim)
+        self.encoder = MiniPointNet(encoder_dim, encoder_hidden)
         self.reduce_dim = nn.Linear(encoder_dim, dim) if encoder_dim != dim else nn.Identity()
         for name in self.class_tokens:
             self.register_parameter(f"{name}_token", nn.Parameter(torch.zeros(1, 1, dim)))

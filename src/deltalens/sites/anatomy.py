@@ -129,6 +129,8 @@ class Tower:
     image_size: (height, width) of the images the model was made for.
     always: sites that are swapped with every adapter, whatever it places: attention modules that read the weight of a
         layer instead of calling it, or that count tokens (rotary embeddings, position biases).
+    untrained: paths of tensors that no pretraining has set (class tokens that a checkpoint lacks); they are trained and
+        saved with every adapter, as a head is.
     resizable: the setting without which this model refuses images of another size, such as
         "dynamic_img_size=True"; empty for a model that takes other sizes as it is.
     """
@@ -150,6 +152,7 @@ class Tower:
     resizable: str = ""
     blocks_count_tokens: bool = False
     root: str = ""
+    untrained: list[str] = field(default_factory=list)
 
     def add(
         self, path: str, module: nn.Module, family: Family, width: int, grid: tuple[int, int] | None = None
@@ -172,7 +175,8 @@ class Anatomy:
 
     heads: paths of the classifier layers, more than one in distilled networks, none without a classifier. outside:
         paths of the modules outside the backbone, where attach was given a submodule; they are trained and saved like
-        a head. outside_tensors: paths of parameters outside the backbone that belong to a module around it.
+        a head. outside_tensors: paths of parameters outside the backbone that belong to a module around it, and of
+        those in it that no pretraining has set.
     canonical: parameter path in this model -> path in the plain classifier of the same architecture, so that
         adapters travel between a classifier and its `features_only` form.
     parts: paths of what is adapted where that is not all of the backbone: the towers that attach was given.
@@ -236,6 +240,7 @@ def prefixed(prefix: str, towers: Iterable[Tower]) -> list[Tower]:
     towers = list(towers)
     for tower in towers:
         tower.root = ".".join(part for part in (prefix, tower.root) if part)
+        tower.untrained = [".".join(part for part in (prefix, path) if part) for path in tower.untrained]
     for site in {id(site): site for tower in towers for site in tower.sites()}.values():
         site.path = ".".join(part for part in (prefix, site.path) if part)
     return towers

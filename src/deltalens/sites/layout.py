@@ -11,6 +11,7 @@ class           stream                   map
 `ChannelsFirst` (B, C, H, W)             the stream, permuted
 `Sequence`      (B, N, C)                none: text, point clouds; a spatial module is an error
 `Words`         (B, N, C)                none: text, whose ends are known
+`Patches`       (B, prefix + G, C)       none: patches of point clouds
 `PlainFirst`    (B, C, ...)              none: volumes and the like; a spatial module is an error
 ==============  =======================  =========================================================
 """
@@ -124,6 +125,30 @@ class Words(Sequence):
 
     def insert(self, x, tokens):
         raise TypeError("texts take no extra tokens in front: mask and pooling count words from there")
+
+
+class Patches(Sequence):
+    """(B, prefix + G, C): class tokens, then G patches of a point cloud, which lie in no grid. What adapters add
+    stands between them. The owner of the tokens records G (`record`)."""
+
+    def __init__(self, prefix: int, count: int):
+        super().__init__(prefix)
+        self.count = count
+
+    def why_no_map(self) -> str:
+        return ": patches of a point cloud lie in no grid"
+
+    def record(self, count: int) -> None:
+        """Called by the owner with the number of patches of the current input."""
+        self.count = count
+
+    def added(self, x):
+        return x.shape[1] - self.count - self.prefix
+
+    def trim(self, x):
+        if self.added(x) <= 0:
+            return x
+        return torch.cat([x[:, : self.prefix], x[:, x.shape[1] - self.count :]], 1)
 
 
 class PlainFirst(Sequence):

@@ -1,0 +1,1 @@
+"""Masked autoencoding of point clouds, which makes points-mini."""
