@@ -11,7 +11,6 @@ import torch
 from reference import SHARED
 
 from deltalens.backbones.names import SOURCE_KEY, Source
-from deltalens.backbones.preprocessing import record
 from deltalens.data.clouds import CloudArrays
 from deltalens.models.point_transformer import PointTransformer
 
@@ -44,20 +43,39 @@ def write_cloud_splits(folder: Path, train: int = 8, val: int = 4, test: int = 4
 
 
 def tiny_points(num_classes: int | None = None, num_points: int = 64) -> PointTransformer:
-    """The same weights every time."""
+    """The same weights every time; batch norms know the clouds' statistics, as in a pretrained model."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = PointTransformer(
-            num_classes or 0, dim=24, depth=2, heads=2, num_groups=12, group_size=8, encoder_dim=24, head="linear"
+            num_classes or 0,
+            dim=24,
+            depth=2,
+            heads=2,
+            num_groups=12,
+            group_size=8,
+            encoder_dim=24,
+            head="linear",
+            num_points=num_points,
         )
-    record(model, {"kind": "points", "num_points": num_points, "normalize": "unit_sphere"})
-    model.__dict__[SOURCE_KEY] = Source(TINY).to_dict()
+        _measure_batch_norms(model)
+    model.eval().__dict__[SOURCE_KEY] = Source(TINY).to_dict()
     return model
 
 
-@pytest.fixture
-def tiny_by_name(monkeypatch):
-    """Within the test the name points/tiny builds that model, wherever backbones are built by name."""
+def _measure_batch_norms(model: PointTransformer) -> None:
+    random = np.random.default_rng(0)
+    clouds = np.stack([ball(random, kind, 64) - 3 for kind in STRETCHES for _ in range(4)])
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+    for norm in norms:
+        norm.momentum = None  # the mean of all batches, and there is one
+    with torch.no_grad():
+        model.train()(torch.from_numpy(clouds))
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+def use_tiny_points(patch: pytest.MonkeyPatch) -> None:
+    """Let the name points/tiny build that model, wherever backbones are built by name."""
     import deltalens
     import deltalens.lifecycle.base_model as base_model
     from deltalens.backbones.names import create_backbone
@@ -67,8 +85,8 @@ def tiny_by_name(monkeypatch):
             return tiny_points(num_classes, **kwargs)
         return create_backbone(name, num_classes=num_classes, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
 
-    monkeypatch.setattr(deltalens, "create_backbone", create, raising=False)
-    monkeypatch.setattr(base_model, "create_backbone", create)
+    patch.setattr(deltalens, "create_backbone", create, raising=False)
+    patch.setattr(base_model, "create_backbone", create)
 
 
 def modelnet10(split: str, count: int | None = None, points: int = 1024) -> tuple[CloudArrays, list[str]]:

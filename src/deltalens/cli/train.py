@@ -47,6 +47,12 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--checkpoint", type=str | None, default=None, help="weights file of the backbone, instead of the hub's")
     add("--img-size", type=int | None, default=None, help="input size in pixels, where the model allows another")
     add(
+        "--normalize",
+        type=Literal["unit_sphere", "none"] | None,
+        default=None,
+        help="of clouds: centre and scale them into the unit sphere, or not; null for what the model expects",
+    )
+    add(
         "--num-points",
         type=int | None,
         default=None,
@@ -289,6 +295,7 @@ def build_task(options: dict[str, Any], methods: list, data):
         len(data.class_names),
         options["img_size"],
         options["num_points"],
+        options["normalize"],
         pretrained=options["pretrained"],
         checkpoint=options["checkpoint"],
         **texts,
