@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from .clip.card import section as clip_section
+from .points.card import section as points_section
 
 CARD = """\
 # Weights shipped with deltalens
 
-Three small backbones for tests, demonstrations, teaching and research without a download. Two are images alone:
+Four small backbones for tests, demonstrations, teaching and research without a download. Two are for images alone:
 `import deltalens.backbones.shipped` registers them with timm; they are timm's own `SwinTransformer` and
-`VisionTransformer`. The third has images and texts: [below](#clip-mini).
+`VisionTransformer`. The third reads images and texts: [below](#clip-mini); the fourth point clouds:
+[below](#points-mini).
 
 ```python
 model = timm.create_model("deltalens_swin_mini", pretrained=True, num_classes=10)
@@ -40,7 +42,7 @@ deploy them.
 {recipes}
 
 Made by `python -m tools.pretrain` of the source repository, which can train them again, longer, or on a GPU.
-{clip}
+{clip}{points}
 ## Terms
 
 Tiny ImageNet derives from ImageNet, whose terms allow non-commercial research and education only; the images
@@ -67,7 +69,8 @@ def render(models: list[dict[str, Any]]) -> str:
     return CARD.format(
         rows="\n".join(_row(facts) for facts in of_timm),
         recipes="\n".join(_recipe(facts) for facts in of_timm),
-        clip="".join(clip_section(facts) for facts in models if "timm_name" not in facts),
+        clip="".join(clip_section(facts) for facts in models if facts.get("library") == "open_clip"),
+        points="".join(points_section(facts) for facts in models if facts.get("kind") == "points"),
     )
 
 
