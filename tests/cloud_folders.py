@@ -112,7 +112,7 @@ def _surface(grid: np.ndarray, points: int, random: np.random.Generator) -> np.n
     voxels = np.argwhere(padded & ~inner)
     chosen = voxels[random.permutation(np.resize(np.arange(len(voxels)), max(points, len(voxels))))[:points]]
     x, y, z = (chosen + random.random((points, 3))).astype(np.float32).T
-    return np.stack([x, z, y], 1)
+    return np.stack([x, z, -y], 1)
 
 
 def _names() -> list[str]:

@@ -168,8 +168,8 @@ def test_augmentation_of_images_is_refused_for_clouds_and_the_other_way_round():
 def test_solids_are_on_their_surfaces_and_repeat():
     data = make_solids(20, 128)
     assert data.class_names == CLASS_NAMES
-    assert (len(data.train), len(data.val), len(data.test)) == (20, 150, 300)
-    assert np.bincount(data.test.labels).tolist() == [30] * 10
+    assert (len(data.train), len(data.val), len(data.test)) == (20, 50, 200)
+    assert np.bincount(data.test.labels).tolist() == [20] * 10
     more = make_solids(30, 128)
     assert torch.equal(data.train.cloud(7), more.train.cloud(7))
     assert torch.equal(data.test.cloud(7), more.test.cloud(7))

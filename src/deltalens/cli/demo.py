@@ -43,8 +43,8 @@ POINTS_DEFAULTS = {
     "model": "deltalens/points-mini",
     "img_size": None,
     "methods": ["linear", "lora", "vpt", "adaptformer", "full"],
-    "epochs": 10,
-    "train_images": 200,
+    "epochs": 8,
+    "train_images": 150,
 }
 DEFAULTS_OF = {"clip": CLIP_DEFAULTS, "points": POINTS_DEFAULTS}
 

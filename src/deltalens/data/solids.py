@@ -38,7 +38,7 @@ SOLIDS = {
     "prism": (((0.0, 0.9), (1.0, 0.9), (1.0, -0.9), (0.0, -0.9)), 3),
 }
 CLASS_NAMES = tuple(SOLIDS)
-VAL_CLOUDS, TEST_CLOUDS = 15, 30  # of each class
+VAL_CLOUDS, TEST_CLOUDS = 5, 20  # of each class
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Solids:
     class_names: tuple[str, ...] = field(default=CLASS_NAMES)
 
 
-def make_solids(train_clouds: int = 200, points: int = 1024, seed: int = 0) -> Solids:
-    """`train_clouds` for training, as equal a number of every class as there are, 150 for validation, 300 for the
+def make_solids(train_clouds: int = 150, points: int = 1024, seed: int = 0) -> Solids:
+    """`train_clouds` for training, as equal a number of every class as there are, 50 for validation, 200 for the
     test. points: of each cloud. The same numbers give the same clouds; val and test depend on `points` and seed alone.
 
     Raises ValueError for less than one training cloud of each class.

@@ -65,8 +65,8 @@ class PointsSettings(DemoSettings):
 
     model: str = "deltalens/points-mini"
     methods: tuple[str, ...] = ("linear", "lora", "vpt", "adaptformer", "full")
-    epochs: int = 10
-    train_images: int = 200
+    epochs: int = 8
+    train_images: int = 150
 
 
 class PointsContest(Contest):
