@@ -99,7 +99,8 @@ def test_predict_takes_such_a_folder(finished, tmp_path, capsys):
 
     Image.fromarray(few(48, 1).test.images[0]).save(tmp_path / "shape.png")
     assert main(["predict", str(finished[0] / "mma"), str(tmp_path / "shape.png")]) == 0
-    assert any(name in capsys.readouterr().out for name in few(48, 1).class_names)
+    shown = capsys.readouterr().out
+    assert any(name in shown for name in few(48, 1).class_names)
 
 
 # ------------------------------------------------------------------ options

@@ -123,6 +123,7 @@ def test_without_open_clip_the_error_says_what_to_install(monkeypatch):
     assert mini.NAME not in dl.list_models("deltalens/*")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_in_another_process(tmp_path):
     torch.manual_seed(0)
     model = dl.create_backbone(mini.NAME, class_names=["goldfish", UNSEEN[0]], templates="art of the {}.")

@@ -161,7 +161,7 @@ def test_what_does_not_go_together(world, trained, capsys):
     words = [*TRAIN, "--method", "linear", "--output", "no"]
     assert "min_crop has no meaning for point clouds" in fails(capsys, [*words, "--min-crop", "0.8"])
     assert "unknown augmentation of clouds 'flip'" in fails(capsys, [*words, "--cloud-augment", "scale+flip"])
-    assert "takes clouds, which have no --img-size" in fails(capsys, [*words, "--img-size", "32"])
+    assert "--img-size is the edge of images: leave it out" in fails(capsys, [*words, "--img-size", "32"])
     assert "--num-points must be positive" in fails(capsys, [*words, "--num-points", "0"])
     data = ["--data", "pictures"]
     assert "the data are images and the model takes point clouds" in fails(capsys, [*words, *data])

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import deltalens as dl
 from deltalens.backbones.points import hub_names
+from deltalens.cli.main import main
 from deltalens.models.point_mae import PointMAE
 from deltalens.models.point_transformer import PointTransformer
 
@@ -227,3 +228,13 @@ def test_a_head_for_other_classes_is_of_the_same_kind():
     assert model.eval()(X).shape == (2, 4)
     assert count.head == 48 * 256 + 256 + 512 + 256 * 256 + 256 + 512 + 256 * 4 + 4
     assert count.adapter == 0
+
+
+def test_inspect_shows_a_point_model(capsys):
+    arguments = ["inspect", "--model", "points/point-mae", "--method", "adaptformer", "--num-classes", "15"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "input clouds of 2,048 points" in shown
+    assert "blocks.blocks" in shown
+    assert main([*arguments, "--img-size", "224"]) != 0
+    assert "reads clouds of points, and --img-size is the edge of images" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from deltalens.cli.main import main
 from deltalens.data import ReadOptions, eval_transform, read_data
 from deltalens.studies.harmonic_mean import harmonic_mean
 from deltalens.studies.study_latex import to_latex
+from deltalens.studies.study_plots import halves_plots, method_numbers, write_plots
 from deltalens.studies.study_reader import read_study
 from deltalens.studies.study_report import write_study_report
 from deltalens.studies.transfer_table import transfer_tables
@@ -186,6 +187,18 @@ def test_published_numbers_stand_below_and_apart(made_up, tmp_path):
         assert "79.87" in written
         assert "published, base" not in written
     assert best_of(flowers)[0] in text
+
+
+def test_base_and_novel_are_drawn_with_the_reference_dashed(made_up, tmp_path):
+    grid, table = made_up
+    (svg,) = halves_plots(table, method_numbers(table.cells)).values()
+    assert svg.count('class="c4 reference"') == 1
+    assert svg.count("reference") == 1
+    assert "Mona" not in svg  # without a number on pets
+    files = {path.name for path in write_plots(table, tmp_path / "plots", "x")}
+    assert "ViT-S-base-to-novel.svg" in files
+    write_study_report(grid, table, tmp_path / "report.html")
+    assert "<h2>Base and novel classes</h2>" in (tmp_path / "report.html").read_text()
 
 
 def best_of(found) -> list[str]:

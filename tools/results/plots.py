@@ -8,7 +8,7 @@ from deltalens.studies.cells import Cell
 from deltalens.studies.plots import HEIGHT, WIDTH
 from deltalens.studies.study import Study, folder_name
 from deltalens.studies.study_panels import image_panels, panel_plot
-from deltalens.studies.study_plots import SIZE, curves_plot, method_numbers, parameters_plot, standalone
+from deltalens.studies.study_plots import SIZE, curves_plot, halves_plots, method_numbers, parameters_plot, standalone
 from deltalens.studies.study_report_plots import task_figures
 from deltalens.studies.study_table import StudyTable
 
@@ -52,4 +52,10 @@ def _images(table: StudyTable, study: Study) -> dict[str, str | None]:
     return {name: standalone(svg, SIZE) if svg else None for name, svg in drawn.items()}
 
 
-KINDS = {"parameters": _parameters, "curves": _curves, "tasks": _tasks, "images": _images}
+def _halves(table: StudyTable, study: Study) -> dict[str, str | None]:
+    """Novel against base classes, for every backbone."""
+    drawn = halves_plots(table, method_numbers(table.cells))
+    return {folder_name(backbone): standalone(svg, (WIDTH, HEIGHT)) for backbone, svg in drawn.items()}
+
+
+KINDS = {"halves": _halves, "parameters": _parameters, "curves": _curves, "tasks": _tasks, "images": _images}

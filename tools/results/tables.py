@@ -33,6 +33,12 @@ TABLES = {
             "20 min",
             {"images": "Test accuracy over training images"},
         ),
+        Table(
+            "clip",
+            {"caltech": "cls/caltech101"},
+            "1 h",
+            {"halves": "Test accuracy on novel classes against that on base classes"},
+        ),
         Adapters(),
     )
 }

@@ -12,6 +12,15 @@ from torch import Tensor
 Tokenizer = Callable[[list[str]], Tensor]  # texts -> token ids (n, L), padded to the context length
 Descriptions = Mapping[str, tuple[str, ...]]  # class -> its sentences
 TEMPLATE = "a photo of a {}."
+IMAGENET_SELECT = (  # the seven of those published with CLIP that suit ImageNet together
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,11 +77,11 @@ def _of_timm(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def input_text(preprocessing: dict[str, Any]) -> str:
-    """The size of an input in words: "3x224x224", "1024 points"."""
+def input_in_words(preprocessing: dict[str, Any]) -> str:
+    """ "3x224x224", or "clouds of 1,024 points"."""
     if preprocessing.get("kind") == "points":
-        return f"{preprocessing['num_points']} points"
-    return "x".join(str(size) for size in preprocessing["input_size"])
+        return f"clouds of {preprocessing['num_points']:,} points"
+    return "x".join(map(str, preprocessing["input_size"]))
 
 
 def crop_share(crop: int, resized: int) -> float:

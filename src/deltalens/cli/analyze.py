@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from deltalens.cli.analyze_layers import TEMPLATES, run_layers
+from deltalens.cli.analyze_layers import run_layers
 from deltalens.cli.method_options import MODEL_HELP
+from deltalens.cli.repeated import gather
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -57,9 +58,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add(
         "--templates",
-        type=list[str] | str,
-        default=list(TEMPLATES),
-        help="layers: texts of the classes, 'a photo of a {}.', or a list of such",
+        type=list[str] | str | None,
+        default=None,
+        help="layers: texts of the classes, 'a photo of a {}.', or a list of such; by default seven",
     )
     add("--seeds", type=list[int], default=[0, 1, 2], help="layers: draws of samples and of what is held out")
     add(
@@ -83,14 +84,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def translate(argv: list[str]) -> list[str]:
     """Gather the words of an option that was given several times into one list."""
-    rest, words = [], iter(argv)
-    found: dict[str, list[str]] = {"--data": [], "--format": []}
-    for word in words:
-        option, equals, value = word.partition("=")
-        if option in found and (equals or (value := next(words, ""))):
-            found[option].append(value)
-        else:
-            rest.append(word)
+    rest, found = gather(argv, ("--data", "--format"))
     for option, values in found.items():
         if values:
             rest += [option, values[0] if len(values) == 1 else json.dumps(values)]

@@ -13,17 +13,6 @@ if TYPE_CHECKING:
     from deltalens.data.assemble import Images
     from deltalens.studies.recognition import StageAccuracy
 
-# the seven of the many that CLIP was published with which do best together on ImageNet
-TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
-
 FEW = 10  # classes held out of each dataset
 
 
@@ -146,11 +135,13 @@ def _of_images(args: Namespace, model: nn.Module, device: torch.device, read: di
 
 
 def _of_texts(args: Namespace, model: Any, read: dict[str, Splits]) -> list[StageAccuracy]:
+    from deltalens.backbones.class_prompts import IMAGENET_SELECT
     from deltalens.studies.layer_features import text_stages
     from deltalens.studies.recognition import Draws, recognition
 
     own = [module.template for module in model.live("text.context") if getattr(module, "template", None)]
-    templates = own[-1:] or ([args.templates] if isinstance(args.templates, str) else list(args.templates))
+    asked = IMAGENET_SELECT if args.templates is None else args.templates
+    templates = own[-1:] or ([asked] if isinstance(asked, str) else list(asked))
     if own:
         print(f"texts: the adapter has words of its own, so that each class has one text, {own[-1]!r}")
     sizes = tuple(len(splits.class_names) for splits in read.values())

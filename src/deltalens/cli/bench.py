@@ -4,7 +4,8 @@ the frozen backbone and full fine-tuning, all in one run.
 Contenders run in turns (A B C D, A B C D, ...) on random weights with dropout 0; a ratio is the median over the rounds
 of the ratios within a round. A training step is forward and backward; "saved MB" is what autograd keeps for backward,
 each storage once, without parameters. On a GPU the peak memory of a step is shown too. Targets are checked for the
-models they are stated for: VPT-deep on ViT-B/16, Mona on Swin-T, attaching and files on ViT-L, MMA on CLIP ViT-B/16.
+models they are stated for: VPT-deep on ViT-B/16, Mona on Swin-T, attaching and files on ViT-L, MMA on CLIP ViT-B/16,
+patches on Point-MAE.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 PARTS = ("vpt", "mona", "lifecycle")  # those that run where none is named
-FURTHER = ("clip", "prompts")
+FURTHER = ("clip", "prompts", "points")
 
 
 HELP = (
     "what to measure; vpt, mona and lifecycle where none is named; clip is MMA, CoOp and CoCoOp on a two-tower model, "
-    "which needs open_clip; prompts is VPT's cost table over prompt lengths"
+    "which needs open_clip; prompts is VPT's cost table over prompt lengths; points is the making of patches of point "
+    "clouds"
 )
 
 
@@ -32,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("parts", nargs="*", type=Literal[(*PARTS, *FURTHER)], default=list(PARTS), help=HELP)
     add("--model", type=str | None, help="instead of a part's own model; vpt needs a ViT with a class token")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
-    add("--batch-size", type=int | None, help="images in a batch; null for 4, in clip 16")
+    add("--batch-size", type=int | None, help="images in a batch; null for 4, in clip 16, in points 32")
     add("--classes", type=int | None, help="classes of clip, each a text; null for 100")
     add("--rounds", type=int, default=7, help="interleaved rounds of training steps, twice as many of inference")
     add("--threads", type=int | None, help="processor threads; null for torch's choice")
@@ -56,7 +58,7 @@ def run(args: Namespace) -> int:
     import torch
 
     from deltalens.lifecycle.atomic import write_text
-    from deltalens.studies import bench_report, benchmarks, clip_bench, lifecycle_bench, prompt_bench
+    from deltalens.studies import bench_report, benchmarks, clip_bench, lifecycle_bench, point_bench, prompt_bench
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -72,6 +74,7 @@ def run(args: Namespace) -> int:
         "lifecycle": lifecycle_bench.bench_lifecycle,
         "clip": clip_bench.bench_clip,
         "prompts": prompt_bench.bench_prompts,
+        "points": point_bench.bench_points,
     }
     reports = []
     with benchmarks.threads(args.threads):

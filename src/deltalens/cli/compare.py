@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from deltalens.cli import recipes
+from deltalens.cli.repeated import gather
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,14 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def translate(argv: list[str]) -> list[str]:
     """Gather the words of several `--data` into one, which argparse would take the last of; `--only` the same."""
-    rest, words = [], iter(argv)
-    found: dict[str, list[str]] = {"--data": [], "--only": []}
-    for word in words:
-        option, equals, value = word.partition("=")
-        if option in found and (equals or (value := next(words, ""))):
-            found[option].append(value)
-        else:
-            rest.append(word)
+    rest, found = gather(argv, ("--data", "--only"))
     return rest + [word for option, values in found.items() if values for word in (option, *values)]
 
 

@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Attach to the untrained architecture and print."""
     import deltalens as dl
-    from deltalens.backbones.preprocessing import input_text
+    from deltalens.backbones.preprocessing import input_in_words
     from deltalens.cli.method_options import read_methods
     from deltalens.cli.sized_backbone import create_sized_backbone
 
@@ -63,7 +63,7 @@ def run(args: Namespace) -> None:
         model, preprocessing = create_sized_backbone(args.model, None, args.img_size, pretrained=False, **texts)
     anatomy = dl.describe(model, only=args.tower)
     dl.attach(model, methods, tower=args.tower)
-    print(f"model     {args.model} ({type(model).__name__}), input {input_text(preprocessing)}")
+    print(f"model     {args.model} ({type(model).__name__}), input {input_in_words(preprocessing)}")
     for method in methods:
         print(f"method    {method}")
     for tower in anatomy.towers:

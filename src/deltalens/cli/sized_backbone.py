@@ -44,7 +44,9 @@ def create_sized_backbone(
         raise ValueError(f"{name} cannot be built for --img-size {img_size}: {error}") from error
     preprocessing = dl.preprocessing(model)
     if kind_of(preprocessing) == POINTS:
-        raise ValueError(f"{name} takes clouds, which have no --img-size: see --num-points")
+        raise ValueError(
+            f"{name} reads clouds of points, and --img-size is the edge of images: leave it out, or see --num-points"
+        )
     _check_patches(model, name, img_size)
     preprocessing["input_size"] = [preprocessing["input_size"][0], img_size, img_size]
     _try(model, name, preprocessing["input_size"])

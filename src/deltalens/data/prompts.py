@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltalens.backbones.class_prompts import IMAGENET_SELECT as IMAGENET_SELECT
 from deltalens.data.coop_lists import spoken
 
 PHOTO = "a photo of a {}."
@@ -32,15 +33,6 @@ TEMPLATES = {
     "imagenet-adversarial": PHOTO,
     "imagenet-rendition": PHOTO,
 }
-IMAGENET_SELECT = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
 
 
 def fill(templates: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from deltalens.backbones.preprocessing import input_in_words
+
 _TEMPLATE = """---
 library_name: deltalens
 {base}pipeline_tag: {tag}
@@ -31,7 +33,7 @@ model = dl.from_pretrained("path/to/this/folder")  # backbone, adapter, head, pr
 ```
 
 ```bash
-deltalens predict path/to/this/folder image.jpg
+deltalens predict path/to/this/folder {example}
 ```
 
 {peft}## Settings
@@ -44,19 +46,12 @@ deltalens predict path/to/this/folder image.jpg
 _TAGS = {"classification": "image-classification"}
 
 
-def _tag(info: dict[str, Any], preprocessing: dict[str, Any]) -> str:
-    """The hub's name of the task; it has none for clouds."""
-    if preprocessing.get("kind") == "points":
-        return "other"
-    return _TAGS.get(info.get("task", "classification"), "image-feature-extraction")
-
-
 def _input_rows(preprocessing: dict[str, Any]) -> list[tuple[str, str]]:
     if preprocessing.get("kind") == "points":
         normalised = ", scaled into the unit sphere" if preprocessing.get("normalize") == "unit_sphere" else ""
-        return [("input", f"clouds of {preprocessing['num_points']:,} points{normalised}")]
+        return [("input", input_in_words(preprocessing) + normalised)]
     return [
-        ("input", "x".join(str(size) for size in preprocessing["input_size"])),
+        ("input", input_in_words(preprocessing)),
         ("mean, std", f"{_numbers(preprocessing['mean'])}, {_numbers(preprocessing['std'])}"),
     ]
 
@@ -74,6 +69,7 @@ def model_card(config: dict[str, Any]) -> str:
         rows.append(("with the head", f"{count['adapter'] + count['head']:,} ({count['percent_with_head']:.3f} %)"))
     preprocessing = {**base, **(info.get("preprocessing") or {})}
     rows += _input_rows(preprocessing)
+    of_points = preprocessing.get("kind") == "points"
     if info.get("class_names"):
         shown = ", ".join(info["class_names"][:20]) + (" ..." if len(info["class_names"]) > 20 else "")
         rows.append((f"{len(info['class_names'])} classes", shown))
@@ -81,7 +77,8 @@ def model_card(config: dict[str, Any]) -> str:
         rows.append((key, f"{value:.4f}" if isinstance(value, float) else value))
     return _TEMPLATE.format(
         base=_on_the_hub(name, base.get("library")),
-        tag=_tag(info, preprocessing),
+        example="cloud.npy" if of_points else "image.jpg",
+        tag="other" if of_points else _TAGS.get(info.get("task", "classification"), "image-feature-extraction"),
         method_tags="\n".join(f"- {method}" for method in methods),
         title=f"{' + '.join(methods)} adapter for {name}",
         summary="A parameter-efficient adapter: the frozen backbone is not part of this folder.",

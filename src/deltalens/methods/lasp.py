@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltalens.backbones.class_prompts import IMAGENET_SELECT
 from deltalens.backbones.two_towers import two_towers_of
 from deltalens.backbones.zero_shot import ZeroShotClassifier
 from deltalens.methods.base import Method, Placement, register, setting
@@ -23,13 +24,7 @@ TEMPLATES = (
     "a centered satellite photo of {}.",
     "a photo of a {}, a type of aircraft.",
     "{} texture.",
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
+    *IMAGENET_SELECT,
     "a photo of a {}.",
     "a photo of many {}.",
     "a photo of the hard to see {}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,7 +175,7 @@ class BaseToNovel(Contest):
             model.set_classes(self.novel_names)
             novel = self._answers(ClassificationTask(model, self.novel_names), self.novel)
         except ValueError as error:  # what belongs to its classes says so
-            refusal = str(error).partition(":")[0]
+            refusal = re.sub(r" \([^)]*\)", "", str(error).partition(":")[0])  # without the names in brackets
         model.set_classes(self.class_names)
         run = ClipRun(
             method=label,
@@ -275,5 +276,7 @@ def _conditions(settings: ClipSettings, data: DrawnClasses, command: str) -> dic
         f"seed {settings.seed}; the last epoch counts",
         "Learning rates": f"each method's {found} on the base classes' validation pictures; "
         "Tip-Adapter's alpha and beta likewise, in each run; test pictures and novel classes have no part in it",
+        "Measured": "shares are of both towers with the whole token table; time: training and validation, on "
+        "a machine that may have had other work",
         **here_and_now(),
     }

@@ -10,13 +10,15 @@ from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.cells import Cell
 from deltalens.studies.figure import page_colours
 from deltalens.studies.labels import short_name
-from deltalens.studies.plots import COLOURS, Line, Point, lines, scatter
+from deltalens.studies.plots import COLOURS, HEIGHT, WIDTH, Line, Point, lines, scatter
+from deltalens.studies.plots_compare import TwoTasks, task_scatter
 from deltalens.studies.plots_storage import storage_plot
 from deltalens.studies.results import count_text
 from deltalens.studies.storage import study_storage
 from deltalens.studies.study import folder_name
 from deltalens.studies.study_panels import image_panels, panel_plot, size_panels
 from deltalens.studies.study_table import StudyTable, accuracy_title
+from deltalens.studies.transfer_table import halves
 
 SIZE = (720, 440)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
@@ -38,6 +40,8 @@ def write_plots(table: StudyTable, folder: str | os.PathLike, x_title: str) -> l
     for panel in [*image_panels(table), *size_panels(table)]:
         svg = panel_plot(panel, numbers, SIZE)
         written += [_write(folder, panel.name, svg, SIZE)] if svg is not None else []
+    for backbone, svg in halves_plots(table, numbers).items():
+        written.append(_write(folder, f"{folder_name(backbone)}-base-to-novel", svg, (WIDTH, HEIGHT)))
     for backbone, rows in study_storage(table.cells, table.sources).items():
         svg, size = storage_plot(rows, numbers)
         written.append(_write(folder, f"{folder_name(backbone)}-storage", svg, size))
@@ -66,6 +70,28 @@ def parameters_plot(cells: Sequence[Cell], numbers: Mapping[str, int], size: tup
         return None
     title = accuracy_title(cells)
     return scatter(points, "trained parameters, head included", title, count_text, size, to_hundred=False)
+
+
+def halves_plots(table: StudyTable, numbers: Mapping[str, int]) -> dict[str, str]:
+    """Backbone -> novel against base classes, a point for each method that has both; dashed: the reference row."""
+    drawn = {}
+    for backbone, found in halves(table).items():
+        points = [
+            TwoTasks(
+                short_name(label),
+                base.value,
+                novel.value,
+                base.spread,
+                novel.spread,
+                numbers[label],
+                label == table.reference,
+            )
+            for label, (base, novel, _) in found.body.items()
+            if base.value is not None and novel.value is not None
+        ]
+        if points:
+            drawn[backbone] = task_scatter(points, "base classes: test accuracy, %", "novel classes: test accuracy, %")
+    return drawn
 
 
 def curves_plot(cells: Sequence[Cell], x_title: str, numbers: Mapping[str, int]) -> str | None:

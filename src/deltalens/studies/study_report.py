@@ -21,7 +21,7 @@ from deltalens.studies.storage import storage_table, study_storage
 from deltalens.studies.study import Study
 from deltalens.studies.study_details import Details, read_details
 from deltalens.studies.study_panels import image_panels, size_panels
-from deltalens.studies.study_plots import method_numbers
+from deltalens.studies.study_plots import halves_plots, method_numbers
 from deltalens.studies.study_report_examples import example_sections
 from deltalens.studies.study_report_plots import (
     MOST_TASKS,
@@ -54,6 +54,7 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
     sections = [
         _head(table, study, details),
         *_transfer(table, numbers),
+        _figures("Base and novel classes", _HALVES, list(halves_plots(table, numbers).items())),
         _overview(table, numbers),
         *_vtab(table, numbers),
         _figures(
@@ -81,6 +82,9 @@ def render_study_report(table: StudyTable, study: Study, details: Details) -> st
     )
 
 
+_HALVES = (
+    "Up and to the right is better; bars are one standard deviation. Dashed: the row that others are compared with."
+)
 _CURVES_OVER = "Mean over seeds; bars are one standard deviation. plots/ has these too."
 _CURVES = "Mean over seeds of the final runs; bands are one standard deviation."
 

@@ -45,6 +45,7 @@ class StudyTable:
     published: tuple[Published, ...] = ()
     base_to_novel: bool = False
     targets: tuple[str, ...] = ()
+    reference: str | None = None  # the row that others are compared with
 
     @property
     def published_here(self) -> tuple[Published, ...]:
@@ -128,6 +129,7 @@ def read_table(grid: Grid) -> StudyTable:
         study.published,
         study.base_to_novel,
         tuple(target.name for target in study.targets),
+        study.reference_label,
     )
 
 

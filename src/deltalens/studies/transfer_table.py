@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deltalens.studies.study_table import StudyTable
 
 AVERAGE = "average"
+HEADER = ("base", "novel", "H")
 HALVES = (
     "Trained on the base classes, the first half; novel: test images of the other half, classified among its names "
     "alone. H: the harmonic mean of the means."
@@ -46,6 +47,7 @@ class TransferTable:
     note: str
     header: tuple[str, ...]
     body: Mapping[str, tuple[Score, ...]]
+    backbone: str = ""
     published: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def best(self) -> list[float | None]:
@@ -69,6 +71,15 @@ def transfer_tables(table: StudyTable) -> list[TransferTable]:
             found += _halves(backbone, cells, table.sources, published)
         if table.targets:
             found += _targets(backbone, cells, table.targets, published)
+    return found
+
+
+def halves(table: StudyTable) -> dict[str, TransferTable]:
+    """Backbone -> its first table of base and novel classes: the average where there are several datasets."""
+    found: dict[str, TransferTable] = {}
+    for each in transfer_tables(table) if table.base_to_novel else ():
+        if each.header == HEADER:
+            found.setdefault(each.backbone, each)
     return found
 
 
@@ -109,7 +120,7 @@ def _halves(
             row = {label: _average([c for c in each if c.dataset in names]) for label, each in _by_label(cells).items()}
             shown = () if amount else _published_halves(published, MEAN)
             title = f"Base to novel, {backbone}: average of {len(names)} datasets{amount.replace('@', ', ')}"
-            yield TransferTable(title, HALVES + _refusals(cells), ("base", "novel", "H"), row, shown)
+            yield TransferTable(title, HALVES + _refusals(cells), HEADER, row, backbone, shown)
     for dataset in datasets:
         own = [cell for cell in cells if cell.dataset == dataset]
         row = {cell.variant.label: _pair(_base(cell), _elsewhere(cell, NOVEL)) for cell in own}
@@ -117,8 +128,9 @@ def _halves(
         yield TransferTable(
             f"Base to novel, {backbone}: {dataset}",
             note,
-            ("base", "novel", "H"),
+            HEADER,
             row,
+            backbone,
             _published_halves(published, dataset),
         )
 
@@ -173,7 +185,7 @@ def _targets(
         note += f"Average: of the {len(targets)} others." + _refusals(own)
         header = (dataset, *targets, AVERAGE)
         shown = tuple(_published_targets(published, dataset, targets))
-        yield TransferTable(f"From {dataset} to other datasets, {backbone}", note, header, body, shown)
+        yield TransferTable(f"From {dataset} to other datasets, {backbone}", note, header, body, backbone, shown)
 
 
 def _mean_over(scores: Sequence[Score]) -> Score:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
@@ -63,4 +63,8 @@ class RateSchedule:
 
     def scheduler(self, optimizer: Optimizer, peaks: Sequence[float]) -> LambdaLR:
         """To be stepped after every optimiser step. peaks: of the optimiser's groups."""
-        return LambdaLR(optimizer, [lambda step, peak=peak: self.factor(step, peak) for peak in peaks])
+
+        def of(peak: float) -> Callable[[int], float]:
+            return lambda step: self.factor(step, peak)
+
+        return LambdaLR(optimizer, [of(peak) for peak in peaks])

@@ -9,18 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from deltalens.backbones.class_prompts import IMAGENET_SELECT
 from deltalens.data.drawn_shapes import COLOURS, FLAT, HELD_OUT, SHAPES, TEXTURES, Look, draw_all
 
-# the seven of "Learning transferable visual models": published as those that suit ImageNet together
-IMAGENET_TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
 MORE_TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
@@ -98,12 +89,12 @@ class Captions:
 
     def vocabulary(self) -> list[str]:
         """Texts that have every token of every caption."""
-        templates = (*IMAGENET_TEMPLATES, *MORE_TEMPLATES, *DRAWN_TEMPLATES)
+        templates = (*IMAGENET_SELECT, *MORE_TEMPLATES, *DRAWN_TEMPLATES)
         shown = [*TEXTURES, *COLOURS, *SHAPES, ANY_SHAPE]
         return [name for each in self.names for name in each] + [t.replace("{}", "") for t in templates] + shown
 
     def of(self, labels: torch.Tensor, rng: random.Random) -> Texts:
-        template = rng.choice(IMAGENET_TEMPLATES + MORE_TEMPLATES)
+        template = rng.choice(IMAGENET_SELECT + MORE_TEMPLATES)
         texts = [template.replace("{}", self._name(each, rng)) for each in self.names]
         classes = len(texts)
         columns: dict[frozenset, int] = {}

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deltalens.backbones.class_prompts import IMAGENET_SELECT
 from deltalens.data.drawn_shapes import HELD_OUT, TEXTURES, Look
 
 from ..augment import for_evaluation
-from .captions import IMAGENET_TEMPLATES
 from .towers import encode_texts
 
 Tokens = Callable[[Sequence[str]], torch.Tensor]
@@ -19,7 +19,7 @@ def photograph_accuracy(
     clip: nn.Module, tokens: Tokens, images: torch.Tensor, labels: torch.Tensor, names: Sequence[str]
 ) -> dict[str, float]:
     """Percentages among all classes, with the mean text features of the seven published templates."""
-    return _accuracy(clip, tokens, images, labels, names, IMAGENET_TEMPLATES)
+    return _accuracy(clip, tokens, images, labels, names, IMAGENET_SELECT)
 
 
 def drawn_accuracy(clip: nn.Module, tokens: Tokens, pictures: torch.Tensor, looks: Sequence[Look]) -> dict[str, float]:

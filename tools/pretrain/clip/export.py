@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from deltalens.backbones.class_prompts import IMAGENET_SELECT
 from deltalens.backbones.open_clip import mini
 
 from .. import card, checkpoint
 from ..data import class_names, load_split
-from .captions import DRAWN_TEMPLATES, IMAGENET_TEMPLATES, MORE_TEMPLATES, drawn_pictures
+from .captions import DRAWN_TEMPLATES, MORE_TEMPLATES, drawn_pictures
 from .evaluate import drawn_accuracy, photograph_accuracy
 
 NOT_RECIPE = {"command", "data", "output", "resume", "threads", "log_steps", "save_minutes", "held_out_pictures"}
@@ -70,8 +71,8 @@ def describe(state: dict[str, Any], data: Path) -> dict[str, Any]:
         "config": mini.CONFIG,
         **{split: photograph_accuracy(clip, tokens, *load_split(data, split), names) for split in ("val", "test")},
         "held_out_drawings": drawn_accuracy(clip, tokens, *held_out),
-        "templates": list(IMAGENET_TEMPLATES),
-        "training_templates": [*IMAGENET_TEMPLATES, *MORE_TEMPLATES],
+        "templates": list(IMAGENET_SELECT),
+        "training_templates": [*IMAGENET_SELECT, *MORE_TEMPLATES],
         "drawing_templates": list(DRAWN_TEMPLATES),
         "epochs": round(state["epochs"], 2),
         "schedule_done": round(min(1.0, max(done, state["epochs"] / args["epochs"])), 3),

@@ -14,7 +14,7 @@ logits = model(clouds)  # (B, {num_points:,}, 3), in the unit ball
 
 | parameters | clouds | linear SVM, val / test | untrained | largest class | epochs |
 |---|---|---|---|---|---|
-| {parameters:.2f} M | {num_points:,} points | {val:.1f} / {test:.1f} % | {val_0:.1f} / {test_0:.1f} % | {val_c:.1f} / {test_c:.1f} % | {epochs:.1f}{unfinished} |
+| {row} |
 
 * {num_groups} patches of {group_size} points, embed dim {dim}, {depth} blocks, {heads} heads, a class token, a linear
   head on class token and maximum over the patches. The file is float16, loaded as float32, and holds no head.
@@ -22,13 +22,13 @@ logits = model(clouds)  # (B, {num_points:,}, 3), in the unit ball
   surface voxels of each. Val ({val_n}) and test ({test_n}) shapes were not trained on.
 * **Proof.** The accuracies are those of a linear SVM (C = 0.01, nothing searched) on frozen, standardised features of
   one cloud per shape, fitted on the training shapes with labels; beside it the same on an untrained network, and the
-  share of the largest class, which is chance. The shapes all stand upright and face the same way. Shapes this coarse are
-  not the published ModelNet10: do not compare the numbers with papers.
+  share of the largest class, which is chance. The shapes all stand upright and face the same way. Shapes this coarse
+  are not the published ModelNet10: do not compare the numbers with papers.
 * **Loss.** Point-MAE's: {mask:.0f} % of the patches are hidden and rebuilt, Chamfer distance L2, with a decoder of
   {decoder} blocks. Unlike there the class token is pretrained, too.
 * **Recipe.** {opt}, batch {batch}, peak learning rate {lr:g}, weight decay {decay:g}, cosine with warm-up over
-  {epochs:.1f} epochs, EMA {ema:g}; random turn about the upright axis, stretching of each axis by up to {scale:g}, shift
-  by up to {shift:g}. {minutes:.0f} minutes on a third of one CPU core.
+  {epochs:.1f} epochs, EMA {ema:g}; random turn about the upright axis, stretching of each axis by up to {scale:g},
+  shift by up to {shift:g}. {minutes:.0f} minutes on a third of one CPU core.
 * **Terms.** Princeton ModelNet is for academic use; none of its shapes is contained here. As above, the weights are
   offered for tests, demonstrations and research.
 """
@@ -39,16 +39,16 @@ def section(facts: dict[str, Any]) -> str:
     recipe, config, shapes = facts["recipe"], facts["config"], facts["shapes"]
     trained, untrained, chance = facts["linear_svm"], facts["linear_svm_untrained"], facts["largest_class"]
     return POINTS.format(
+        row=" | ".join(
+            [
+                f"{facts['parameters'] / 1e6:.2f} M",
+                f"{facts['num_points']:,} points",
+                *(f"{each['val']:.1f} / {each['test']:.1f} %" for each in (trained, untrained, chance)),
+                f"{facts['epochs']:.1f}" + ("" if facts["schedule_done"] == 1 else " (unfinished run)"),
+            ]
+        ),
         num_points=facts["num_points"],
-        parameters=facts["parameters"] / 1e6,
-        val=trained["val"],
-        test=trained["test"],
-        val_0=untrained["val"],
-        test_0=untrained["test"],
-        val_c=chance["val"],
-        test_c=chance["test"],
         epochs=facts["epochs"],
-        unfinished="" if facts["schedule_done"] == 1 else " (unfinished run)",
         num_groups=config["num_groups"],
         group_size=config["group_size"],
         dim=config["dim"],

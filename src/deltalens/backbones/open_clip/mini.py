@@ -1,7 +1,7 @@
 """`deltalens/clip-mini`: an open_clip `CLIP` of 3.6 million parameters whose weights travel with the package.
 
 Its image tower has the size of vit-mini, its text tower four causal blocks of width 128, and it reads CLIP's own byte
-pairs in a context of 32. Those have 49,408 entries, and the texts of the training held about a thousand of them: only
+pairs in a context of 32. Those have 49,408 entries, and the texts of the training held 650 of them: only
 the rows of these lie in the file. The others are drawn when the model is built, always the same, with the mean and
 standard deviation of the trained ones. A word that was never seen is thus told apart from others, but means nothing to
 the model until a method trains the text side. See `weights/README.md`.
@@ -10,11 +10,13 @@ the model until a method trains the text side. See `weights/README.md`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAME = "deltalens/clip-mini"
 WEIGHTS = Path(__file__).parents[1] / "weights" / "clip-mini.safetensors"
@@ -47,6 +49,8 @@ SEED = 0
 
 def drawn_rows(vocabulary: int, width: int) -> np.ndarray:
     """Rows (vocabulary, width) of standard normal numbers, float32: numpy keeps RandomState's stream for ever."""
+    import numpy as np
+
     return np.random.RandomState(SEED).standard_normal((vocabulary, width)).astype(np.float32)
 
 
@@ -105,4 +109,5 @@ def untrained(vocabulary: int | None = None, image_size: int | None = None) -> n
     images, texts = dict(CONFIG["vision_cfg"]), dict(CONFIG["text_cfg"])
     images |= {} if image_size is None else {"image_size": image_size}
     texts |= {} if vocabulary is None else {"vocab_size": vocabulary}
-    return CLIP(CONFIG["embed_dim"], CLIPVisionCfg(**images), CLIPTextCfg(**texts))
+    clip: nn.Module = CLIP(CONFIG["embed_dim"], CLIPVisionCfg(**images), CLIPTextCfg(**texts))
+    return clip

@@ -17,4 +17,4 @@ ENCODER: dict[str, Any] = {
     "encoder_dim": 128,
     "encoder_hidden": (64, 128),
 }
-CONFIG: dict[str, Any] = {**ENCODER, "head": "linear", "drop_path": 0.0}
+CONFIG: dict[str, Any] = {**ENCODER, "head": "linear", "drop_path": 0.0, "num_points": NUM_POINTS}
