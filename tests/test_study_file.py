@@ -11,10 +11,10 @@ from study_fixtures import STUDY, compare, write_study
 
 from deltalens.cli.main import main
 from deltalens.cli.recipes import recipe_files, summary
-from deltalens.data import eval_transform, read_image_folder
+from deltalens.data import eval_transform, inputs, read_image_folder
 from deltalens.data.memory import ImagesInMemory, keep_in_memory
 from deltalens.data.transforms import eval_resize, train_resize
-from deltalens.studies import run_data, trial
+from deltalens.studies import trial
 from deltalens.studies.grid import Grid
 from deltalens.studies.study import Training
 from deltalens.studies.study_reader import read_study
@@ -174,7 +174,7 @@ def test_unsplit_folders_are_split_alike_for_all_runs(place, tmp_path, monkeypat
     write_pictures(tmp_path / "photos", 10)
     seen = []
     monkeypatch.setattr(
-        run_data, "keep_in_memory", lambda files, resize: seen.append((len(files), tuple(files.paths))) or files
+        inputs, "keep_in_memory", lambda files, resize: seen.append((len(files), tuple(files.paths))) or files
     )
     file = write_study(place, tmp_path, STUDY.replace("lr: {relative: [1, 0.1]}", "split: {test_fraction: 0.2}"))
     assert main(["compare", str(file), "--output", str(tmp_path / "out"), "--data", f"p={tmp_path / 'photos'}"]) == 0

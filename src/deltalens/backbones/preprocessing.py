@@ -14,6 +14,9 @@ A model of point clouds has other keys: kind ("points"), num_points, and normali
 centred and scaled to a largest radius of 1, None where they are taken as they are.
 
 channel_order "bgr" stands in it where a model reads colours in that order.
+
+Of a model that takes point clouds it has none of these, but "kind": "points", num_points (how many a cloud is
+resampled to) and normalize ("unit_sphere": centred, and scaled to radius 1; or None).
 """
 
 from __future__ import annotations

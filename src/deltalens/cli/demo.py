@@ -2,8 +2,9 @@
 
 Linear probing, LoRA, VPT-deep, Mona and full fine-tuning teach the same small backbone scikit-learn's digit scans,
 with the same images, epochs and search for the learning rate. With --task clip, few-shot methods teach a small CLIP
-half of the classes of drawn shapes, and are tested on these and on the other half. Nothing is downloaded. The result is
-a table, and a folder with report.html, results.json and one adapter for each method.
+half of the classes of drawn shapes, and are tested on these and on the other half. With --task points, methods teach a
+small point transformer ten kinds of generated solids. Nothing is downloaded. The result is a table, and a folder with
+report.html, results.json and one adapter for each method.
 """
 
 from __future__ import annotations
@@ -38,6 +39,15 @@ CLIP_DEFAULTS = {
     "epochs": 10,
 }
 
+POINTS_DEFAULTS = {
+    "model": "deltalens/points-mini",
+    "img_size": None,
+    "methods": ["linear", "lora", "vpt", "adaptformer", "full"],
+    "epochs": 8,
+    "train_images": 150,
+}
+DEFAULTS_OF = {"clip": CLIP_DEFAULTS, "points": POINTS_DEFAULTS}
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
@@ -45,13 +55,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     def add(option: str, **kwargs: Any) -> None:
         parser.add_argument(option, default=DEFAULTS[option.removeprefix("--").replace("-", "_")], **kwargs)
 
-    add("--task", type=Literal["classification", "clip"], help="digits, or base-to-novel with texts as classes")
+    add(
+        "--task",
+        type=Literal["classification", "clip", "points"],
+        help="digits, base-to-novel with texts, or solids as clouds",
+    )
     add("--output", type=str, help="folder for the report and the adapters")
     add("--model", type=str, help="the backbone (deltalens list models)")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
     add("--methods", type=str, nargs="+", help="which methods, in which order (deltalens list methods)")
     add("--epochs", type=int, help="passes over the training images")
-    add("--train-images", type=int, help="how many images to train on, 10 to 1097; with --task clip see --shots")
+    add("--train-images", type=int, help="images, or clouds, to train on, at least 10; with --task clip see --shots")
     add("--shots", type=int, help="with --task clip: training pictures of each base class")
     add("--seed", type=int, help="of initialisation, order and dropout; the split of the images stays the same")
     add(
@@ -63,11 +77,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def translate(argv: list[str]) -> list[str]:
-    """With --task clip, put that task's defaults in front, so that what is said counts."""
+    """Put the defaults of another task than classification in front, so that what is said counts."""
     words = [part for word in argv for part in word.split("=", 1)]
-    if "clip" not in [after for word, after in pairwise(words) if word == "--task"]:
-        return argv
-    return [*_as_words(CLIP_DEFAULTS), *argv]
+    named = [after for word, after in pairwise(words) if word == "--task" and after in DEFAULTS_OF]
+    return [*_as_words(DEFAULTS_OF[named[-1]]), *argv] if named else argv
 
 
 def run(args: Namespace) -> None:
@@ -79,7 +92,7 @@ def run(args: Namespace) -> None:
     from deltalens.studies.demo import REPORT
 
     console = Console()
-    table = _clip(args, console) if args.task == "clip" else _classification(args, console)
+    table = {"classification": _classification, "clip": _clip, "points": _points}[args.task](args, console)
     console.print()
     console.print(table)
     report = Path(args.output) / REPORT
@@ -128,9 +141,25 @@ def _clip(args: Namespace, console: Console) -> Table:
     return clip_table(run_clip_demo(settings, make, args.output, command_line(args), console))
 
 
+def _points(args: Namespace, console: Console) -> Table:
+    from deltalens.cli.sized_backbone import create_sized_backbone
+    from deltalens.studies.points_demo import PointsSettings, run_points_demo
+    from deltalens.studies.terminal import comparison_table
+
+    settings = PointsSettings(args.model, tuple(args.methods), args.epochs, args.train_images, args.seed, args.tune)
+    console.print(
+        f"{args.model} learns generated solids: {args.train_images} clouds, {args.epochs} epochs\n", highlight=False
+    )
+
+    def make(num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+        return create_sized_backbone(args.model, num_classes, args.img_size)
+
+    return comparison_table(run_points_demo(settings, make, args.output, command_line(args), console))
+
+
 def command_line(args: Namespace) -> str:
     """The shortest command that runs the same."""
-    defaults = DEFAULTS | (CLIP_DEFAULTS if args.task == "clip" else {})
+    defaults = DEFAULTS | DEFAULTS_OF.get(args.task, {})
     said = {name: getattr(args, name) for name in DEFAULTS if name not in ("output", "open")}
     changed = {name: value for name, value in said.items() if value != defaults[name]}
     return shlex.join(["deltalens", "demo", *_as_words(changed)])

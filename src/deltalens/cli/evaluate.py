@@ -1,10 +1,12 @@
-"""Measure a trained adapter, or a zero-shot model, on a folder of images.
+"""Measure a trained adapter, or a zero-shot model, on a folder of images or point clouds.
 
 The folder has train, val or test folders as in training, or only class folders: then --split test means the part that
 the training run kept for test, and --split all every image. Other layouts are read as in training.
 
 Classes that are texts may be those of the data (--class-names data), which other data needs. A model with an image and
 a text tower is measured zero-shot with --model in place of the adapter.
+
+Of clouds --votes averages the logits of several random views of each, once.
 """
 
 from __future__ import annotations
@@ -47,7 +49,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="images of all classes, or of the first or the second half; by default the training run's",
     )
-    add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
+    add("--skip-broken", type=bool, default=False, help="leave out images or clouds that cannot be read")
+    add(
+        "--votes",
+        type=int,
+        default=0,
+        help="of clouds: average the logits of so many random subsets, scaled and shifted; 0 for the plain test",
+    )
+    add("--seed", type=int, default=0, help="of the votes' random views")
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
@@ -61,36 +70,54 @@ def run(args: Namespace) -> None:
     import torch
 
     import deltalens as dl
-    from deltalens.data import eval_transform
-    from deltalens.data.transforms import image_mode
+    from deltalens.data.inputs import IMAGES, check_same_kind
     from deltalens.lifecycle.atomic import write_text
-    from deltalens.training.loaders import default_workers, evaluation_loader
 
     classifier, files, task = _classifier_and_images(args)
     preprocessing, device = dl.preprocessing(classifier.model), classifier.device
-    files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
+    kind = check_same_kind(files, preprocessing)
+    if args.votes and kind == IMAGES:
+        raise ValueError("--votes is for point clouds: an image has but one view here")
     metrics = task.new_metrics().to(device)
-    workers = default_workers() if args.workers is None else args.workers
     loss = 0.0
     with torch.inference_mode():
-        for images, labels in evaluation_loader(files, args.batch_size, workers):
-            batch = (images.to(device), labels.to(device))
-            result = task(batch)
+        for result, batch in _answers(args, task, files, preprocessing, device):
             task.update_metrics(metrics, result, batch)
-            loss += float(result["loss"]) * len(labels) / len(files)
+            loss += float(result["loss"]) * len(batch[1]) / len(files)
     values = {"loss": loss, **{name: float(value) for name, value in metrics.compute().items()}}
     for name, value in values.items():
         print(f"{name:<20} {value:.4f}")
-    print(f"{'images':<20} {len(files)} ({args.split})")
+    counted = "images" if kind == IMAGES else "clouds"
+    print(f"{counted:<20} {len(files)} ({args.split}{f', {args.votes} votes' if args.votes else ''})")
     per_class = task.per_class(metrics)
     for name, value in per_class.items():
         print(f"  {name:<18} {value:.4f}")
     if args.output:
         measured = {"model": args.model} if args.model else {"adapter": args.adapter}
-        results: dict[str, Any] = {**measured, "data": args.data, "split": args.split, "images": len(files), **values}
+        results: dict[str, Any] = {**measured, "data": args.data, "split": args.split, counted: len(files), **values}
+        if args.votes:
+            results["votes"] = {"views": args.votes, "seed": args.seed}
         if per_class:
             results["per_class"] = {name: None if value != value else value for name, value in per_class.items()}
         write_text(args.output, json.dumps(results, indent=2) + "\n")
+
+
+def _answers(args: Namespace, task: ClassificationTask, files: Any, preprocessing: dict[str, Any], device: Any):
+    """(what the task says, batch) of all data, in order; the mean over the votes, where there are some."""
+    from deltalens.data.inputs import Augmentation, set_inputs
+    from deltalens.training.loaders import default_workers, evaluation_loader
+    from deltalens.training.voting import voted
+
+    if args.votes < 0:
+        raise ValueError(f"--votes must be 0 or more, got {args.votes}")
+    workers = default_workers() if args.workers is None else args.workers
+    set_inputs(files, preprocessing, Augmentation() if args.votes else None)
+    if args.votes:
+        yield from voted(task, files, args.votes, args.batch_size, args.seed, workers, device)
+        return
+    for images, labels in evaluation_loader(files, args.batch_size, workers):
+        batch = (images.to(device), labels.to(device))
+        yield task(batch), batch
 
 
 def _classifier_and_images(args: Namespace) -> tuple[Classifier, Any, ClassificationTask]:

@@ -1,7 +1,8 @@
-"""Classify images with a trained adapter, or zero-shot with a model that has an image and a text tower.
+"""Classify images or clouds with a trained adapter, or zero-shot with a model that has an image and a text tower.
 
 An adapter whose classes are texts takes other ones by --classes; a zero-shot model (--model) has no others.
-Images are files, folders (every image under them) or globs ("photos/**/*.jpg"). The result is a table, CSV or JSON
+Images, or of an adapter for points clouds (.npy, .npz, .ply, .off, .xyz, .txt, .pts), are files, folders (every one
+under them) or globs ("photos/**/*.jpg"). The result is a table, CSV or JSON, of clouds also a figure (--output x.svg),
 with the most probable classes and their probabilities for each image; of a multi-label adapter all classes above
 --threshold.
 """
@@ -26,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add_model_arguments(parser)
-    add("images", type=str, nargs="+", help="image files, folders or globs")
+    add("images", type=str, nargs="+", help="image or cloud files, folders or globs")
     add(
         "--classes",
         type=list[str] | str | None,
@@ -46,20 +47,31 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="multilabel asks for each class by itself; for SigLIP. By default what the adapter was trained for",
     )
     add("--format", type=Literal["table", "csv", "json"], default="table", help="of the result")
-    add("--output", type=str | None, default=None, help="file for the result, instead of the terminal")
+    add(
+        "--output",
+        type=str | None,
+        default=None,
+        help="file for the result, instead of the terminal; of clouds .svg, .png and .pdf draw them",
+    )
     add("--topk", type=int, default=1, help="classes per image, most probable first")
     add("--threshold", type=float, default=0.5, help="least probability of a class, of several labels")
-    add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
+    add("--skip-broken", type=bool, default=False, help="leave out images or clouds that cannot be read")
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
 
 
 def run(args: Namespace) -> None:
-    """Classify and print or write."""
+    """Classify and print, write or draw."""
+    from pathlib import Path
+
+    from deltalens.studies.figure import KINDS
+
     if args.topk < 1:
         raise ValueError(f"topk must be at least 1, got {args.topk}")
-    paths = find_images(args.images)
-    rows = _predict(args, paths)
+    rows, files = _predict(args)
+    if args.output is not None and Path(args.output).suffix.lower() in KINDS:
+        _draw(args.output, rows, files)
+        return
     text = {"table": as_table, "csv": as_csv, "json": as_json}[args.format](rows)
     if args.output is None:
         print(text, end="")
@@ -70,36 +82,55 @@ def run(args: Namespace) -> None:
     print(f"{len(rows)} predictions are in {args.output}")
 
 
-def find_images(words: list[str]) -> list[Path]:
-    """Files in the order given, folders and globs sorted inside, each once. FileNotFoundError names what matches
-    nothing."""
+def _draw(output: str, rows: list[tuple[str, list[tuple[str, float]]]], files: Any) -> None:
+    """The clouds with what is said of them, as a figure."""
+    from deltalens.data.clouds import Clouds
+    from deltalens.studies.cloud_plots import plot_predictions
+
+    if not isinstance(files, Clouds):
+        raise ValueError(f"figures are drawn of point clouds, and these are images: write {output} as .csv or .json")
+    plot_predictions([files.cloud(index) for index in range(len(rows))], rows, output)
+    print(f"{len(rows)} clouds are drawn in {output}")
+
+
+def find_images(words: list[str], clouds: bool = False) -> list[Path]:
+    """Files in the order given, folders and globs sorted inside, each once; of clouds or of images. FileNotFoundError
+    names what matches nothing."""
     from glob import glob
     from pathlib import Path
 
-    from deltalens.data.image_folder import EXTENSIONS, image_files
+    from deltalens.data import cloud_files, image_folder
 
+    known, inside = (image_folder.EXTENSIONS, image_folder.image_files)
+    if clouds:
+        known, inside = (cloud_files.EXTENSIONS, cloud_files.cloud_files)
+    what = "cloud" if clouds else "image"
     found: dict[Path, None] = {}
     for word in words:
         path = Path(word)
         if path.is_dir():
-            matches = image_files(path)
+            matches = inside(path)
         elif path.exists():
             matches = [path]
         else:
-            matches = sorted(Path(p) for p in glob(word, recursive=True) if Path(p).suffix.lower() in EXTENSIONS)
+            matches = sorted(Path(p) for p in glob(word, recursive=True) if Path(p).suffix.lower() in known)
         if not matches:
-            raise FileNotFoundError(f"no images at {word}: expected an image file, a folder of images or a glob")
+            raise FileNotFoundError(
+                f"no {what}s at {word}: expected {'a' if clouds else 'an'} {what} file, a folder of {what}s or a glob"
+            )
         found.update(dict.fromkeys(matches))
     return list(found)
 
 
-def _predict(args: Namespace, paths: list[Path]) -> list[tuple[str, list[tuple[str, float]]]]:
+def _predict(args: Namespace) -> tuple[list[tuple[str, list[tuple[str, float]]]], Any]:
+    """(file and its classes of each, the files)."""
     import torch
 
     import deltalens as dl
     from deltalens.cli.word_lists import read_words
+    from deltalens.data.clouds import CloudFiles, without_broken_clouds
     from deltalens.data.image_folder import ImageFiles, without_broken
-    from deltalens.data.transforms import eval_transform, image_mode
+    from deltalens.data.inputs import POINTS, kind_of, set_inputs
     from deltalens.tasks import MultiLabelTask
     from deltalens.training.loaders import evaluation_loader
 
@@ -107,15 +138,18 @@ def _predict(args: Namespace, paths: list[Path]) -> list[tuple[str, list[tuple[s
     classifier = load_classifier(args, class_names, read_words(args.templates, "templates"))
     model, task = classifier.model, _task(args, classifier)
     preprocessing = dl.preprocessing(model)
-    files = ImageFiles(paths, [0] * len(paths), eval_transform(preprocessing), image_mode(preprocessing))
+    clouds = kind_of(preprocessing) == POINTS
+    paths = find_images(args.images, clouds)
+    files: Any = (CloudFiles if clouds else ImageFiles)(paths, [0] * len(paths))
     if args.skip_broken:
-        files = without_broken(files, True)
+        files = (without_broken_clouds if clouds else without_broken)(files, True)
+    set_inputs(files, preprocessing)
     how = {"threshold": args.threshold} if isinstance(task, MultiLabelTask) else {"topk": args.topk}
     decoded = []
     with torch.inference_mode():
         for images, _ in evaluation_loader(files, args.batch_size):
             decoded += task.decode(model(images.to(classifier.device)), **how)
-    return [(str(path), classes) for path, classes in zip(files.paths, decoded, strict=True)]
+    return [(str(path), classes) for path, classes in zip(files.paths, decoded, strict=True)], files
 
 
 def _task(args: Namespace, classifier: Classifier) -> ClassificationTask:

@@ -1,4 +1,4 @@
-"""Build a backbone for a command, for a wished input size."""
+"""Build a backbone for a command, for a wished size of its input."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ if TYPE_CHECKING:
 
 
 def create_sized_backbone(
-    name: str, num_classes: int | None, img_size: int | None, **options: Any
+    name: str,
+    num_classes: int | None,
+    img_size: int | None,
+    num_points: int | None = None,
+    normalize: str | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """(backbone, its preprocessing) for square images of img_size, None for the model's own size.
+    """(backbone, its preprocessing) for square images of img_size, or clouds of num_points; None for the model's own.
+
+    normalize: "unit_sphere", or "none" for clouds as they are read; None for what the model's preprocessing says.
 
     Models with position embeddings or windows are built for the size; for others only the preprocessing changes. A
     trial forward of one image shows that the size fits. Raises ValueError where it does not, and as
     `deltalens.create_backbone`.
     """
     import deltalens as dl
+    from deltalens.data.inputs import POINTS, kind_of
 
     if img_size is None:
         model = dl.create_backbone(name, num_classes=num_classes, **options)
-        return model, dl.preprocessing(model)
+        return model, _of_points(dl.preprocessing(model), name, num_points, normalize)
+    if num_points is not None or normalize is not None:
+        raise ValueError("--img-size is for images, --num-points and --normalize for clouds: leave one of them out")
     if img_size < 1:
         raise ValueError(f"--img-size must be positive, got {img_size}")
     try:
@@ -32,13 +42,35 @@ def create_sized_backbone(
         model = dl.create_backbone(name, num_classes=num_classes, **options)  # a network that takes images of any size
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be built for --img-size {img_size}: {error}") from error
-    _check_patches(model, name, img_size)
     preprocessing = dl.preprocessing(model)
-    if preprocessing.get("kind") == "points":
-        raise ValueError(f"{name} reads clouds of points, and --img-size is the edge of images: leave it out")
+    if kind_of(preprocessing) == POINTS:
+        raise ValueError(
+            f"{name} reads clouds of points, and --img-size is the edge of images: leave it out, or see --num-points"
+        )
+    _check_patches(model, name, img_size)
     preprocessing["input_size"] = [preprocessing["input_size"][0], img_size, img_size]
     _try(model, name, preprocessing["input_size"])
     return model, preprocessing
+
+
+def _of_points(
+    preprocessing: dict[str, Any], name: str, num_points: int | None, normalize: str | None
+) -> dict[str, Any]:
+    """Preprocessing with another number of points, or another normalisation. ValueError for a model of images."""
+    from deltalens.data.inputs import POINTS, kind_of
+
+    if num_points is None and normalize is None:
+        return preprocessing
+    if kind_of(preprocessing) != POINTS:
+        raise ValueError(f"{name} takes images, which have no --num-points and no --normalize: see --img-size")
+    if num_points is not None and num_points < 1:
+        raise ValueError(f"--num-points must be positive, got {num_points}")
+    if normalize not in (None, "unit_sphere", "none"):
+        raise ValueError(f"--normalize is unit_sphere or none, got {normalize!r}")
+    said = {} if num_points is None else {"num_points": num_points}
+    return (
+        preprocessing | said | ({} if normalize is None else {"normalize": None if normalize == "none" else normalize})
+    )
 
 
 def _check_patches(model: nn.Module, name: str, img_size: int) -> None:

@@ -1,7 +1,8 @@
-"""Adapt a backbone to a folder of images.
+"""Adapt a backbone to a folder of images, or of point clouds.
 
 The data folder holds train/<class>/*.jpg (and val, test), or <class>/*.jpg, which is then split by seed, or what
---format says: a table of labels, VTAB-1k, FGVC, VOC 2007, a set of torchvision or of the Hugging Face hub. The output
+--format says: a table of labels, VTAB-1k, FGVC, VOC 2007, a set of torchvision or of the Hugging Face hub; or clouds
+in one of the formats of theirs, for a model that takes points. The output
 folder gets the adapter (adapter_config.json, adapter_model.safetensors, README.md), config.yaml, which reproduces the
 run with `deltalens train --config OUTPUT/config.yaml --output ANOTHER`, metrics.csv and results.json.
 """
@@ -46,6 +47,18 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     add("--checkpoint", type=str | None, default=None, help="weights file of the backbone, instead of the hub's")
     add("--img-size", type=int | None, default=None, help="input size in pixels, where the model allows another")
     add(
+        "--normalize",
+        type=Literal["unit_sphere", "none"] | None,
+        default=None,
+        help="of clouds: centre and scale them into the unit sphere, or not; null for what the model expects",
+    )
+    add(
+        "--num-points",
+        type=int | None,
+        default=None,
+        help="points of a cloud that the model is given; null for its own",
+    )
+    add(
         "--templates",
         type=list[str] | str | None,
         default=None,
@@ -74,7 +87,8 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         type=str,
         default="auto",
         help="folder, csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, coop/<dataset>, voc2007, voc2007/single, "
-        "torchvision/<Name>; auto goes by the files",
+        "torchvision/<Name>; clouds: points-folder, scanobjectnn/<variant>, modelnet40, modelnet10, "
+        "points-few-shot/<fold>; auto goes by the files",
     )
     add(
         "--protocol",
@@ -108,11 +122,17 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     )
     add("--split-seed", type=int | None, default=None, help="of the split and of --train-fraction; by default --seed")
     add("--train-fraction", type=float | None, default=None, help="train on this share of every class's images only")
-    add("--skip-broken", type=bool, default=False, help="leave out images that cannot be read")
+    add("--skip-broken", type=bool, default=False, help="leave out images or clouds that cannot be read")
     add("--allow-missing-classes", type=bool, default=False, help="let val and test lack classes of train")
     add("--min-crop", type=float, default=0.5, help="smallest share of an image that a training crop keeps")
     add("--hflip", type=float, default=0.5, help="probability of a horizontal flip; 0 where left and right differ")
     add("--rand-augment", type=int, default=0, help="magnitude of RandAugment, 0 for none, 9 is usual")
+    add(
+        "--cloud-augment",
+        type=str,
+        default="scale+shift",
+        help="of training clouds: scale, shift, rotate joined by +, or none; only of models that take clouds",
+    )
     add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
     add("--epochs", type=int, default=20, help="passes over the training images")
     add("--batch-size", type=int, default=64, help="images a step, over all devices together")
@@ -273,9 +293,8 @@ def build_task(options: dict[str, Any], methods: list, data):
 
     import deltalens as dl
     from deltalens.cli.sized_backbone import create_sized_backbone
-    from deltalens.data import eval_transform, train_transform
+    from deltalens.data.inputs import Augmentation, set_inputs
     from deltalens.data.prompts import class_texts
-    from deltalens.data.transforms import image_mode
     from deltalens.tasks import task_class
 
     torch.manual_seed(options["seed"])
@@ -284,19 +303,17 @@ def build_task(options: dict[str, Any], methods: list, data):
         options["model"],
         len(data.class_names),
         options["img_size"],
+        options["num_points"],
+        options["normalize"],
         pretrained=options["pretrained"],
         checkpoint=options["checkpoint"],
         **texts,
     )
     dl.attach(model, methods, tower=options.get("tower"))
     dl.adapter_info(model)["preprocessing"] = preprocessing
-    data.train.transform = train_transform(
-        preprocessing, options["min_crop"], options["hflip"], options["rand_augment"]
-    )
-    for part in (part for part in (data.train, data.val, data.test) if part is not None):
-        part.mode = image_mode(preprocessing)
-        if part is not data.train:
-            part.transform = eval_transform(preprocessing)
+    set_inputs(data.train, preprocessing, Augmentation.among(options))
+    for part in (part for part in (data.val, data.test) if part is not None):
+        set_inputs(part, preprocessing)
     return task_class(data.task)(model, data.class_names, options["label_smoothing"])
 
 
@@ -318,8 +335,10 @@ def _check_same_run(output, options: dict[str, Any]) -> None:
 # ------------------------------------------------------------------ printing
 def _print_start(task, data, options: dict[str, Any]) -> None:
     import deltalens as dl
+    from deltalens.data.inputs import IMAGES, kind_of
     from deltalens.training.optim import trains_nothing
 
+    inputs = "images" if kind_of(dl.preprocessing(task.model)) == IMAGES else "clouds"
     count = dl.count_parameters(task.model)
     names = " + ".join(entry["method"] for entry in options["method"])
     val, test = (
@@ -330,7 +349,7 @@ def _print_start(task, data, options: dict[str, Any]) -> None:
         f"{names} on {options['model']}: {count.adapter:,} parameters, {count.percent:.2f} % of the backbone's "
         f"{count.backbone:,}, and {count.head:,} in the head"
     )
-    print(f"{len(data.class_names)} classes, {len(data.train)} training, {val}, {test} images")
+    print(f"{len(data.class_names)} classes, {len(data.train)} training, {val}, {test} {inputs}")
     if trains_nothing(task):
         print("nothing is trained: the adapter is made of the training images, without epochs")
 

@@ -1,9 +1,11 @@
 """Datasets, one file per format; every one becomes a `Splits`."""
 
 from deltalens.data.arrays import ArrayDataset
+from deltalens.data.clouds import CloudArrays, CloudFiles
 from deltalens.data.formats import read_data, read_part
 from deltalens.data.image_folder import ImageFiles, read_image_folder, read_split
 from deltalens.data.image_items import ImageItems
+from deltalens.data.inputs import Augmentation, set_inputs
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits, stratified_split
 from deltalens.data.subsets import TrainingSubset
@@ -11,6 +13,9 @@ from deltalens.data.transforms import eval_transform, train_transform
 
 __all__ = [
     "ArrayDataset",
+    "Augmentation",
+    "CloudArrays",
+    "CloudFiles",
     "ImageFiles",
     "ImageItems",
     "ReadOptions",
@@ -21,6 +26,7 @@ __all__ = [
     "read_image_folder",
     "read_part",
     "read_split",
+    "set_inputs",
     "stratified_split",
     "train_transform",
 ]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltalens.data.clouds import Clouds, without_broken_clouds
 from deltalens.data.image_folder import ImageFiles, without_broken
 from deltalens.data.image_items import ImageItems
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits, strata, stratified_split
 
-Images = ImageFiles | ImageItems
+Images = ImageFiles | ImageItems | Clouds
 
 
 def assemble(
-    parts: dict[str, Images],
+    parts: Mapping[str, Images],
     class_names: Sequence[str],
     options: ReadOptions,
     origin: dict[str, Any],
@@ -24,12 +25,9 @@ def assemble(
     """Splits from "train" and perhaps "val" and "test", or from "all", which is split by seed into the three.
 
     A missing val is split off train by seed, stratified by class (of several classes by the rarest). Files are decoded
-    once. Raises ValueError for parts or classes that are too few.
+    once, and clouds checked. Raises ValueError for parts or classes that are too few.
     """
-    parts = {
-        split: without_broken(images, options.skip_broken) if isinstance(images, ImageFiles) else images
-        for split, images in parts.items()
-    }
+    parts = {split: _readable(images, options.skip_broken) for split, images in parts.items()}
     origin = dict(origin)
     if "all" in parts:
         everything = parts["all"]
@@ -42,12 +40,20 @@ def assemble(
         origin |= {"val": "split off train", "seed": options.seed, "val_fraction": options.val_fraction}
     for split in ("train", "val"):
         if not len(parts[split]):
-            raise ValueError(f"the data leaves no images for {split}: it needs more images, or larger fractions")
+            raise ValueError(
+                f"the data leaves no images or clouds for {split}: it needs more of them, or larger fractions"
+            )
     if len(class_names) < (1 if task == "multilabel" else 2):
         raise ValueError(f"the data has too few classes ({', '.join(class_names) or 'none'}) for {task}")
     test = parts.get("test")
     test = test if test is not None and len(test) else None
     return Splits(parts["train"], parts["val"], list(class_names), test, origin, task)
+
+
+def _readable(images: Images, skip_broken: bool) -> Images:
+    if isinstance(images, Clouds):
+        return without_broken_clouds(images, skip_broken)
+    return without_broken(images, skip_broken) if isinstance(images, ImageFiles) else images
 
 
 def existing(folder: Path, expected: str) -> Path:

@@ -33,6 +33,11 @@ FORMATS = {
     "voc2007": "deltalens.data.voc2007",
     "fgvc": "deltalens.data.fgvc",
     "hf": "deltalens.data.hf_datasets",
+    "scanobjectnn": "deltalens.data.scanobjectnn",
+    "modelnet40": "deltalens.data.modelnet40",
+    "modelnet10": "deltalens.data.modelnet10",
+    "points-few-shot": "deltalens.data.points_few_shot",
+    "points-folder": "deltalens.data.points_folder",
     "folder": "deltalens.data.image_folder",
     "coop": "deltalens.data.coop",
     "csv": "deltalens.data.csv_table",
@@ -49,11 +54,12 @@ def read_data(
     protocol: str = "val",
     options: ReadOptions = ReadOptions(),  # noqa: B008  (frozen)
 ) -> Splits:
-    """Read train, validation and test images of any format. Datasets come without a transform.
+    """Read train, validation and test images, or clouds, of any format. Datasets come without a transform.
 
     format: "auto" finds it by the files; otherwise "folder", "csv", "multilabel", "hf", "vtab1k/<task>", "fgvc/<set>",
-    "coop/<dataset>", "coop", "voc2007", "voc2007/single" or "torchvision/<Name>". protocol: "val" trains on train and
-    keeps val; "trainval" trains on both and has no val. `Splits.origin` says what was read: "format", and "shots",
+    "coop/<dataset>", "coop", "voc2007", "voc2007/single" or "torchvision/<Name>"; of point clouds "points-folder",
+    "scanobjectnn/<variant>", "modelnet40", "modelnet10" or "points-few-shot/<fold>". protocol: "val" trains on train
+    and keeps val; "trainval" trains on both and has no val. `Splits.origin` says what was read: "format", and "shots",
     "shots_seed", "shots_from" and "class_subset" where the options chose some of it. Data with test images only (the
     variants of ImageNet) has an empty train.
 

@@ -23,7 +23,7 @@ EXPECTED = """expected one folder per class, either split already:
 or not split yet:
     {root}/<class>/*.jpg
 (for other layouts see --format: csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, coop/<dataset>, voc2007,
-torchvision/<Name>)"""
+torchvision/<Name>; for point clouds points-folder, scanobjectnn/<variant>, modelnet40)"""
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -128,7 +128,7 @@ def read_image_folder(
             raise ValueError(
                 f"{root} has {', '.join(f.name for f in folders.values())} but no train folder; {_expected(root)}"
             )
-        _check_same_classes(folders, allow_missing_classes)
+        check_same_classes(folders, allow_missing_classes)
         parts, names = {}, None
         for split, folder in folders.items():
             files, found = _read_classes(folder, root, names, allow_missing_classes)
@@ -188,7 +188,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     found = {}
     for split, names in SPLIT_FOLDERS.items():
         for name in names:
-            if (root / name).is_dir() and _class_folders(root / name):
+            if (root / name).is_dir() and class_folders(root / name):
                 found.setdefault(split, root / name)
     return found
 
@@ -198,7 +198,7 @@ def folder_class_names(root: Path) -> list[str]:
     its own class folders. Errors as in `read_image_folder`."""
     folders = split_folders(_existing(root))
     read = [folders["train"]] if "train" in folders else [*folders.values()] or [root]
-    names = {name for folder in read for name in _class_folders(folder)}
+    names = {name for folder in read for name in class_folders(folder)}
     if not names:
         raise ValueError(f"{root} holds no class folders; {_expected(root)}")
     return sorted(names)
@@ -259,7 +259,8 @@ def _expected(root: Path) -> str:
     return EXPECTED.format(root=root)
 
 
-def _class_folders(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
+    """The sorted names of the folders in a folder, hidden ones passed over."""
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
@@ -268,7 +269,7 @@ def _read_classes(
 ) -> tuple[ImageFiles, list[str]]:
     """All images of a folder of class folders, and the class names. class_names: the known ones, or None to find
     them."""
-    present = _class_folders(folder)
+    present = class_folders(folder)
     if not present:
         raise ValueError(f"{folder} holds no class folders; {_expected(root)}")
     _refuse_splits_inside(folder, present, root)
@@ -304,11 +305,12 @@ def _refuse_splits_inside(folder: Path, names: list[str], root: Path) -> None:
         )
 
 
-def _check_same_classes(folders: dict[str, Path], allow_missing: bool) -> None:
-    train = set(_class_folders(folders["train"]))
+def check_same_classes(folders: dict[str, Path], allow_missing: bool) -> None:
+    """ValueError where the class folders of the parts (name -> folder) differ from train's."""
+    train = set(class_folders(folders["train"]))
     differences = []
     for split in [split for split in folders if split != "train"]:
-        here = set(_class_folders(folders[split]))
+        here = set(class_folders(folders[split]))
         if here - train:
             differences.append(f"only in {split}: {_some(sorted(here - train))}")
         if train - here and not allow_missing:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class ReadOptions:
     """val_fraction, test_fraction, seed: how parts that the data lacks are split off. skip_broken: leave out images
-    that cannot be read. allow_missing_classes: splits may lack classes of each other. download: fetch what is not
-    there, where a format knows how.
+    and clouds that cannot be read. allow_missing_classes: splits may lack classes of each other. download: fetch what
+    is not there, where a format knows how.
 
     shots: so many training images of every class, and at most 4 for validation (`deltalens.data.few_shot`).
     shots_seed: which ones; by default `seed`. stored_shots: read them from `split_fewshot/shot_{n}-seed_{s}.pkl` where

@@ -21,6 +21,7 @@ import deltalens as dl
 from deltalens.data.arrays import ArrayDataset
 from deltalens.data.digits import Digits, Images, load_digits
 from deltalens.data.drawn_classes import DrawnClasses
+from deltalens.data.solids import Solids
 from deltalens.data.splits import Splits
 from deltalens.data.transforms import eval_transform
 from deltalens.lifecycle.atomic import write_text
@@ -155,7 +156,7 @@ class Contest:
         settings: Budget,
         make_backbone: MakeBackbone,
         preprocessing: dict[str, Any],
-        data: Digits | DrawnClasses,
+        data: Digits | DrawnClasses | Solids,
         bars: MethodBars,
     ):
         self.settings, self.make_backbone, self.bars = settings, make_backbone, bars
@@ -291,13 +292,14 @@ def _intro(settings: DemoSettings, runs: list[RunResult], digits: Digits) -> str
     return (
         f"The backbone {settings.model} ({backbone / 1e6:.1f} million parameters) was trained on photographs. Each "
         f"method below taught it handwritten digits from {len(digits.train):,} scans of 8 × 8 pixels, enlarged to "
-        f"{edge} × {edge}: the same images and {settings.epochs} epochs for all.\n\n{_finding(runs)}"
+        f"{edge} × {edge}: the same images and {settings.epochs} epochs for all.\n\n{finding(runs)}"
     )
 
 
-def _finding(runs: list[RunResult]) -> str:
+def finding(runs: list[RunResult], inputs: str = "images") -> str:
+    """The best method in one sentence, beside the baselines. inputs: what was classified."""
     best = max((run for run in runs if run.percent < 100), key=lambda run: run.accuracy, default=runs[0])
-    text = f"{best.method} classified {100 * best.accuracy:.1f} % of the test images correctly"
+    text = f"{best.method} classified {100 * best.accuracy:.1f} % of the test {inputs} correctly"
     if best.adapter_parameters:
         text += f" by training {best.percent:.1f} % of the backbone's parameters"
     baselines = {

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from deltalens.data.clouds import Clouds
 from deltalens.data.splits import Splits
 from deltalens.lifecycle.atomic import atomic_path
+from deltalens.studies.cloud_plots import cloud_picture
 from deltalens.studies.study import folder_name
 from deltalens.tasks import ClassificationTask
 
@@ -92,13 +94,20 @@ def picture_file(study_folder: str | os.PathLike, dataset: str, index: int) -> P
     return Path(study_folder) / FOLDER / folder_name(dataset) / f"{index}.jpg"
 
 
+def _picture(data: Any, index: int) -> Image.Image:
+    """An image as it was read; of a cloud, a drawing."""
+    if isinstance(data, Clouds):
+        return Image.fromarray(cloud_picture(data.cloud(index), LONGEST))
+    return data.image(index).convert("RGB")
+
+
 def keep_pictures(study_folder: str | os.PathLike, dataset: str, data: Splits) -> None:
     """Write small pictures of the examples, where they are not there yet. data: as it was read, untransformed."""
     images = data.val if data.test is None else data.test
     for index in shown_indices(0 if images is None else len(images)):
         file = picture_file(study_folder, dataset, index)
         if not file.is_file():
-            picture = images.image(index).convert("RGB")
+            picture = _picture(images, index)
             picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
             with atomic_path(file) as temporary:
                 picture.save(temporary, "JPEG", quality=85)

@@ -81,10 +81,10 @@ def _table(comparison: Comparison) -> str:
     half_width = max(100 * accuracy_interval(run.accuracy, comparison.test_images) for run in comparison.runs)
     return (
         "<section>\n<h2>Results</h2>\n"
-        f'<p class="note">Accuracy on {comparison.test_images:,} test images; with that many, differences of less '
-        f"than about {half_width:.1f} points may be chance. Trained parameters and their share of the backbone are "
-        "without the head, which every method trains. Saved for backward: activations that one training step keeps "
-        "in memory.</p>\n"
+        f'<p class="note">Accuracy on {comparison.test_images:,} test {comparison.inputs}; with that many, differences '
+        f"of less than about {half_width:.1f} points may be chance. Trained parameters and their share of the "
+        "backbone are without the head, which every method trains. Saved for backward: activations that one training "
+        "step keeps in memory.</p>\n"
         f"<table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</section>"
     )
 

@@ -75,7 +75,7 @@ class Comparison:
 
     title, intro: text; the intro's paragraphs are separated by blank lines. pictures: test images that every run has
     predicted. pictures_note: how they were chosen. conditions: what was run, name -> value (command, data, versions,
-    machine, date). test_images: how many the accuracies are measured on.
+    machine, date). test_images: how many the accuracies are measured on. inputs: what they are, "images" or "clouds".
 
     Raises ValueError where a run has another number of predictions than there are pictures, or two runs share a name.
     """
@@ -87,6 +87,7 @@ class Comparison:
     pictures: list[Picture] = field(default_factory=list)
     pictures_note: str = ""
     conditions: Mapping[str, str] = field(default_factory=dict)
+    inputs: str = "images"
 
     def __post_init__(self) -> None:
         names = [run.method for run in self.runs]

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset
 
 from deltalens.data.formats import read_data
-from deltalens.data.memory import keep_in_memory
+from deltalens.data.inputs import Augmentation, kept_inputs
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits
-from deltalens.data.transforms import eval_resize, eval_transform, image_mode, train_resize, train_transform
 from deltalens.studies.published import NOVEL
 from deltalens.studies.study import DatasetEntry, Study, Training
 
@@ -70,16 +69,15 @@ class RunData:
         """A run's data with the transforms for its backbone, and train and val together where the run asks for it."""
         splits, drawn = self.splits(run), run.seed if run.dataset.shots else None
         splits = run.dataset.subset.take(splits.joined() if run.joined else splits)
-        augmentation = (training.min_crop, training.hflip, training.rand_augment)
+        augmentation = Augmentation.among(vars(training))
         here = self._kept(run)
 
         def train() -> Dataset:
-            resize = train_resize(preprocessing, training.min_crop)
-            return _prepared(splits.train, preprocessing, train_transform(preprocessing, *augmentation), resize)
+            return kept_inputs(splits.train, preprocessing, augmentation)
 
         part = "train and val" if run.joined else "train"
         kept = here(part, (run.dataset.name, drawn, augmentation), train)
-        val = splits.val and here("val", (run.dataset.shots, drawn), lambda: _judged(splits.val, preprocessing))
+        val = splits.val and here("val", (run.dataset.shots, drawn), lambda: kept_inputs(splits.val, preprocessing))
         return replace(splits, train=kept, val=val, test=self._test(run, "test", splits, preprocessing))
 
     def prepared_elsewhere(self, run: Run, preprocessing: dict[str, Any]) -> dict[str, Splits]:
@@ -90,7 +88,7 @@ class RunData:
         }
 
     def _test(self, run: Run, part: str, splits: Splits, preprocessing: dict[str, Any]) -> Dataset | None:
-        return splits.test and self._kept(run)(part, None, lambda: _judged(splits.test, preprocessing))
+        return splits.test and self._kept(run)(part, None, lambda: kept_inputs(splits.test, preprocessing))
 
     def _kept(self, run: Run) -> Callable[[str, Any, Callable[[], Dataset]], Dataset]:
         """(part, what it depends on, how to make it) -> the part, made where it is not there, or is another's."""
@@ -106,13 +104,3 @@ class RunData:
             return parts[part][1]
 
         return find
-
-
-def _judged(files: Any, preprocessing: dict[str, Any]) -> Dataset:
-    return _prepared(files, preprocessing, eval_transform(preprocessing), eval_resize(preprocessing))
-
-
-def _prepared(files: Any, preprocessing: dict[str, Any], transform: Callable, resize: Callable) -> Dataset:
-    files = files.subset(range(len(files)))
-    files.transform, files.mode = transform, image_mode(preprocessing)
-    return keep_in_memory(files, resize)

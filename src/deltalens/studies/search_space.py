@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SAMPLERS = ("tpe", "random", "grid")
 RATES = ("lr", "base_lr")
 OPTIONS = (*RATES, "weight_decay", "warmup_epochs", "min_lr", "batch_size", "epochs", "optimizer", "clip_grad")
-OPTIONS += ("label_smoothing", "min_crop", "hflip", "rand_augment")
+OPTIONS += ("label_smoothing", "min_crop", "hflip", "rand_augment", "cloud_augment")
 METHOD = "method."
 FIELDS = ("sampler", "space", "fixed")
 Value = int | float | str | bool

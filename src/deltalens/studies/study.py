@@ -127,6 +127,7 @@ class Training:
     min_crop: float = 0.5
     hflip: float = 0.5
     rand_augment: int = 0
+    cloud_augment: str = "scale+shift"
 
     def settings(self, lr: float, seed: int, workers: int = 0) -> TrainingSettings:
         """The runner's settings of one run."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from deltalens.data.cloud_transforms import augmentation_words
 from deltalens.studies.study import Training, folder_name
 from deltalens.studies.study_yaml import Document, Place
 
@@ -42,9 +43,11 @@ def training_fields(document: Document, value: Any, place: Place) -> dict[str, A
 def check_training(document: Document, training: Training, said: Mapping[str, Any], place: Place) -> None:
     """What the runner refuses, as an error at the field that was said."""
     try:
+        augmentation_words(training.cloud_augment)
         training.settings(lr=1.0, seed=0)
     except ValueError as error:
         named = next((key for key in said if str(error).startswith(key)), None)
+        named = "cloud_augment" if named is None and "augmentation of clouds" in str(error) else named
         raise document.error((*place, *([named] if named else [])), str(error)) from error
 
 

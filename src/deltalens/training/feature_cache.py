@@ -123,7 +123,7 @@ class _Writer:
             if len(batches) == 2 and not torch.equal(batches[0][0], batches[1][0]):
                 raise FeaturesCannotBeKept(
                     "features cannot be kept: the training images are augmented at random. Train without augmentation "
-                    "(--min-crop 1 --hflip 0 --rand-augment 0)"
+                    "(--min-crop 1 --hflip 0 --rand-augment 0, of clouds --cloud-augment none)"
                 )
             yield batches[0]
 

@@ -1,0 +1,154 @@
+"""The demonstration of point clouds: several methods teach one small point transformer ten generated solids."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import deltalens as dl
+from deltalens.data.clouds import CloudArrays
+from deltalens.data.inputs import POINTS, kept_inputs, kind_of
+from deltalens.data.solids import CLASS_NAMES, Solids, make_solids
+from deltalens.lifecycle.atomic import write_text
+from deltalens.methods import AdaptFormerConfig, FullConfig, LinearConfig, LoRAConfig, VPTConfig
+from deltalens.studies.cloud_plots import cloud_picture
+from deltalens.studies.demo import (
+    BATCH_SIZE,
+    PICTURES,
+    RATES,
+    REPORT,
+    RESULTS,
+    Contender,
+    Contest,
+    DemoSettings,
+    MakeBackbone,
+    check_output,
+    finding,
+    here_and_now,
+    number_of_ways,
+    one_thread,
+)
+from deltalens.studies.pictures import choose_pictures
+from deltalens.studies.report import write_report
+from deltalens.studies.results import Comparison, Picture, Prediction, RunResult
+from deltalens.studies.terminal import MethodBars
+from deltalens.training.optim import default_learning_rate
+
+# Learning rates: usual ones of these methods, not searched; `deltalens demo --task points --tune` searches RATES.
+CONTENDERS = {
+    "linear": Contender("Linear", LinearConfig(), 1e-2, {}),
+    "lora": Contender("LoRA", LoRAConfig(r=8, alpha=8.0), 3e-3, {"rank": 8}),
+    "vpt": Contender("VPT-deep", VPTConfig(num_tokens=10), 1e-2, {"prompts": 10}),
+    "adaptformer": Contender("AdaptFormer", AdaptFormerConfig(bottleneck=16), 3e-3, {"bottleneck": 16}),
+    "full": Contender("Full", FullConfig(), 1e-3, {}),
+}
+
+
+def contender(name: str) -> Contender:
+    """The demo's settings of a method; for others their own defaults. ValueError with the nearest names for an unknown
+    one."""
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    config = dl.make_config(name)
+    return Contender(name, config, default_learning_rate([config]), {})
+
+
+@dataclass(frozen=True)
+class PointsSettings(DemoSettings):
+    """As for the other demonstration; train_images counts clouds."""
+
+    model: str = "deltalens/points-mini"
+    methods: tuple[str, ...] = ("linear", "lora", "vpt", "adaptformer", "full")
+    epochs: int = 8
+    train_images: int = 150
+
+
+class PointsContest(Contest):
+    """Training as for the other demonstration, on clouds."""
+
+    def _dataset(self, part: CloudArrays) -> Any:  # type: ignore[override]
+        """Without augmentation, resampled once."""
+        return kept_inputs(part, self.preprocessing)
+
+
+def run_points_demo(
+    settings: PointsSettings, make_backbone: MakeBackbone, output: str | os.PathLike, command: str, console: Console
+) -> Comparison:
+    """Train every method on solids, and leave `report.html`, `results.json` and one folder per adapter in `output`.
+
+    As `deltalens.studies.demo.run_demo`. Raises ValueError for a model that takes no clouds.
+    """
+    chosen = {name: contender(name) for name in settings.methods}
+    output = Path(output)
+    check_output(output)
+    _, preprocessing = make_backbone(len(CLASS_NAMES))
+    if kind_of(preprocessing) != POINTS:
+        raise ValueError(f"{settings.model} takes images: --task points needs a model of points, deltalens/points-mini")
+    solids = make_solids(settings.train_images, preprocessing["num_points"])
+    runs, answers = [], []
+    with one_thread(), MethodBars(console, [each.label for each in chosen.values()]) as bars:
+        contest = PointsContest(settings, make_backbone, preprocessing, solids, bars)
+        for name, each in chosen.items():
+            run, answer = contest.run(each, output / name)
+            runs.append(run)
+            answers.append(answer)
+    comparison = _comparison(settings, runs, answers, solids, command)
+    write_text(output / RESULTS, json.dumps(comparison.to_dict(), indent=2) + "\n")
+    write_report(comparison, output / REPORT)
+    return comparison
+
+
+def _comparison(
+    settings: PointsSettings, runs: list[RunResult], answers: list[list[Prediction]], solids: Solids, command: str
+) -> Comparison:
+    labels = np.array(solids.test.labels)
+    truth = np.array(solids.class_names)[labels]
+    correct = np.array([[said.name == name for said, name in zip(answer, truth, strict=True)] for answer in answers])
+    shown = choose_pictures(correct, labels, PICTURES)
+    easy = sum(correct[:, index].all() for index in shown)
+    return Comparison(
+        title=f"{number_of_ways(len(runs))} to adapt one point transformer",
+        intro=_intro(settings, runs, solids),
+        runs=[replace(run, predictions=[answer[i] for i in shown]) for run, answer in zip(runs, answers, strict=True)],
+        test_images=len(solids.test),
+        pictures=[Picture(cloud_picture(solids.test.cloud(index)), str(truth[index])) for index in shown],
+        pictures_note="Test clouds, near points dark, each with every method's answer and its probability. "
+        f"{easy} of them every method gets right; the other {len(shown) - easy} are chosen to tell the methods apart, "
+        "so errors are more frequent here than in the table.",
+        conditions=_conditions(settings, solids, command),
+        inputs="clouds",
+    )
+
+
+def _intro(settings: PointsSettings, runs: list[RunResult], solids: Solids) -> str:
+    return (
+        f"The backbone {settings.model} ({runs[0].backbone_parameters / 1e6:.1f} million parameters) takes clouds of "
+        f"points. Each method below taught it {len(solids.class_names)} kinds of generated solids, stretched, turned, "
+        f"tilted, cut and noisy, from {len(solids.train):,} clouds: the same clouds and {settings.epochs} epochs for "
+        f"all.\n\n{finding(runs, 'clouds')}"
+    )
+
+
+def _conditions(settings: PointsSettings, solids: Solids, command: str) -> dict[str, str]:
+    rates = ", ".join(f"{rate:g}" for rate in RATES)
+    chosen = "the usual ones of each method, not searched (deltalens demo --task points --tune searches)"
+    if settings.tune:
+        chosen = f"each method's best of {rates} on the validation clouds; the test clouds have no part in it"
+    return {
+        "Command": command,
+        "Data": f"generated solids of {len(solids.train.cloud(0)):,} points; {len(solids.train):,} training, "
+        f"{len(solids.val)} validation and {len(solids.test)} test clouds",
+        "Training": f"{settings.epochs} epochs, batches of {BATCH_SIZE}, AdamW, warm-up and cosine, no augmentation, "
+        f"seed {settings.seed}; the last epoch counts",
+        "Learning rates": chosen,
+        "Measured": "saved for backward: distinct storages that autograd keeps for one step of "
+        f"{BATCH_SIZE} clouds, without parameters; time: training and validation, on a machine that may have had "
+        "other work",
+        **here_and_now(),
+    }
