@@ -1,12 +1,14 @@
-"""Adapter-X: the wide form against the loop, prompts, what is trained, balance, lifecycle, and which experts are used."""
+"""Adapter-X: the wide form against the loop, prompts, what is trained, balance, lifecycle, who uses which expert."""
 
 import copy
+import csv
 import math
 import pickle
-import warnings
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from bench_models import ONCE
 from matrix import assert_equal_states
 from models import (
     CLASSES,
@@ -21,15 +23,21 @@ from models import (
     tiny_swin,
     tiny_vit,
 )
+from picture_folders import CLASSES as PICTURE_CLASSES
+from picture_folders import write_splits, write_tiny_backbone
 from torch import nn
 
 import deltalens as dl
+from deltalens.cli.main import main
+from deltalens.data.splits import Splits
 from deltalens.methods.adapter_x import BlockExperts
 from deltalens.methods.expert_use import expert_use
 from deltalens.methods.notes import note, notes_of, noting
 from deltalens.methods.smoa import ScaleAndShift, SmallMLP, SMoA, balance
+from deltalens.studies.expert_bench import ADAPTFORMER, OURS, SERIAL, SORTED, bench_adapter_x
 from deltalens.studies.plain_forms import SortedSMoA, looped_smoa
 from deltalens.tasks import ClassificationTask
+from deltalens.training import TrainingSettings, fit
 
 SMALL = {"experts": 3, "bottleneck": 4, "router_width": 5}
 LABELS = torch.tensor([0, 3])
@@ -106,9 +114,11 @@ def test_sorting_gives_the_same():
 
 def test_starts():
     pool = SMoA(24, 2, 4, 3, 5)
-    assert not pool.up.any() and not pool.up_bias.any() and not pool.down_bias.any()
-    assert float(pool.down.abs().max()) <= 1 / math.sqrt(12)  # Kaiming-uniform of each expert, not of all as one
-    assert float(pool.down.abs().max()) > 0.8 / math.sqrt(12)
+    assert not any(tensor.any() for tensor in (pool.up, pool.up_bias, pool.down_bias))
+    assert float(pool.down.detach().abs().max()) <= 1 / math.sqrt(
+        12
+    )  # Kaiming-uniform of each expert, not of all as one
+    assert float(pool.down.detach().abs().max()) > 0.8 / math.sqrt(12)
     products = pool.router.experts @ pool.router.experts.T
     torch.testing.assert_close(products, 0.32**2 * torch.eye(4), atol=1e-6, rtol=0)
     assert not pool(torch.randn(1, 3, 24))[0].any()
@@ -371,7 +381,7 @@ def test_checkpointing_keeps_the_balance(settings):
 
 def test_compiled_training_has_the_balance():
     torch.compiler.reset()
-    model, x = adapted(balance=0.5), images("vit")
+    model, x = adapted(make=lambda: tiny_vit(depth=2), balance=0.5), images("vit")
     task = task_of(model).train()
     expected = task((x, LABELS))
     expected["loss"].backward()
@@ -417,7 +427,8 @@ def test_copies_share_within_themselves():
     model, x = adapted(), images("vit")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model(x))
-        assert len(pools(twin)) == 1 and pools(twin)[0] is not pools(model)[0]
+        assert len(pools(twin)) == 1
+        assert pools(twin)[0] is not pools(model)[0]
         result = task_of(twin).train()((x, LABELS))
         assert "adapter_x.balance" in result["losses"]  # the copy's config is still its author
 
@@ -491,8 +502,67 @@ def test_without_experts_there_is_nothing_to_count():
             expert_use(model, [(images("vit"), LABELS)])
 
 
-def test_training_warns_of_dead_experts():
-    model = steered(2)
-    with pytest.warns(UserWarning) if False else warnings.catch_warnings():
-        (text,) = dl.AdapterXConfig(**SMALL).remarks(model, [(images("vit"), LABELS)])
-    assert "experts 0, 1 of 3" in text
+def test_training_reports_the_balance_and_dead_experts(tmp_path):
+    """A column of the history, and a warning at the end; a run that goes on has the same column."""
+    task, data = task_of(steered(2)), Splits(Random(), None, [str(i) for i in range(CLASSES)])
+    settings = TrainingSettings(epochs=2, batch_size=4, lr=1e-6, progress=False, accelerator="cpu")
+    with pytest.warns(UserWarning, match="experts 0, 1 of 3 get less than 10%"):
+        results = fit(task, data, settings, tmp_path)
+    first, second = results["history"]
+    assert first["train_loss"] == pytest.approx(first["train_cross_entropy"] + first["train_adapter_x.balance"])
+    assert 0.02 < second["train_adapter_x.balance"] < 0.0301  # weight 0.01, nearly all to one of three
+    assert "train_adapter_x.balance" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+
+
+class Random:
+    """Eight random images with labels."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return images("vit", batch=1, seed=index)[0], index % CLASSES
+
+
+# ------------------------------------------------------------------ pictures and commands
+def test_experts_command(tmp_path, capsys):
+    write_splits(tmp_path / "photos", train=2, val=2, test=3)
+    write_tiny_backbone(tmp_path / "model")
+    names = sorted(PICTURE_CLASSES)
+    for name, settings in {"one": {}, "own": {"shared": False}}.items():
+        model = dl.create_backbone(str(tmp_path / "model"), num_classes=3)
+        randomize_adapter(dl.attach(model, config(**settings)))
+        dl.adapter_info(model)["class_names"] = names
+        dl.save_pretrained(model, tmp_path / name)
+        figure = tmp_path / f"{name}.svg"
+        words = [
+            "analyze",
+            "experts",
+            str(tmp_path / name),
+            "--data",
+            str(tmp_path / "photos"),
+            "--output",
+            str(figure),
+        ]
+        assert main([*words, "--batch-size", "4"]) == 0
+        ElementTree.parse(figure)
+        rows = list(csv.DictReader(figure.with_suffix(".csv").open()))
+        depth, count = len(layers(model)), len(pools(model))
+        assert len(rows) == 3 * (depth + 3 * count)
+        for of, name_, pool in {(row["of"], row["name"], row["pool"]) for row in rows}:
+            same = [row for row in rows if (row["of"], row["name"], row["pool"]) == (of, name_, pool)]
+            assert sum(float(row["share"]) for row in same) == pytest.approx(1, abs=1e-5)
+        of_blocks = sum(int(row["sub_tokens"]) for row in rows if row["of"] == "block")
+        assert of_blocks == sum(int(row["sub_tokens"]) for row in rows if row["of"] == "class") > 0
+        assert f"pool {count - 1}, " in capsys.readouterr().out
+    assert main(["analyze", "experts", str(tmp_path / "one"), "--data", str(tmp_path / "photos")]) == 1
+    assert "needs --output" in capsys.readouterr().err
+
+
+def test_bench_on_a_small_model():
+    report = bench_adapter_x(ONCE)
+    steps, speeds = report.sections
+    assert {OURS, SORTED, SERIAL, ADAPTFORMER} < {row.name for row in steps.rows}
+    assert {OURS, SORTED, SERIAL, ADAPTFORMER} < {row.name for row in speeds.rows}
+    assert set(steps.row(OURS).ratios) == {"full", "frozen", "adaptformer", "plain"}
+    assert not report.targets

@@ -41,6 +41,31 @@ class Routing(nn.Module):
         return logits.softmax(-1)
 
 
+class _WideProduct(torch.autograd.Function):
+    """(h (M, r), g (M, N), U (N, r, d)) -> sum_k g_k h U_k (M, d), as one product of the rows (g_1 h, ..., g_N h) with
+    all U. The rows, N times as long as h, are made again in backward instead of kept."""
+
+    @staticmethod
+    def forward(h: Tensor, g: Tensor, up: Tensor) -> Tensor:
+        return _rows(h, g) @ up.flatten(0, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, g, up = ctx.saved_tensors
+        of_up = (_rows(h, g).T @ gradient).view(up.shape)
+        of_rows = (gradient @ up.flatten(0, 1).T).unflatten(1, up.shape[:2])
+        return (of_rows * g.unsqueeze(-1)).sum(1), (of_rows * h.unsqueeze(1)).sum(2), of_up
+
+
+def _rows(h: Tensor, g: Tensor) -> Tensor:
+    return (g.unsqueeze(-1) * h.unsqueeze(1)).flatten(1)
+
+
 class SMoA(nn.Module):
     """y = scale * merge( p_k A_k(s) ),  s = split(x): h chunks of the channels of each token, k = argmax p
 
@@ -130,14 +155,16 @@ class SMoA(nn.Module):
             gates = (probabilities * self.scale).to(hidden.dtype)
         if probabilities is not None and not self.dense:
             one = chosen_experts(probabilities).to(hidden.dtype)
-            hidden = (hidden * one.unsqueeze(-1)).sum(1, keepdim=True)  # the chosen expert's r numbers
+            hidden = (hidden * one.unsqueeze(-1)).sum(1)  # the chosen expert's r numbers
             gates = gates * one
         hidden = self.dropout(ACTIVATIONS[self.activation](hidden))
         up = self.up
         if self.up_bias is not None:
             hidden, up = F.pad(hidden, (0, 1), value=1.0), torch.cat([up, self.up_bias.unsqueeze(1)], 1)
-        wide = (hidden * gates.unsqueeze(-1)).flatten(1)
-        return wide @ up.flatten(0, 1).to(wide.dtype)
+        up = up.to(hidden.dtype)
+        if hidden.dim() == 2:
+            return _WideProduct.apply(hidden, gates, up)
+        return (hidden * gates.unsqueeze(-1)).flatten(1) @ up.flatten(0, 1)
 
 
 def chosen_experts(probabilities: Tensor) -> Tensor:
@@ -168,8 +195,8 @@ class ScaleAndShift(nn.Module):
 
 
 class SmallMLP(nn.Module):
-    """P = W_2 gelu( W_1 m + b_1 ) + b_2, m the mean over tokens of act(y): (B, N, C) -> (B, 1, C), with `hidden` numbers
-    between. W_1 starts Kaiming-uniform, W_2 and b_1 zero, b_2 ~ N(0, .02)."""
+    """P = W_2 gelu( W_1 m + b_1 ) + b_2, m the mean over tokens of act(y): (B, N, C) -> (B, 1, C), with `hidden`
+    numbers between. W_1 starts Kaiming-uniform, W_2 and b_1 zero, b_2 ~ N(0, .02)."""
 
     def __init__(self, width: int, activation: str | None, hidden: int):
         super().__init__()
