@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def run_experts(args: Namespace, batches: Callable[..., Any]) -> None:
-    """Count, print the warnings, and write figure and CSV. batches: (args, model, class names, most images) -> loader."""
+    """Count, print the warnings, write figure and CSV. batches: (args, model, class names, most images) -> loader."""
     from deltalens.cli.trained import label_of, load_trained
     from deltalens.methods.expert_use import expert_use
     from deltalens.studies.expert_pictures import write_experts

@@ -83,9 +83,10 @@ class AdapterXConfig(Method):
         next block reads [class token, P_l, P_l-1, ..., P_0, patches]
 
     placement="serial" is Adapter-X on Houlsby's base: y = SMoA( MLP(u) ) is added to what the MLP gives. The class
-    token and the head are trained, all else is frozen. The loss gets balance * mean over the blocks of N sum_i f_i P_i,
-    f_i the share of sub-tokens sent to expert i and P_i its mean probability (1 at best, N at worst), the term "balance"
-    of the history. A last block that computes the class token alone, because the head reads no more, does not count there.
+    token and the head are trained, all else is frozen. The loss gets balance times the mean over the blocks of
+    N sum_i f_i P_i, f_i the share of sub-tokens sent to expert i and P_i its mean probability (1 at best, N at worst),
+    the term "balance" of the history. A last block that computes the class token alone, because the head reads no
+    more, does not count there.
 
     Prompts exist where streams are sequences of tokens (ViT, points), not on maps (Swin, ConvNeXt) nor in texts. The
     last block makes one only where the head reads prompts (`pool`): else nobody would. The published counts include one

@@ -30,7 +30,7 @@ STEP_LIMIT = 1.15  # step / AdaptFormer's
 
 def bench_adapter_x(options: Options) -> Report:
     """A step and a forward of Adapter-X's preset for ViT-B/16 in both placements, of the same pool with sub-tokens
-    sorted by expert, and of AdaptFormer. Random values in the experts, so that equal outputs mean something; no dropout."""
+    sorted by expert, and of AdaptFormer. The experts have random values, so that equal outputs mean something."""
     options = options.settled(VPT_MODEL, "deltalens/vit-mini")
     backbone, images, labels = setup(options)
     settings = {"dropout": 0.0, "last_prompt": True}

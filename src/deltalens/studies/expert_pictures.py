@@ -48,8 +48,9 @@ def plot_experts(use: ExpertUse, class_names: Sequence[str], title: str, path: s
         names = [f"{pool}.{k}" if len(pools) > 1 else str(k) for pool in pools for k in range(experts)]
         maps.append(("classes", [class_names[i] for i in seen], of_classes, names))
     rows, columns = max(len(each[1]) for each in maps), max(each[2].shape[1] for each in maps)
-    panel = (max(3.6, 1.6 + 0.38 * min(columns, 40)), max(2.6, 1.0 + 0.24 * min(rows, MOST_NAMES)))
-    figure, axes = new_figure(1, len(maps), panel)
+    panel = (max(3.6, 1.6 + 0.3 * min(columns, 40)), max(2.6, 1.0 + 0.24 * min(rows, MOST_NAMES)))
+    over_each_other = columns > MOST_NUMBERS
+    figure, axes = new_figure(*((len(maps), 1) if over_each_other else (1, len(maps))), panel)
     top = max(float(each[2].max()) for each in maps)
     dead = use.dead()
     for axis, (what, names, shares, numbers) in zip(axes, maps, strict=True):
@@ -69,7 +70,7 @@ def _heat_map(axis: Any, shares: np.ndarray, names: Sequence[str], columns: Sequ
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = page_colours()
-    scale = LinearSegmentedColormap.from_list("shares", ["#ffffff", colours["c0"]])
+    scale = LinearSegmentedColormap.from_list("shares", ["#ffffff", colours["c1"]])
     picture = axis.imshow(shares, aspect="auto", cmap=scale, vmin=0, vmax=top, interpolation="nearest")
     step = -(-len(names) // MOST_NAMES)
     axis.set_yticks(range(0, len(names), step), names[::step], fontsize=8)

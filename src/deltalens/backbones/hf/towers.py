@@ -166,8 +166,8 @@ class Kind:
     block. linears: paths of layers without which a block is of another version and counts as unknown. prefix:
     embeddings -> number of class, distillation and register tokens. class_token: name of the class
     token among the embeddings' parameters, empty where there is none. recorder: path in the model of what records
-    hidden states. classifiers: class -> reading. resizable: the setting without which other image sizes are refused. embed,
-    owner: how the embeddings and what records hidden states are read.
+    hidden states. classifiers: class -> reading. resizable: the setting without which other image sizes are refused.
+    embed, owner: how the embeddings and what records hidden states are read.
     """
 
     embeddings: type
