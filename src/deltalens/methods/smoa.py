@@ -145,6 +145,7 @@ class SMoA(nn.Module):
         else:
             both = F.linear(sub, torch.cat([down, weight]), None if bias is None else F.pad(bias, (0, weight.shape[0])))
             hidden, narrow = both.split([down.shape[0], weight.shape[0]], 1)
+            narrow = narrow.contiguous()  # saved for backward, and a view would keep all of `both`
         return hidden.unflatten(1, self.down.shape[:2]), self.router.probabilities(narrow)
 
     def _write(self, hidden: Tensor, probabilities: Tensor | None) -> Tensor:
