@@ -36,6 +36,8 @@ ROWS: dict[str, Callable[[], Method | list[Method]]] = {
     "Adapter, Pfeiffer": lambda: dl.AdapterConfig.pfeiffer(bottleneck=4),
     "Adapter, parallel": lambda: dl.AdapterConfig(bottleneck=4, parallel=True),
     "AdaptFormer": lambda: dl.AdaptFormerConfig(bottleneck=4),
+    "Adapter-X": lambda: dl.AdapterXConfig(experts=3, bottleneck=4),
+    "Adapter-X, sequential": lambda: dl.AdapterXConfig(experts=3, bottleneck=4, placement="serial"),
     "LoRand": lambda: dl.LoRandConfig(rank=2),
     "LoRA on q, v": lambda: dl.LoRAConfig(r=2, parts=("q", "v")),
     "LoRA on fc1, fc2": lambda: dl.LoRAConfig(r=2, parts=("fc1", "fc2")),

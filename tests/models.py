@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from deltalens.methods import (
+    AdapterXConfig,
     BitFitConfig,
     ConvpassConfig,
     FacTConfig,
@@ -137,6 +138,10 @@ METHODS = {
     "fact-mlp": FacTConfig(r=3, parts=("fc1", "fc2"), dropout=0.0),
     "repadapter": RepAdapterConfig(bottleneck=4, scale=0.5, dropout=0.0),
     "convpass": ConvpassConfig(bottleneck=3, scale=0.5, dropout=0.0),
+    "adapter-x": AdapterXConfig(experts=3, bottleneck=4, router_width=5, dropout=0.0, last_prompt=True),
+    "adapter-x-serial": AdapterXConfig(
+        experts=3, bottleneck=4, router_width=5, dropout=0.0, placement="serial", dense=True
+    ),
 }
 # what each family can be adapted with
 PAIRS = [
@@ -150,6 +155,8 @@ PAIRS = [
     ("convnext", "fact-mlp"),
     *[(family, "repadapter") for family in ("vit", "swin", "convnext")],
     *[(family, "convpass") for family in ("vit", "swin")],
+    *[(family, "adapter-x") for family in ("vit", "swin")],
+    *[(family, "adapter-x-serial") for family in ("vit", "convnext")],
 ]
 
 

@@ -32,7 +32,7 @@ MODELS = {
 }
 TOKENS = {"VPT-shallow", "VPT, 2 of the blocks", "VPT, added", "VPT, added to all", "VPT, patches of pixels"}
 PROMPTS = {"VPT-deep", "VPT, shared", "VPT, class prototypes", "VPT, prefix", "VPT and BitFit"}
-BESIDE = {"Adapter, parallel", "AdaptFormer", "RepAdapter", "Convpass"}
+BESIDE = {"Adapter, parallel", "AdaptFormer", "Adapter-X", "RepAdapter", "Convpass"}
 LINEAR = {"LoRA on q, v", "LoRA on fc1, fc2", "FacT", "DoRA of peft", "LoHa of peft"}
 REFUSED = {
     "resnet": TOKENS | PROMPTS | BESIDE | LINEAR | {"SCT"},

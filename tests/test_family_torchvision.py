@@ -29,7 +29,7 @@ MODELS = {
     "resnet": tiny_tv_resnet,
 }
 VPT = {row for row in ROWS if row.startswith("VPT")} - {"VPT, image channels", "VPT, frame of pixels"}
-WITH_PREFIX_OR_MAP = {"Adapter, parallel", "AdaptFormer", "LoRA on q, v", "FacT", "Convpass", "SCT"}
+WITH_PREFIX_OR_MAP = {"Adapter, parallel", "AdaptFormer", "Adapter-X", "LoRA on q, v", "FacT", "Convpass", "SCT"}
 PEFT = {"DoRA of peft", "LoHa of peft"}
 REFUSED = {
     "vit": {"VPT, frame of pixels"} | PEFT,

@@ -61,6 +61,43 @@ def test_every_recipe_can_be_read_and_says_how_it_is_started(name, tmp_path):
         assert budgets == {study.search.trials}
 
 
+# ------------------------------------------------------------------ Adapter-X
+ADAPTER_X = ("adapter-x/vtab1k", "adapter-x/vtab1k-published")
+
+
+@pytest.mark.parametrize("name", ADAPTER_X)
+def test_adapter_x_on_vtab(name):
+    study = study_of(name)
+    assert f": deltalens compare {name} --data " in summary(STUDIES[name])
+    assert study.protocol == ("published" if name.endswith("-published") else "fair")
+    assert {dataset.name for dataset in study.datasets} == set(TASKS)
+    collected, figure = study.published
+    assert "read off a figure" in figure.note
+    assert {score.metric for score in figure.scores} == {"group mean"}
+    read = {score.label: score.percent for score in figure.scores}
+    tables = {}
+    for score in collected.scores:
+        tables.setdefault(score.label, {})[score.column] = score.percent
+    for label, numbers in tables.items():
+        for group in GROUPS:
+            tasks = [numbers[task] for task in TASKS if TASKS[task].group == group]
+            assert sum(tasks) / len(tasks) == pytest.approx(numbers[group], abs=0.006)
+        if label not in ("Adapter", "AdaptFormer"):  # which are 64 wide in the figure
+            assert sum(numbers[group] for group in GROUPS) / 3 == pytest.approx(read[label], abs=0.15)
+    assert read["Adapter-X"] - read["Adapter"] == pytest.approx(0.1)
+    scales = {"Adapter-X", "AdaptFormer-X", "Adapter", "AdaptFormer"}
+    for variant in study.variants:
+        found = searched(study, variant.label)
+        assert (found.get("scale", found.get("method.scale")) == [0.01, 0.1, 1, 10]) == (variant.label in scales), found
+
+
+def test_rows_of_adapter_x_have_the_figures_sizes():
+    found = counted(study_of(ADAPTER_X[0]))
+    percents = {label: round(100 * count / 85_798_656, 2) for label, count in found.items()}
+    expected = {"Linear": 0, "BitFit": 0.12, "LoRA": 0.34, "Adapter": 1.39, "Adapter-X": 0.2, "AdaptFormer-X": 0.2}
+    assert {label: percents[label] for label in expected} == expected
+
+
 # ------------------------------------------------------------------ Mona
 SWIN_L = {  # table of the reference; the classifier has no output norms of a detector
     "Full": 194_998_164 - detector_norms("l", 2),

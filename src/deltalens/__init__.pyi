@@ -11,6 +11,7 @@ from .lifecycle.prepare import finish, prepare
 from .lifecycle.switch import active_adapters, delete_adapter, disable_adapter, set_adapter
 from .methods import (
     AdapterConfig,
+    AdapterXConfig,
     AdaptFormerConfig,
     BitFitConfig,
     CLIPAdapterConfig,
@@ -51,6 +52,7 @@ __version__: str
 __all__ = [
     "AdaptFormerConfig",
     "AdapterConfig",
+    "AdapterXConfig",
     "BitFitConfig",
     "CLIPAdapterConfig",
     "CoCoOpConfig",

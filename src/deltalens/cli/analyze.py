@@ -3,8 +3,9 @@
 embeddings: what the heads of several adapters read, by t-SNE, one panel each, with the accuracy of 5 nearest neighbours
 and the silhouette. attention: where a block of a ViT or Swin looks in one picture, over patches and prompts, head by
 head. layers: how well the features of each block tell which dataset a sample comes from, image tower and text tower.
-ensemble: accuracy of several VPT adapters of one backbone alone and averaged, in one forward pass. storage: bytes
-on disk of one backbone and all adapters, against a whole model for each.
+experts: which experts of Adapter-X the blocks and the classes use, and which are dead. ensemble: accuracy of several
+VPT adapters of one backbone alone and averaged, in one forward pass. storage: bytes on disk of one backbone and all
+adapters, against a whole model for each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
+from deltalens.cli.analyze_experts import run_experts
 from deltalens.cli.analyze_layers import run_layers
 from deltalens.cli.method_options import MODEL_HELP
 from deltalens.cli.repeated import gather
@@ -19,20 +21,25 @@ from deltalens.cli.repeated import gather
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-ANALYSES = ("embeddings", "attention", "layers", "ensemble", "storage")
+ANALYSES = ("embeddings", "attention", "layers", "experts", "ensemble", "storage")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("analysis", type=Literal[ANALYSES], help="what to look at")
-    add("adapters", type=str, nargs="*", help="folders of adapters; attention takes one, layers one or --model")
+    add(
+        "adapters",
+        type=str,
+        nargs="*",
+        help="folders of adapters; attention and experts take one, layers one or --model",
+    )
     add(
         "--data",
         type=list[str] | str | None,
         default=None,
         metavar="FOLDER",
-        help="embeddings, ensemble: folder of images; layers: NAME=FOLDER, once for each dataset",
+        help="embeddings, experts, ensemble: folder of images; layers: NAME=FOLDER, once for each dataset",
     )
     add(
         "--split",
@@ -44,7 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--images",
         type=int,
         default=1000,
-        help="embeddings: at most so many, spread evenly over the split; layers: at most so many of each dataset",
+        help="embeddings, experts: at most so many, spread over the split; layers: at most so many of each dataset",
     )
     add("--image", type=str | None, default=None, help="attention: the picture")
     add("--block", type=int, default=-1, help="attention: number of the block, from 0, or negative from the end")
@@ -74,8 +81,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--output",
         type=str | None,
         default=None,
-        help="embeddings, attention, layers: figure (.svg, .png, .pdf); attention writes its arrays beside it as .npz, "
-        "layers its numbers as .csv; ensemble, storage: JSON file",
+        help="embeddings, attention, layers, experts: figure (.svg, .png, .pdf); attention writes its arrays beside it "
+        "as .npz, layers and experts their numbers as .csv; ensemble, storage: JSON file",
     )
     add("--batch-size", type=int, default=64, help="images at a time")
     add("--seed", type=int, default=0, help="of t-SNE")
@@ -95,6 +102,7 @@ NEEDED = {
     "embeddings": ("adapters", "data", "output"),
     "attention": ("adapters", "image", "output"),
     "layers": ("data", "output"),
+    "experts": ("adapters", "data", "output"),
     "ensemble": ("adapters", "data"),
     "storage": ("adapters",),
 }
@@ -116,6 +124,7 @@ def run(args: Namespace) -> None:
         "embeddings": _embeddings,
         "attention": _attention,
         "layers": run_layers,
+        "experts": lambda args: run_experts(args, _batches),
         "ensemble": _ensemble,
         "storage": _storage,
     }

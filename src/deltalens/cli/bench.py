@@ -4,8 +4,8 @@ the frozen backbone and full fine-tuning, all in one run.
 Contenders run in turns (A B C D, A B C D, ...) on random weights with dropout 0; a ratio is the median over the rounds
 of the ratios within a round. A training step is forward and backward; "saved MB" is what autograd keeps for backward,
 each storage once, without parameters. On a GPU the peak memory of a step is shown too. Targets are checked for the
-models they are stated for: VPT-deep on ViT-B/16, Mona on Swin-T, attaching and files on ViT-L, MMA on CLIP ViT-B/16,
-patches on Point-MAE.
+models they are stated for: VPT-deep and Adapter-X on ViT-B/16, Mona on Swin-T, attaching and files on ViT-L, MMA on
+CLIP ViT-B/16, patches on Point-MAE.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 PARTS = ("vpt", "mona", "lifecycle")  # those that run where none is named
-FURTHER = ("clip", "prompts", "points")
+FURTHER = ("clip", "prompts", "points", "adapter-x")
 
 
 HELP = (
     "what to measure; vpt, mona and lifecycle where none is named; clip is MMA, CoOp and CoCoOp on a two-tower model, "
     "which needs open_clip; prompts is VPT's cost table over prompt lengths; points is the making of patches of point "
-    "clouds"
+    "clouds; adapter-x is its pool of experts beside AdaptFormer, and sorted by expert"
 )
 
 
@@ -58,7 +58,15 @@ def run(args: Namespace) -> int:
     import torch
 
     from deltalens.lifecycle.atomic import write_text
-    from deltalens.studies import bench_report, benchmarks, clip_bench, lifecycle_bench, point_bench, prompt_bench
+    from deltalens.studies import (
+        bench_report,
+        benchmarks,
+        clip_bench,
+        expert_bench,
+        lifecycle_bench,
+        point_bench,
+        prompt_bench,
+    )
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -75,6 +83,7 @@ def run(args: Namespace) -> int:
         "clip": clip_bench.bench_clip,
         "prompts": prompt_bench.bench_prompts,
         "points": point_bench.bench_points,
+        "adapter-x": expert_bench.bench_adapter_x,
     }
     reports = []
     with benchmarks.threads(args.threads):

@@ -189,7 +189,8 @@ def _install(anatomy: Anatomy, site: Site, slot: str, name: str, method: str, mo
     _slots_of(site).put(slot, name, method, module)
     if slot == "pool":  # it wants the tokens that adapters added, too
         _slots_of(site.tower.blocks[-1]).put("tokens.kept", name, method, module)
-    if slot.startswith(("tokens", "embed")) and (site.tower.carriers or site.tower.blocks_count_tokens):
+    adds = slot.startswith(("tokens", "embed")) or getattr(module, "adds_tokens", False)
+    if adds and (site.tower.carriers or site.tower.blocks_count_tokens):
         for carrier in site.tower.carriers:
             swap(carrier.module, carrier.family)
         for block in site.tower.blocks[site.index :]:

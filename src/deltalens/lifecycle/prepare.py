@@ -50,6 +50,17 @@ def finish(model: nn.Module, loader: Iterable[Any]) -> dict[str, dict[str, Any]]
     return chosen
 
 
+@torch.no_grad()
+def remarks(model: nn.Module, loader: Iterable[Any]) -> list[str]:
+    """What the active adapters' methods have to say when training is over. loader gives training batches; it is not
+    read where no method has anything to look at."""
+    methods = [method for method in _active_methods(state_of(model)) if type(method).remarks is not Method.remarks]
+    if not methods:
+        return []
+    with _evaluating(model):
+        return list(dict.fromkeys(text for method in methods for text in method.remarks(model, loader)))
+
+
 def has_choices(model: nn.Module) -> bool:
     """Whether an active method may choose settings after training."""
     if KEY not in model.__dict__:

@@ -1,6 +1,7 @@
 """One file per method; importing this package registers them all."""
 
 from deltalens.methods.adapter import AdapterConfig
+from deltalens.methods.adapter_x import AdapterXConfig
 from deltalens.methods.adaptformer import AdaptFormerConfig
 from deltalens.methods.base import Method, list_methods, make_config, method_class, register, setting
 from deltalens.methods.bitfit import BitFitConfig
@@ -36,6 +37,7 @@ from deltalens.methods.zero_shot import ZeroShotConfig
 __all__ = [
     "AdaptFormerConfig",
     "AdapterConfig",
+    "AdapterXConfig",
     "BitFitConfig",
     "CLIPAdapterConfig",
     "CoCoOpConfig",

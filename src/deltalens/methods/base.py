@@ -60,7 +60,8 @@ class Method:
         return None
 
     def losses(self, model: nn.Module, output: Any, batch: Any) -> dict[str, Tensor]:
-        """Further loss terms of the method, by name; a task adds them to its own loss."""
+        """Further loss terms of the method, by name; a task adds them to its own loss. What modules have noted in the
+        forward (`deltalens.methods.notes`) is at hand."""
         return {}
 
     def combine(self, gradients: dict[str, list[Tensor]]) -> list[Tensor]:
@@ -84,6 +85,11 @@ class Method:
         then have them. Empty where nothing was chosen. `deltalens.finish` calls it.
         """
         return {}
+
+    def remarks(self, model: nn.Module, loader: Iterable) -> list[str]:
+        """What a user should be told when training is over, such as experts that nobody uses. loader: training batches,
+        of which it takes a few. `deltalens.training.fit` gives each as a warning."""
+        return []
 
     def unfreeze_multiplier(self) -> float:
         """Factor on the learning rate of the tensors that `unfreeze` names."""

@@ -123,6 +123,8 @@ class Tower:
     classifier: the model that reads this stream for its head and offers the slots `pool` and `output`, or None.
     patch_size: (h, w) of the patch embedding's kernel where known; VPT's initialisation reads it.
     class_token: whether the first prefix token is a class token.
+    class_tensors: paths of the parameters that are the class token: its start, and its position where that is a tensor
+        of its own.
     image: the module that receives the pixels and offers the slot `image`: f(image) -> image. None where unknown.
     stem: the convolution that reads the pixels and offers the slot `stem.parallel`: f(image) -> what is added to its
         output. None where there is none.
@@ -146,6 +148,7 @@ class Tower:
     classifier: Site | None = None
     patch_size: tuple[int, int] | None = None
     class_token: bool = False
+    class_tensors: tuple[str, ...] = ()
     image: Site | None = None
     stem: Site | None = None
     image_size: tuple[int, int] | None = None
@@ -241,6 +244,7 @@ def prefixed(prefix: str, towers: Iterable[Tower]) -> list[Tower]:
     for tower in towers:
         tower.root = ".".join(part for part in (prefix, tower.root) if part)
         tower.untrained = [".".join(part for part in (prefix, path) if part) for path in tower.untrained]
+        tower.class_tensors = tuple(f"{prefix}.{path}" if prefix else path for path in tower.class_tensors)
     for site in {id(site): site for tower in towers for site in tower.sites()}.values():
         site.path = ".".join(part for part in (prefix, site.path) if part)
     return towers

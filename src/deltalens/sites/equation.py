@@ -7,8 +7,8 @@ A block with branches b (attention, then mlp) reads
     x <- stream_b( act_b( skip_b(x) + drop_path(u) + sum of parallel_b(x, n) ) )
 
 where skip and act are the identity in most blocks, and the block as a whole  y = block.stream( branches(x) + sum of
-block.parallel(x, n_1) ), its input and output open to `tokens` modules. New tokens that parallel modules return join
-the stream at the end of the block.
+block.parallel(x, n_1) ), its input and output open to `tokens` modules. New tokens that parallel and inner modules
+return join the stream at the end of the block.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def residual_block(
     block_input, first_normed, new_tokens = x, None, []
     for branch in branches:
         normed = branch.norm(x)
-        update = slots.chain(
-            f"{branch.name}.inner", branch.body(slots.chain(f"{branch.name}.pre", normed, layout)), layout
-        )
+        update = branch.body(slots.chain(f"{branch.name}.pre", normed, layout))
+        update = slots.chain(f"{branch.name}.inner", update, layout, new_tokens)
         if first_normed is None:
             if keep is not None:
                 x, normed, block_input = kept(x, keep), kept(normed, keep), kept(block_input, keep)

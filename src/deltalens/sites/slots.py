@@ -15,12 +15,13 @@ class Slots(nn.Module):
     """slot -> adapter -> method -> module, with the adapters that are active, in order.
 
     A slot's name is written with "_" instead of "." in parameter names: `attention.stream` is `attention_stream`.
-    Modules may declare three facts about themselves as class attributes:
+    Modules may declare facts about themselves as attributes:
 
     * `spatial = True`: called with the map (B, H, W, C); prefix tokens bypass it.
     * `takes_layout = True`: called with the stream as it is and its layout as last argument, for modules that treat
       prefix tokens and map each in their own way.
     * `pointwise = True`: acts on each token alone, so that tokens nobody reads need not be computed.
+    * `adds_tokens = True`: returns tokens besides its result, which live on in the stream (`parallel`, `inner`).
     """
 
     def __init__(self, layout: Layout, last: bool = False):
@@ -87,11 +88,19 @@ class Slots(nn.Module):
         return [module for slot in self._modules for module in self.live(slot)]
 
     # ------------------------------------------------------------------ how the slots of a block are read
-    def chain(self, slot: str, x: Tensor, layout: Layout) -> Tensor:
-        """f(x) -> x, one after the other: `pre`, `inner` and `stream` slots."""
+    def chain(self, slot: str, x: Tensor, layout: Layout, tokens: list[Tensor] | None = None) -> Tensor:
+        """f(x) -> x, one after the other: `pre`, `inner` and `stream` slots.
+
+        tokens: where new tokens of modules that return (x, new tokens) are appended; without it those are an error.
+        """
         for module in self.live(slot):
             if getattr(module, "takes_layout", False):
                 x = module(x, layout)
+                if isinstance(x, tuple):
+                    x, new = x
+                    if tokens is None:
+                        raise TypeError(f"{type(module).__name__} makes tokens, which {slot} of this block cannot take")
+                    tokens.append(new)
             elif getattr(module, "spatial", False):
                 feature_map, prefix = layout.split(x)
                 x = layout.join(module(feature_map), prefix)

@@ -1,4 +1,4 @@
-"""The published forms of VPT and Mona, operation by operation: what the shipped fast forms are compared with."""
+"""The published forms of VPT, Mona and Adapter-X, operation by operation: what the fast forms are compared with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from deltalens.methods.bottleneck import ACTIVATIONS
 from deltalens.methods.mona_layer import MonaLayer
+from deltalens.methods.smoa import SMoA
 from deltalens.methods.vpt import Prompts
 
 
@@ -80,4 +82,55 @@ def plain_mona(adapted: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, MonaLayer):
             module.forward = module.plain
+    return model
+
+
+def looped_smoa(pool: SMoA, x: Tensor) -> Tensor:
+    """SMoA sub-token by sub-token, from its formula and the parameters of a pool, without dropout and jitter."""
+    activation = {"relu": torch.relu, "gelu": nn.functional.gelu}[pool.activation]
+
+    def expert(k: int, s: Tensor) -> Tensor:
+        hidden = pool.down[k] @ s if pool.down_bias is None else pool.down[k] @ s + pool.down_bias[k]
+        out = pool.up[k].T @ activation(hidden)
+        return out if pool.up_bias is None else out + pool.up_bias[k]
+
+    def routed(s: Tensor) -> Tensor:
+        if pool.experts == 1:
+            return expert(0, s)
+        p = pool.router.probabilities(pool.router.weight @ s)
+        if pool.dense:
+            return torch.stack([p[k] * expert(k, s) for k in range(pool.experts)]).sum(0)
+        k = int(p.argmax())
+        return p[k] * expert(k, s)
+
+    chunks = [routed(s) for token in x.reshape(-1, x.shape[-1]) for s in token.chunk(pool.heads)]
+    return pool.scale * torch.stack(chunks).view(x.shape)
+
+
+class SortedSMoA(SMoA):
+    """SMoA as mixtures of large experts are dispatched: sub-tokens sorted by expert, a loop over the experts, and the
+    results put back in place. What the wide form is compared with."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        sub = self.split(x)
+        probabilities = self.router.probabilities(nn.functional.linear(sub, self.router.weight))
+        gates, chosen = probabilities.max(-1)
+        order = chosen.argsort()
+        counts = torch.bincount(chosen, minlength=self.experts).tolist()
+        results = []
+        for k, part in enumerate(sub[order].split(counts)):
+            hidden = nn.functional.linear(part, self.down[k], None if self.down_bias is None else self.down_bias[k])
+            hidden = self.dropout(ACTIVATIONS[self.activation](hidden))
+            result = hidden @ self.up[k]
+            results.append(result if self.up_bias is None else result + self.up_bias[k])
+        y = torch.cat(results) * (gates * self.scale).to(sub.dtype)[order].unsqueeze(-1)
+        return torch.empty_like(sub).index_copy(0, order, y).view(x.shape), probabilities
+
+
+def sorted_adapter_x(adapted: nn.Module) -> nn.Module:
+    """A copy of a model with Adapter-X whose pools sort and loop."""
+    model = copy.deepcopy(adapted)
+    for module in model.modules():
+        if isinstance(module, SMoA):
+            module.__class__ = SortedSMoA
     return model

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.lifecycle.state import KEY, state_of
+from deltalens.methods.notes import noting
 from deltalens.sites.output import class_count, logits_of
 
 if TYPE_CHECKING:
@@ -54,22 +55,26 @@ class ClassificationTask(nn.Module):
         """(images, labels) -> {"loss": scalar, "output": logits (B, classes), "losses": the loss's terms, detached,
         "terms": the same with their graph}."""
         images, labels = batch
-        output = logits_of(self.model(images))
-        if output.dim() != 2 or output.shape[1] != len(self.class_names):
-            raise ValueError(
-                f"the model's output has shape {tuple(output.shape)}, expected "
-                f"({len(images)}, {len(self.class_names)}): one logit for each class"
-            )
-        logits = output.float()
-        terms = self.own_losses(logits, labels)
-        if self.training:
-            terms |= self._method_losses(logits, batch)
+        with noting():
+            output = logits_of(self.model(images))
+            self._check_output(output, images)
+            logits = output.float()
+            terms = self.own_losses(logits, labels)
+            if self.training:
+                terms |= self._method_losses(logits, batch)
         return {
             "loss": sum(terms.values()),
             "output": logits,
             "losses": {name: term.detach() for name, term in terms.items()},
             "terms": terms,
         }
+
+    def _check_output(self, output: Tensor, images: Tensor) -> None:
+        if output.dim() != 2 or output.shape[1] != len(self.class_names):
+            raise ValueError(
+                f"the model's output has shape {tuple(output.shape)}, expected "
+                f"({len(images)}, {len(self.class_names)}): one logit for each class"
+            )
 
     def own_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The loss without the methods' terms."""

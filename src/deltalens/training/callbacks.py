@@ -128,6 +128,7 @@ class History(pl.Callback):
             "step": trainer.global_step,
             "lr": self._rate,  # of the epoch's last step
             "train_loss": module.mean_training_loss(),
+            **{f"train_{name}": value for name, value in module.mean_training_terms().items()},
             **{name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val_")},
             "seconds": time.perf_counter() - self._started,
         }

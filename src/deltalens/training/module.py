@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from deltalens.data.splits import Splits
-from deltalens.lifecycle.prepare import finish, prepare
+from deltalens.lifecycle.prepare import finish, prepare, remarks
 from deltalens.lifecycle.state import KEY
 from deltalens.tasks.gradients import backward, gradient_rule
 from deltalens.training.loaders import evaluation_loader, mixed_seed, preparation_loader, training_loader
@@ -40,6 +41,7 @@ class TaskModule(pl.LightningModule):
         self.position = self.resumed_at = resumed_at
         self.strict_loading = False
         self.loss_sum, self.loss_count = torch.zeros(()), 0
+        self.term_sums: dict[str, torch.Tensor] = {}
         self.result: dict[str, Any] | None = None
         self.finishing = False
         self.chosen: dict[str, dict[str, Any]] = {}
@@ -129,6 +131,7 @@ class TaskModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.task.train()  # through the model's own train(), which holds frozen modules in eval mode
         self.loss_sum, self.loss_count = torch.zeros((), device=self.device), 0
+        self.term_sums = {}
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         torch.manual_seed(mixed_seed(self.settings.seed, self.global_step, self.trainer.global_rank))
@@ -137,6 +140,9 @@ class TaskModule(pl.LightningModule):
         self.result = result if gradient_rule(self.task.model) is not None else None
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
         self.loss_count += 1
+        terms = result.get("losses", {})
+        for name, term in terms.items() if len(terms) > 1 else ():
+            self.term_sums[name] = self.term_sums.get(name, loss.new_zeros(())).to(loss.device) + term.detach()
         return loss
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -152,6 +158,22 @@ class TaskModule(pl.LightningModule):
         totals = torch.stack([self.loss_sum, self.loss_sum.new_tensor(self.loss_count)])
         total, count = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
         return total / count
+
+    def mean_training_terms(self) -> dict[str, float]:
+        """The same of each term of the loss, where it has several: the task's and those of methods."""
+        if not self.term_sums:
+            return {}
+        totals = torch.stack([*self.term_sums.values(), self.loss_sum.new_tensor(self.loss_count)])
+        *sums, count = self.trainer.strategy.reduce(totals, reduce_op="sum").tolist()
+        return {name: total / count for name, total in zip(self.term_sums, sums, strict=True)}
+
+    def remark(self) -> None:
+        """Warn of what methods see in the trained model."""
+        if KEY in self.task.model.__dict__ and self.trainer.is_global_zero:
+            settings = self.settings
+            loader = preparation_loader(self.data.train, self._batch_size(), settings.seed, settings.workers)
+            for text in remarks(self.task.model, loader):
+                warnings.warn(text, stacklevel=2)
 
     # ------------------------------------------------------------------ evaluation
     def on_validation_start(self) -> None:
@@ -206,6 +228,7 @@ class TaskModule(pl.LightningModule):
             "batches": self.position[1],
             "loss_sum": float(self.loss_sum),
             "loss_count": self.loss_count,
+            "term_sums": {name: float(total) for name, total in self.term_sums.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -218,3 +241,5 @@ class TaskModule(pl.LightningModule):
             )
         self.loss_sum = torch.tensor(checkpoint[PROGRESS]["loss_sum"])
         self.loss_count = checkpoint[PROGRESS]["loss_count"]
+        terms = checkpoint[PROGRESS].get("term_sums", {})  # files of earlier versions have none
+        self.term_sums = {name: torch.tensor(total) for name, total in terms.items()}

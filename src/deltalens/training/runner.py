@@ -170,6 +170,7 @@ def _train(task, data, settings: TrainingSettings, place: Output | None, resume:
         goes_on = "; the same command with --resume goes on" if place else ""
         raise KeyboardInterrupt(f"training was stopped{goes_on}") from stopped
     peak = torch.cuda.max_memory_allocated(trainer.strategy.root_device) if on_gpu else None
+    module.remark()
     measured = dict(history.rows[-1]) if history.rows else {}
     if data.val is not None and (has_choices(task.model) or not history.rows):
         module.finishing = True

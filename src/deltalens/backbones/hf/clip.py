@@ -137,6 +137,7 @@ KINDS = (
         attention_path="self_attn",
         family=BLOCK,
         prefix=lambda embeddings: 1,
+        class_token="class_embedding",
         linears=_LINEARS,
         classifiers={clip.CLIPForImageClassification: CLASSIFIER},
         resizable=_RESIZABLE,
@@ -152,7 +153,7 @@ KINDS = (
         prefix=lambda embeddings: 0,
         linears=_LINEARS,
         classifiers={siglip.SiglipForImageClassification: SIGLIP_CLASSIFIER},
-        class_token=False,
+        class_token="",
         resizable=_RESIZABLE,
     ),
     Kind(
@@ -163,7 +164,7 @@ KINDS = (
         family=SIGLIP2_BLOCK,
         prefix=lambda embeddings: 0,
         linears=_LINEARS,
-        class_token=False,
+        class_token="",
     ),
 )
 

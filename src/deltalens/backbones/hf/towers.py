@@ -164,9 +164,10 @@ class Kind:
 
     layer, attention: classes of a block and of its attention at the path `attention_path`. family: the reading of a
     block. linears: paths of layers without which a block is of another version and counts as unknown. prefix:
-    embeddings -> number of class, distillation and register tokens. recorder: path in the model of what records hidden
-    states. classifiers: class -> reading. resizable: the setting without which other image sizes are refused. embed,
-    owner: how the embeddings and what records hidden states are read.
+    embeddings -> number of class, distillation and register tokens. class_token: name of the class
+    token among the embeddings' parameters, empty where there is none. recorder: path in the model of what records
+    hidden states. classifiers: class -> reading. resizable: the setting without which other image sizes are refused.
+    embed, owner: how the embeddings and what records hidden states are read.
     """
 
     embeddings: type
@@ -178,7 +179,7 @@ class Kind:
     linears: tuple[str, ...] = ()
     recorder: str = ""
     classifiers: dict[type, Family] | None = None
-    class_token: bool = True
+    class_token: str = "cls_token"
     resizable: str = ""
     embed: Family = EMBED
     owner: Family = OWNER
@@ -206,7 +207,8 @@ class Kind:
         owner = model.get_submodule(owner_path)
         stem, config = stem_of(embeddings), owner.config
         tower = Tower("vision", Sequence() if stem is None else Tokens(self.prefix(embeddings)))
-        tower.class_token, tower.root = self.class_token, owner_path
+        tower.class_token, tower.root = bool(self.class_token), owner_path
+        tower.class_tensors = (f"{path}.{self.class_token}".lstrip("."),) if self.class_token else ()
         grid = None
         if stem is not None:
             tower.patch_size, tower.image_size = tuple(stem[1].kernel_size), pair(config.image_size)

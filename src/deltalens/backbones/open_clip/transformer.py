@@ -136,7 +136,7 @@ ATTENTIONAL_OWNER = Family(
 # ------------------------------------------------------------------ towers
 def _image_tower(owner: VisionTransformer) -> Tower:
     width, conv = owner.transformer.width, owner.conv1
-    tower = Tower("vision", Tokens(1), class_token=True)
+    tower = Tower("vision", Tokens(1), class_token=True, class_tensors=("class_embedding",))
     for i, block in enumerate(owner.transformer.resblocks):
         add_block(tower, f"transformer.resblocks.{i}", block, grid=owner.grid_size)
     tower.patch_size, tower.image_size, tower.resizable = owner.patch_size, owner.image_size, ONE_SIZE

@@ -35,6 +35,7 @@ def new_tower(owner: nn.Module) -> Tower:
     """The tower of a timm network of tokens, without its blocks and its owner."""
     embed, width = owner.patch_embed, owner.embed_dim
     tower = Tower("vision", Tokens(owner.num_prefix_tokens), class_token=owner.cls_token is not None)
+    tower.class_tensors = ("cls_token",) if tower.class_token else ()
     tower.patch_size, tower.image_size = getattr(embed, "patch_size", None), getattr(embed, "img_size", None)
     if getattr(embed, "strict_img_size", False):
         dynamic = hasattr(owner, "dynamic_img_size")

@@ -86,16 +86,16 @@ def _project_in(block: ScalingBlock, normed: Tensor, keep: int | None) -> tuple[
     return (hidden if block.mlp_bias is None else hidden + block.mlp_bias), q, k, v
 
 
-def _project_out(block: ScalingBlock, attended: Tensor, hidden: Tensor) -> Tensor:
-    """What is added to the stream, without drop path."""
+def _project_out(block: ScalingBlock, attended: Tensor, hidden: Tensor, new_tokens: list[Tensor]) -> Tensor:
+    """What is added to the stream, without drop path. Tokens that modules make are appended to new_tokens."""
     slots, layout = block.delta, block.delta.layout
     if block.out_proj is not None:
-        return slots.chain("mlp.inner", block.ls(block.out_proj(torch.cat((attended, hidden), -1))), layout)
+        return slots.chain("mlp.inner", block.ls(block.out_proj(torch.cat((attended, hidden), -1))), layout, new_tokens)
     of_attention, of_mlp = block.attn_out_proj(attended), block.mlp_out_proj(hidden)
     if not slots.live("attention.inner") and not slots.live("mlp.inner"):
         return block.ls(of_attention + of_mlp)
-    of_attention = slots.chain("attention.inner", block.ls(of_attention), layout)
-    return of_attention + slots.chain("mlp.inner", block.ls(of_mlp), layout)
+    of_attention = slots.chain("attention.inner", block.ls(of_attention), layout, new_tokens)
+    return of_attention + slots.chain("mlp.inner", block.ls(of_mlp), layout, new_tokens)
 
 
 def _forward(
@@ -112,8 +112,10 @@ def _forward(
     if keep is not None:
         x, normed = x[:, :keep], normed[:, :keep]
         mask = mask[..., :keep, :] if mask is not None and mask.shape[-2] > 1 else mask
-    update = _project_out(self, _attend(self, q, k, v, keys_values, mask), self.mlp_drop(self.mlp_act(hidden)))
-    y, new_tokens = x + self.drop_path(update), []
+    new_tokens: list[Tensor] = []
+    attended = _attend(self, q, k, v, keys_values, mask)
+    update = _project_out(self, attended, self.mlp_drop(self.mlp_act(hidden)), new_tokens)
+    y = x + self.drop_path(update)
     for slot in ("attention.parallel", "mlp.parallel", "block.parallel"):
         delta, tokens = slots.parallel(slot, x, normed, layout)
         y, new_tokens = (y if delta is None else y + delta), new_tokens + tokens

@@ -111,7 +111,7 @@ OWNER = Family(
 # ------------------------------------------------------------------ towers
 def _tower(owner: VisionTransformer) -> Tower:
     width, side = owner.hidden_dim, owner.image_size // owner.patch_size
-    tower = Tower("vision", Tokens(1), class_token=True)
+    tower = Tower("vision", Tokens(1), class_token=True, class_tensors=("class_token",))
     for name, block in owner.encoder.layers.named_children():
         path = f"encoder.layers.{name}"
         known = original_class(block).forward is EncoderBlock.forward and is_known(block.self_attention)
