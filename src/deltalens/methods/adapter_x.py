@@ -14,7 +14,7 @@ from deltalens.methods.notes import note, notes_of
 from deltalens.methods.smoa import ScaleAndShift, SmallMLP, SMoA, balance
 from deltalens.methods.vpt_prompts import TokenPool
 from deltalens.sites.anatomy import Anatomy, Site, Tower, require
-from deltalens.sites.layout import Layout, Sequence, Tokens
+from deltalens.sites.layout import Layout, Patches, Sequence, Tokens
 from deltalens.sites.norms import stream_norms
 
 READS_PROMPTS = ("prompts", "patches+prompts", "all")
@@ -251,7 +251,9 @@ class AdapterXConfig(Method):
 
 def takes_prompts(block: Site) -> bool:
     """Whether tokens can live on behind the prefix of the block's stream: in sequences of tokens, not on maps."""
-    return "tokens.in" in block.slots and (type(block.layout) is Sequence or isinstance(block.layout, Tokens))
+    return "tokens.in" in block.slots and (
+        type(block.layout) is Sequence or isinstance(block.layout, (Tokens, Patches))
+    )
 
 
 def _norm_tensors(block: Site, anatomy: Anatomy) -> Iterator[str]:

@@ -149,6 +149,7 @@ def _tower(owner: PointTransformer) -> Tower:
     for number, block in enumerate(owner.blocks.blocks):
         tower.add(f"blocks.blocks.{number}", block, _family(block), owner.dim)
     tower.untrained = list(owner.untrained)
+    tower.class_tensors = tuple(f"{name}_{kind}" for name in owner.class_tokens for kind in ("token", "pos"))
     if original_class(owner).encode is PointTransformer.encode:
         cls = original_class(owner)
         whole = all(getattr(cls, name) is getattr(PointTransformer, name) for name in OWN_METHODS)
