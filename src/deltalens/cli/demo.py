@@ -31,11 +31,13 @@ DEFAULTS = {
     "tune": False,
     "open": False,
 }
-CLIP_DEFAULTS = {
-    "model": "deltalens/clip-mini",
-    "img_size": None,
-    "methods": ["zero_shot", "coop", "clip_adapter", "tip_adapter", "lora", "mma"],
-    "epochs": 10,
+DEFAULTS_OF = {  # where a task has others
+    "clip": {
+        "model": "deltalens/clip-mini",
+        "img_size": None,
+        "methods": ["zero_shot", "coop", "clip_adapter", "tip_adapter", "lora", "mma"],
+        "epochs": 10,
+    },
 }
 
 
@@ -45,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     def add(option: str, **kwargs: Any) -> None:
         parser.add_argument(option, default=DEFAULTS[option.removeprefix("--").replace("-", "_")], **kwargs)
 
-    add("--task", type=Literal["classification", "clip"], help="digits, or base-to-novel with texts as classes")
+    add("--task", type=Literal[tuple(TASKS)], help="digits, or base-to-novel with texts as classes")
     add("--output", type=str, help="folder for the report and the adapters")
     add("--model", type=str, help="the backbone (deltalens list models)")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
@@ -63,11 +65,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def translate(argv: list[str]) -> list[str]:
-    """With --task clip, put that task's defaults in front, so that what is said counts."""
+    """Put the defaults of the task that is named in front, so that what is said counts."""
     words = [part for word in argv for part in word.split("=", 1)]
-    if "clip" not in [after for word, after in pairwise(words) if word == "--task"]:
-        return argv
-    return [*_as_words(CLIP_DEFAULTS), *argv]
+    task = [DEFAULTS["task"], *(after for word, after in pairwise(words) if word == "--task")][-1]
+    return [*_as_words(DEFAULTS_OF.get(task, {})), *argv]
 
 
 def run(args: Namespace) -> None:
@@ -79,7 +80,7 @@ def run(args: Namespace) -> None:
     from deltalens.studies.demo import REPORT
 
     console = Console()
-    table = _clip(args, console) if args.task == "clip" else _classification(args, console)
+    table = TASKS[args.task](args, console)
     console.print()
     console.print(table)
     report = Path(args.output) / REPORT
@@ -128,9 +129,12 @@ def _clip(args: Namespace, console: Console) -> Table:
     return clip_table(run_clip_demo(settings, make, args.output, command_line(args), console))
 
 
+TASKS = {"classification": _classification, "clip": _clip}
+
+
 def command_line(args: Namespace) -> str:
     """The shortest command that runs the same."""
-    defaults = DEFAULTS | (CLIP_DEFAULTS if args.task == "clip" else {})
+    defaults = DEFAULTS | DEFAULTS_OF.get(args.task, {})
     said = {name: getattr(args, name) for name in DEFAULTS if name not in ("output", "open")}
     changed = {name: value for name, value in said.items() if value != defaults[name]}
     return shlex.join(["deltalens", "demo", *_as_words(changed)])
