@@ -131,7 +131,7 @@ def test_what_is_said_counts_more_than_the_tasks_defaults():
     assert translated[-3:] == given
     assert translated[: len(translated) - 3] == [
         "--model", "deltalens/clip-mini", "--img-size", "null",
-        "--methods", *cli_demo.CLIP_DEFAULTS["methods"], "--epochs", str(cli_demo.CLIP_DEFAULTS["epochs"]),
+        "--methods", *cli_demo.DEFAULTS_OF["clip"]["methods"], "--epochs", str(cli_demo.DEFAULTS_OF["clip"]["epochs"]),
     ]  # fmt: skip
-    assert cli_demo.CLIP_DEFAULTS["methods"] == list(clip_demo.ClipSettings().methods)
-    assert cli_demo.CLIP_DEFAULTS["epochs"] == clip_demo.ClipSettings().epochs
+    assert cli_demo.DEFAULTS_OF["clip"]["methods"] == list(clip_demo.ClipSettings().methods)
+    assert cli_demo.DEFAULTS_OF["clip"]["epochs"] == clip_demo.ClipSettings().epochs

@@ -1,6 +1,5 @@
 """The training loop of `python -m tools.pretrain train`."""
 
-import csv
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from . import checkpoint, models
+from . import checkpoint, log, models
 from .augment import Augment
 from .data import ShuffledBatches, load_split
 from .evaluate import accuracy
@@ -133,14 +132,7 @@ class Trainer:
             "ema_val_top1": val["top1"],
             "images_per_second": round(images_per_second, 1),
         }
-        path = self.output / "log.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        log.append(self.output / "log.csv", row)
 
     def save(self) -> None:
         state = {

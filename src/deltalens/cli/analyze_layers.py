@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deltalens.data import Splits
-    from deltalens.data.assemble import Images
     from deltalens.studies.recognition import StageAccuracy
 
 FEW = 10  # classes held out of each dataset
@@ -100,29 +99,17 @@ def _has_texts(args: Namespace, model: nn.Module) -> bool:
     return False
 
 
-def _part(splits: Splits, name: str, split: str) -> Images:
-    parts: dict[str, Any] = {part: getattr(splits, part) for part in ("train", "val", "test")}
-    there = {part: images for part, images in parts.items() if images is not None}
-    if split == "all":
-        first, *rest = there.values()
-        whole: Images = sum(rest, first)
-        return whole
-    if split not in there:
-        raise ValueError(f"{name} has no {split} part; it has {', '.join(there)}")
-    part: Images = there[split]
-    return part
-
-
 # ------------------------------------------------------------------ the two towers
 def _of_images(args: Namespace, model: nn.Module, device: torch.device, read: dict[str, Splits]) -> list[StageAccuracy]:
     import deltalens as dl
     from deltalens.data import eval_transform
+    from deltalens.data.formats import part_of
     from deltalens.data.transforms import image_mode
     from deltalens.studies.layer_features import image_stages
     from deltalens.studies.recognition import Draws, recognition
     from deltalens.training.loaders import default_workers, evaluation_loader
 
-    parts = {name: _part(splits, name, args.split or "train") for name, splits in read.items()}
+    parts = {name: part_of(splits, args.split or "train", name) for name, splits in read.items()}
     sizes = tuple(len(part) for part in parts.values())
     draws = Draws(sizes, min(args.images, *sizes), tuple(args.seeds))
     preprocessing = dl.preprocessing(model)

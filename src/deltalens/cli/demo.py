@@ -32,21 +32,21 @@ DEFAULTS = {
     "tune": False,
     "open": False,
 }
-CLIP_DEFAULTS = {
-    "model": "deltalens/clip-mini",
-    "img_size": None,
-    "methods": ["zero_shot", "coop", "clip_adapter", "tip_adapter", "lora", "mma"],
-    "epochs": 10,
+DEFAULTS_OF = {  # where a task has others
+    "clip": {
+        "model": "deltalens/clip-mini",
+        "img_size": None,
+        "methods": ["zero_shot", "coop", "clip_adapter", "tip_adapter", "lora", "mma"],
+        "epochs": 10,
+    },
+    "points": {
+        "model": "deltalens/points-mini",
+        "img_size": None,
+        "methods": ["linear", "lora", "vpt", "adaptformer", "full"],
+        "epochs": 8,
+        "train_images": 150,
+    },
 }
-
-POINTS_DEFAULTS = {
-    "model": "deltalens/points-mini",
-    "img_size": None,
-    "methods": ["linear", "lora", "vpt", "adaptformer", "full"],
-    "epochs": 8,
-    "train_images": 150,
-}
-DEFAULTS_OF = {"clip": CLIP_DEFAULTS, "points": POINTS_DEFAULTS}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -55,11 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     def add(option: str, **kwargs: Any) -> None:
         parser.add_argument(option, default=DEFAULTS[option.removeprefix("--").replace("-", "_")], **kwargs)
 
-    add(
-        "--task",
-        type=Literal["classification", "clip", "points"],
-        help="digits, base-to-novel with texts, or solids as clouds",
-    )
+    add("--task", type=Literal[tuple(TASKS)], help="digits, base-to-novel with texts, or solids as clouds")
     add("--output", type=str, help="folder for the report and the adapters")
     add("--model", type=str, help="the backbone (deltalens list models)")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
@@ -77,10 +73,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def translate(argv: list[str]) -> list[str]:
-    """Put the defaults of another task than classification in front, so that what is said counts."""
+    """Put the defaults of the task that is named in front, so that what is said counts."""
     words = [part for word in argv for part in word.split("=", 1)]
-    named = [after for word, after in pairwise(words) if word == "--task" and after in DEFAULTS_OF]
-    return [*_as_words(DEFAULTS_OF[named[-1]]), *argv] if named else argv
+    task = [DEFAULTS["task"], *(after for word, after in pairwise(words) if word == "--task")][-1]
+    return [*_as_words(DEFAULTS_OF.get(task, {})), *argv]
 
 
 def run(args: Namespace) -> None:
@@ -92,7 +88,7 @@ def run(args: Namespace) -> None:
     from deltalens.studies.demo import REPORT
 
     console = Console()
-    table = {"classification": _classification, "clip": _clip, "points": _points}[args.task](args, console)
+    table = TASKS[args.task](args, console)
     console.print()
     console.print(table)
     report = Path(args.output) / REPORT
@@ -155,6 +151,9 @@ def _points(args: Namespace, console: Console) -> Table:
         return create_sized_backbone(args.model, num_classes, args.img_size)
 
     return comparison_table(run_points_demo(settings, make, args.output, command_line(args), console))
+
+
+TASKS = {"classification": _classification, "clip": _clip, "points": _points}
 
 
 def command_line(args: Namespace) -> str:

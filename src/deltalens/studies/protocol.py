@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from deltalens.studies.candidates import SearchPlan, short_name, value_text
@@ -149,15 +149,12 @@ def _classes_text(study: Study) -> list[str]:
     said = []
     if shots:
         said.append(
-            f"{_listed(shots)} training images of each class and at most 4 for validation, drawn by each run's seed."
+            f"{', '.join(map(str, shots))} training images of each class and at most 4 for validation, drawn by each "
+            "run's seed."
         )
     if study.base_to_novel:
         said.append("Runs are trained on the first half of the classes; test accuracy is that of this half.")
     return said
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def counted(number: int, noun: str) -> str:

@@ -32,16 +32,8 @@ from deltalens.studies.training_amounts import AMOUNTS
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
 FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published", "base_to_novel", "targets", *AMOUNTS)
-ROW_FIELDS = (
-    "x",
-    "curve",
-    *RATES,
-    "training",
-    "search",
-    "backbone",
-    "tower",
-    "datasets",
-)  # beside a method and its settings
+# of a row, beside a method and its settings
+ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone", "tower", "datasets")
 OF_BACKBONES = ("img_size", "pretrained", "checkpoint", "model", "num_classes")
 
 

@@ -1,6 +1,5 @@
 """The training loop of `python -m tools.pretrain clip`: first the text tower on kept features, then both towers."""
 
-import csv
 import random
 import time
 from argparse import Namespace
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
-from .. import checkpoint
+from .. import checkpoint, log
 from ..augment import Augment, for_evaluation
 from ..data import ShuffledBatches, load_split
 from ..schedule import Progress, learning_rate
@@ -103,11 +102,12 @@ class ClipTrainer:
             losses.append(loss.item())
             self.text_steps += 1
             if self.text_steps % args.log_steps == 0:
-                self.log("texts", sum(losses) / len(losses), self.clip, 0.0)
+                self.log("texts", losses, self.clip)
                 losses = []
         for parameter in self.clip.parameters():
             parameter.requires_grad = True
-        self.log("texts", sum(losses) / max(len(losses), 1), self.clip, 0.0)
+        if losses:
+            self.log("texts", losses, self.clip)
 
     @torch.no_grad()
     def kept_features(self) -> torch.Tensor:
@@ -120,7 +120,7 @@ class ClipTrainer:
     # -------------------------------------------------------------- both towers
     def train_both(self) -> None:
         args, last_saved = self.args, time.monotonic()
-        losses, window_start, window_step = [], time.monotonic(), self.step
+        losses, window_start = [], time.monotonic()
         for indices in self.batches.starting_at(self.step):
             progress = self.progress.at(self.step)
             if progress >= 1:
@@ -138,14 +138,14 @@ class ClipTrainer:
             losses.append(loss.item())
             self.step += 1
             if self.step % args.log_steps == 0:
-                speed = (self.step - window_step) * args.batch_size / (time.monotonic() - window_start)
-                self.log("both", sum(losses) / len(losses), self.ema.module, speed)
-                losses, window_start, window_step = [], time.monotonic(), self.step
+                self.log("both", losses, self.ema.module, len(losses) * args.batch_size, window_start)
+                losses, window_start = [], time.monotonic()
             if time.monotonic() - last_saved > args.save_minutes * 60:
                 self.save()
                 last_saved = time.monotonic()
         self.save()
-        self.log("both", sum(losses) / max(len(losses), 1), self.ema.module, 0.0)
+        if losses:
+            self.log("both", losses, self.ema.module, len(losses) * args.batch_size, window_start)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, rng: random.Random) -> torch.Tensor:
         step = self.captions.of(labels, rng)
@@ -162,27 +162,24 @@ class ClipTrainer:
             self.clip.logit_scale.clamp_(max=LARGEST_SCALE)
 
     # -------------------------------------------------------------- log and state
-    def log(self, phase: str, loss: float, clip: torch.nn.Module, images_per_second: float) -> None:
+    def log(
+        self, phase: str, losses: list[float], clip: torch.nn.Module, images: int = 0, since: float | None = None
+    ) -> None:
+        """A row for the steps since the last one. images: that they read, since that time; texts alone read none."""
+        speed = "" if since is None else round(images / (time.monotonic() - since), 1)
         drawn = drawn_accuracy(clip, self.vocabulary, *self.held_out)
         row = {
             "phase": phase,
             "step": self.step if phase == "both" else self.text_steps,
             "epoch": round(self.step / self.batches.steps_per_epoch, 2),
             "minutes": round(self.progress.elapsed / 60, 2),
-            "loss": round(loss, 4),
+            "loss": round(sum(losses) / len(losses), 4),
             "val_top1": photograph_accuracy(clip, self.vocabulary, *self.val, self.names)["top1"],
             "held_out_drawn": drawn["top1"],
             "scale": round(clip.logit_scale.exp().item(), 1),
-            "images_per_second": round(images_per_second, 1),
+            "images_per_second": speed,
         }
-        path = self.output / "log.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        log.append(self.output / "log.csv", row)
 
     def save(self) -> None:
         state = {
