@@ -5,14 +5,18 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from picture_folders import write_splits, write_tiny_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from deltalens.data import read_data  # noqa: E402
+from tools.pretrain.points.voxels import FILE, SIDE  # noqa: E402
 from tools.results import adapters  # noqa: E402
 from tools.results.__main__ import main, make  # noqa: E402
+from tools.results.clouds import write_clouds  # noqa: E402
 from tools.results.page import END, Page  # noqa: E402
 from tools.results.study import Table  # noqa: E402
 from tools.results.tables import TABLES  # noqa: E402
@@ -172,6 +176,43 @@ def test_the_list_names_studies_that_can_be_read(capsys, tmp_path):
     assert "name a table and --data, or give --list" in capsys.readouterr().err
 
 
+def test_a_study_can_read_what_a_tool_has_made_of_the_data(place, monkeypatch):
+    asked, words = [], []
+
+    def write(folder: Path, target: Path) -> Path:
+        asked.append((folder, target))
+        return target
+
+    table = Table("colours", {"photos": "sets/raw"}, "a second", {}, study=study(place, "[0]").file, prepare=write)
+    monkeypatch.setattr("tools.results.study.deltalens", lambda said: words.extend(said) or 1)
+    with pytest.raises(RuntimeError, match="was not carried out"):
+        table.make(place, place / "others", Page(place / "none.md"))
+    assert asked == [(place / "sets/raw", place / "others/photos")]
+    assert f"photos={place / 'others/photos'}" in words
+    assert "--data photos=RUNS/photos --output RUNS/colours" in table._command()
+
+
+def test_shapes_become_class_folders_of_clouds(tmp_path):
+    grids = np.zeros((4, SIDE, SIDE, SIDE), bool)
+    grids[:, 3:8, 3:8, 3:8] = True
+    grids[2:, 3:8, 3:8, 8:28] = True
+    bits = np.packbits(grids.reshape(4, -1), axis=1)
+    index = {"train_index": [0, 3], "val_index": [1, 2], "test_index": [0, 1, 2, 3]}
+    np.savez(
+        tmp_path / FILE, train_bits=bits, test_bits=bits, train_label=[1, 1, 0, 0], test_label=[1, 1, 0, 0], **index
+    )
+    (tmp_path / "info.json").write_text('{"classes": ["bar", "box"]}')
+    target = write_clouds(tmp_path, tmp_path / "clouds")
+    data = read_data(target)
+    assert data.class_names == ["bar", "box"]
+    assert [len(part) for part in (data.train, data.val, data.test)] == [2, 2, 4]
+    spread = {int(label): float(cloud.std(0).max() / cloud.std(0).min()) for cloud, label in data.train}
+    assert spread[0] > 2 > spread[1]
+    (target / "mine").touch()
+    assert write_clouds(tmp_path, target) == target
+    assert (target / "mine").exists()
+
+
 def test_tables_that_are_not_made_say_so():
     for name, table in TABLES.items():
         assert (name in MADE) == ("Not made yet" not in block(Page(), name))
@@ -182,7 +223,7 @@ def test_tables_that_are_not_made_say_so():
 def test_every_table_of_the_page_says_how_it_was_made(name):
     made = block(Page(), name)
     assert f"Made with `python -m tools.results {name} --data DATA --runs RUNS`" in made
-    assert re.search(r"```bash\ndeltalens \w+ .*DATA/cls/", made)
+    assert re.search(r"```bash\ndeltalens \w+ .*(DATA/cls/|--data \w+=RUNS/)", made)
     assert re.search(r"\d CPU cores|machine not recorded in \d+ of \d+ runs", made)
     assert re.search(r"; \d+ [A-Z][a-z]+ 20\d\d", made)
     assert re.search(r"torch \d", made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ STUDIES = ROOT / "benchmarks/studies"
 class Table:
     """data: name of a dataset in the study -> its folder below --data. time: of one CPU core. plots: kind of plot (see
     `plots.py`) -> words for those who do not see it. kept_features: whether the study may keep features, in a folder
-    beside its runs. study: its file; by default the one of that name in benchmarks/studies."""
+    beside its runs. study: its file; by default the one of that name in benchmarks/studies. prepare: makes of a folder
+    of `data` the one that the study reads, in a folder of that name beside its runs (`clouds.py`)."""
 
     name: str
     data: Mapping[str, str]
@@ -35,6 +36,7 @@ class Table:
     plots: Mapping[str, str]
     kept_features: bool = False
     study: Path | None = None
+    prepare: Callable[[Path, Path], Path] | None = None
 
     @property
     def file(self) -> Path:
@@ -51,6 +53,9 @@ class Table:
         Raises RuntimeError where the study could not be carried out, ValueError where it has no finished run.
         """
         output = runs / self.name
+        if self.prepare is not None and not only_page:
+            for name, folder in self.data.items():
+                self.prepare(data / folder, runs / name)
         if not only_page and deltalens(self.words(data, output)):
             raise RuntimeError(f"the study of the table {self.name} was not carried out; the page is as it was")
         grid = self.grid(data, output)
@@ -63,7 +68,8 @@ class Table:
 
     def words(self, data: Path, output: Path) -> list[str]:
         """What `deltalens` is told."""
-        given = [word for name, folder in self.data.items() for word in ("--data", f"{name}={data / folder}")]
+        folders = self._folders(data, output)
+        given = [word for name, folder in folders.items() for word in ("--data", f"{name}={folder}")]
         kept = ["--cache-features", str(output.with_name(f"{output.name}-features"))] if self.kept_features else []
         return ["compare", str(self.file), *given, "--output", str(output), "--threads", "1", *kept]
 
@@ -74,7 +80,11 @@ class Table:
         return " ".join(["deltalens", *(study if word == str(self.file) else word for word in words)])
 
     def grid(self, data: Path, output: Path) -> Grid:
-        return Grid(read_study(self.file, {name: str(data / folder) for name, folder in self.data.items()}), output)
+        return Grid(read_study(self.file, {name: str(at) for name, at in self._folders(data, output).items()}), output)
+
+    def _folders(self, data: Path, output: Path) -> dict[str, Path]:
+        """Name of a dataset -> the folder that the study reads."""
+        return {name: output.with_name(name) if self.prepare else data / below for name, below in self.data.items()}
 
     def _plots(self, found: StudyTable, grid: Grid, page: Page) -> list[str]:
         lines = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .adapters import Adapters
+from .clouds import write_clouds
 from .study import Table
 
 TABLES = {
@@ -38,6 +39,19 @@ TABLES = {
             {"caltech": "cls/caltech101"},
             "1 h",
             {"halves": "Test accuracy on novel classes against that on base classes"},
+        ),
+        Table(
+            "adapter-x",
+            {"signs": "cls/sign_digits", "grocery": "cls/grocery43", "caltech": "cls/caltech101"},
+            "50 min",
+            {},
+        ),
+        Table(
+            "clouds",
+            {"modelnet10": "points/modelnet10_voxels"},
+            "1 h",
+            {"parameters": "Test accuracy on shapes against trained parameters"},
+            prepare=write_clouds,
         ),
         Adapters(),
     )
