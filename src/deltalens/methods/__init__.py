@@ -9,6 +9,7 @@ from deltalens.methods.clip_adapter import CLIPAdapterConfig
 from deltalens.methods.cocoop import CoCoOpConfig
 from deltalens.methods.convpass import ConvpassConfig
 from deltalens.methods.coop import CoOpConfig
+from deltalens.methods.dapt import DAPTConfig
 from deltalens.methods.fact import FacTConfig
 from deltalens.methods.full import FullConfig
 from deltalens.methods.kgcoop import KgCoOpConfig
@@ -43,6 +44,7 @@ __all__ = [
     "CoCoOpConfig",
     "CoOpConfig",
     "ConvpassConfig",
+    "DAPTConfig",
     "FacTConfig",
     "FullConfig",
     "KgCoOpConfig",

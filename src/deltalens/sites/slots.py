@@ -22,6 +22,7 @@ class Slots(nn.Module):
       prefix tokens and map each in their own way.
     * `pointwise = True`: acts on each token alone, so that tokens nobody reads need not be computed.
     * `adds_tokens = True`: returns tokens besides its result, which live on in the stream (`parallel`, `inner`).
+    * `in_drop_path = True`: what it adds is dropped together with the branch it is beside (a branch's `parallel`).
     """
 
     def __init__(self, layout: Layout, last: bool = False):
@@ -108,10 +109,15 @@ class Slots(nn.Module):
                 x = layout.stream(module(layout.features(x)))
         return x
 
-    def parallel(self, slot: str, x: Tensor, normed: Tensor, layout: Layout) -> tuple[Tensor | None, list[Tensor]]:
-        """f(x, n) -> delta or (delta, new tokens): the sum of the deltas, and the new tokens in order."""
+    def parallel(
+        self, slot: str, x: Tensor, normed: Tensor, layout: Layout, in_drop_path: bool = False
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """f(x, n) -> delta or (delta, new tokens): the sum of the deltas, and the new tokens in order. Of the modules
+        that say `in_drop_path`, or of the others."""
         total, tokens = None, []
         for module in self.live(slot):
+            if getattr(module, "in_drop_path", False) != in_drop_path:
+                continue
             plain = False
             if getattr(module, "takes_layout", False):
                 delta = module(x, normed, layout)

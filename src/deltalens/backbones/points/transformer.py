@@ -10,6 +10,9 @@ timm's `Block`     nothing: the reading is that of a ViT (`backbones/timm/vit.py
 =================  ==================================================================================
 
 Tokens that adapters add have no position where positions are added before every block.
+
+The owner of the tokens offers the slot `patches`: f(tokens (B, G, dim)) -> tokens, before class tokens and positions join
+them. A module there that says `positions_once` has positions added before the first block alone.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from deltalens.models.point_transformer import PointTransformer
 from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
 from deltalens.sites.layout import Patches
-from deltalens.sites.output import pooled
+from deltalens.sites.output import live, pooled
 from deltalens.sites.swap import original_class, original_method
 
 OWN_METHODS = ("forward", "forward_features", "forward_head", "encode", "pool")
@@ -112,9 +115,12 @@ def _forward(self: PointTransformer, clouds: Tensor) -> Tensor:
     return token_owner.whole_forward(self, clouds)
 
 
-def _encode(self: PointTransformer, tokens: Tensor, pos: Tensor) -> Tensor:
+def _encode(self: PointTransformer, tokens: Tensor, pos: Tensor, every_block: bool | None = None) -> Tensor:
     self.__dict__["delta_layout"].record(tokens.shape[1])
-    return original_method(self, "encode")(tokens, pos)
+    for module in live(self, "patches"):
+        tokens = module(tokens)
+        every_block = False if getattr(module, "positions_once", False) else every_block
+    return original_method(self, "encode")(tokens, pos, every_block)
 
 
 def _pool(self: PointTransformer, tokens: Tensor) -> Tensor:
@@ -131,8 +137,8 @@ def _owner(name: str, slots: frozenset[str], **methods: Callable) -> Family:
     )
 
 
-OWNER = _owner("OWNER", frozenset({"pool", "output"}), forward=_forward, pool=_pool)
-OTHER_HEAD = _owner("OTHER_HEAD", frozenset())
+OWNER = _owner("OWNER", frozenset({"patches", "pool", "output"}), forward=_forward, pool=_pool)
+OTHER_HEAD = _owner("OTHER_HEAD", frozenset({"patches"}))
 
 
 # ------------------------------------------------------------------ towers
