@@ -38,6 +38,7 @@ ROWS: dict[str, Callable[[], Method | list[Method]]] = {
     "AdaptFormer": lambda: dl.AdaptFormerConfig(bottleneck=4),
     "Adapter-X": lambda: dl.AdapterXConfig(experts=3, bottleneck=4),
     "Adapter-X, sequential": lambda: dl.AdapterXConfig(experts=3, bottleneck=4, placement="serial"),
+    "DAPT": lambda: dl.DAPTConfig(bottleneck=4),
     "LoRand": lambda: dl.LoRandConfig(rank=2),
     "LoRA on q, v": lambda: dl.LoRAConfig(r=2, parts=("q", "v")),
     "LoRA on fc1, fc2": lambda: dl.LoRAConfig(r=2, parts=("fc1", "fc2")),

@@ -46,6 +46,7 @@ WALKED = (
     "SSF",
     "VPT-deep",
     "VPT-shallow",
+    "DAPT",
 )
 
 
