@@ -23,7 +23,8 @@ def import_official(
     depths; PROJECT is loaded as such, or applied to the prompts where the configuration has none); of the baselines
     "mona_adapter", "mona_adaptformer" and "mona_lorand" (Leiyi-Hu/mona, STAR-MMRotate), "vpt_adapter", "vpt_side" and
     "vpt_mlp" (KMnP/vpt); beside a CLIP "mma" (Multi-Modal-Adapter), "coop", "cocoop", "kgcoop", "prograd",
-    "maple", "rpo", "lasp", "clip_adapter" and "tip_adapter"; on point clouds "dapt".
+    "maple", "rpo", "lasp", "clip_adapter" and "tip_adapter"; on point clouds "dapt" and
+    "idpt".
     Attach the same configuration first. Backbone weights and embeddings of class names in the checkpoint are ignored,
     as they are the frozen ones; a checkpoint without a head leaves the head as it is. ValueError for missing or
     misshapen tensors.

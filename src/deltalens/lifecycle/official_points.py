@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from deltalens.lifecycle.tensors import adapter_tensors
+
 Import = tuple[dict[str, Tensor], int]
 
 _LEAVES = {"gamma": "scale", "beta": "shift"}
@@ -36,15 +38,38 @@ def _dapt_name(key: str) -> str | None:
     return _trained_name(key)
 
 
+def idpt(model: nn.Module, name: str, state_dict: Mapping[str, Tensor]) -> Import:
+    """`blocks.cls.conv1.0.weight` (C, 2 C, 1, 1) and its norm `.1`, `conv5` for the last layer, `prompt_pos`,
+    `cls_token`, `cls_head_finetune.*` (zyh16143998882/ICCV23-IDPT). The norms are there a second time, as `bn1`..."""
+    own = next((key for key in adapter_tensors(model, name) if key.endswith(".idpt.mix.weight")), None)
+    if own is None:
+        raise ValueError("the adapter has no IDPT: attach IDPTConfig first")
+    return _named(state_dict, lambda key: _idpt_name(key, own.removesuffix("mix.weight")))
+
+
+def _idpt_name(key: str, place: str) -> str | None:
+    if match := re.fullmatch(r"blocks\.cls\.conv(\d)\.([01])\.(\w+)", key):
+        number, part, leaf = match.groups()
+        path = "" if number == "5" else f"edges.{int(number) - 1}."
+        layer = {"0": "mix." if number == "5" else "", "1": "norm."}[part]
+        return f"{place}{path}{layer}{leaf}"
+    return f"{place}position" if key == "prompt_pos" else _trained_name(key)
+
+
 def _trained_name(key: str) -> str | None:
     """Class tokens and the head, which have their own names."""
     return key if re.fullmatch(r"cls_(token|pos|head_finetune\..+)", key) else None
 
 
 def _named(state_dict: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> Import:
+    """Convolutions of width 1 become matrices."""
     pairs = ((rename(key.removeprefix("module.")), tensor) for key, tensor in state_dict.items())
-    found = {key: tensor for key, tensor in pairs if key is not None}
+    found = {key: tensor.flatten(1) if _is_convolution(key, tensor) else tensor for key, tensor in pairs if key}
     return found, len(found)
 
 
-SOURCES: dict[str, Callable[[nn.Module, str, Mapping[str, Tensor]], Import]] = {"dapt": dapt}
+def _is_convolution(key: str, tensor: Tensor) -> bool:
+    return key.endswith("weight") and tensor.dim() > 2 and tensor.shape[2:].numel() == 1
+
+
+SOURCES: dict[str, Callable[[nn.Module, str, Mapping[str, Tensor]], Import]] = {"dapt": dapt, "idpt": idpt}

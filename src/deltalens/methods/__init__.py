@@ -12,6 +12,7 @@ from deltalens.methods.coop import CoOpConfig
 from deltalens.methods.dapt import DAPTConfig
 from deltalens.methods.fact import FacTConfig
 from deltalens.methods.full import FullConfig
+from deltalens.methods.idpt import IDPTConfig
 from deltalens.methods.kgcoop import KgCoOpConfig
 from deltalens.methods.lasp import LASPConfig
 from deltalens.methods.linear import LinearConfig
@@ -47,6 +48,7 @@ __all__ = [
     "DAPTConfig",
     "FacTConfig",
     "FullConfig",
+    "IDPTConfig",
     "KgCoOpConfig",
     "LASPConfig",
     "LinearConfig",
