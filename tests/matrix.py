@@ -107,11 +107,12 @@ NEEDS_TEXTS = (
 POINT_ROWS: dict[str, Callable[[], Method | list[Method]]] = {
     "DAPT": lambda: dl.DAPTConfig(bottleneck=4),
     "IDPT": lambda: dl.IDPTConfig(neighbours=3),
+    "Point-PEFT": lambda: dl.PointPEFTConfig(bottleneck=4, num_prompts=5, inner=6, heads=2),
     "DAPT-X (Adapter-X)": lambda: dl.AdapterXConfig(
         experts=3, bottleneck=4, activation="gelu", prompt_act="gelu", last_prompt=True
     ),
 }
-NEEDS_POINTS = ("DAPT", "IDPT")
+NEEDS_POINTS = ("DAPT", "IDPT", "Point-PEFT")
 EVERY_ROW = ROWS | CLIP_ROWS | POINT_ROWS
 
 

@@ -25,6 +25,7 @@ from deltalens.methods.mona import MonaConfig, MonaLayer
 from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
 from deltalens.methods.peft_methods import from_peft
+from deltalens.methods.point_peft import PointPEFTConfig
 from deltalens.methods.prograd import ProGradConfig
 from deltalens.methods.repadapter import RepAdapterConfig
 from deltalens.methods.rpo import RPOConfig
@@ -62,6 +63,7 @@ __all__ = [
     "MonaLayer",
     "NormTuningConfig",
     "PartialConfig",
+    "PointPEFTConfig",
     "ProGradConfig",
     "RPOConfig",
     "RepAdapterConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -144,3 +145,18 @@ class Slots(nn.Module):
         for module in self.live("attention.mask"):
             mask = module(mask, x, layout)
         return mask
+
+
+@contextlib.contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Within the context no adapter module of this module and its children acts. Tensors that an adapter trains in
+    place of the backbone's own stay."""
+    found = [each for each in module.modules() if isinstance(each, Slots)]
+    active = [slots.active for slots in found]
+    try:
+        for slots in found:
+            slots.active = ()
+        yield
+    finally:
+        for slots, names in zip(found, active, strict=True):
+            slots.active = names
