@@ -17,13 +17,15 @@ from torch import nn
 
 import deltalens as dl
 from deltalens.methods import Method
+from deltalens.models.point_transformer import PointTransformer
 from deltalens.sites.output import logits_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/compatibility.md"
 HEADINGS = {"vit": "ViT", "swin": "Swin", "convnext": "ConvNeXt", "resnet": "unknown network (ResNet)"}
 LABELS = torch.tensor([0, 3, 1, 2, 4, 3])
 
-# row of the first table -> a small configuration; every shipped method has a row there or in `CLIP_ROWS`
+# row of the first table -> a small configuration; every shipped method has a row there, in `CLIP_ROWS` or in
+# `POINT_ROWS`
 ROWS: dict[str, Callable[[], Method | list[Method]]] = {
     "Full": dl.FullConfig,
     "Linear": dl.LinearConfig,
@@ -101,6 +103,18 @@ NEEDS_TEXTS = (
     "MMA and CoOp",
 )
 
+# the same for point clouds: all of `ROWS`, and what is for nothing else
+POINT_ROWS: dict[str, Callable[[], Method | list[Method]]] = {
+    "DAPT": lambda: dl.DAPTConfig(bottleneck=4),
+    "IDPT": lambda: dl.IDPTConfig(neighbours=3),
+    "Point-PEFT": lambda: dl.PointPEFTConfig(bottleneck=4, num_prompts=5, inner=6, heads=2),
+    "DAPT-X (Adapter-X)": lambda: dl.AdapterXConfig(
+        experts=3, bottleneck=4, activation="gelu", prompt_act="gelu", last_prompt=True
+    ),
+}
+NEEDS_POINTS = ("DAPT", "IDPT", "Point-PEFT")
+EVERY_ROW = ROWS | CLIP_ROWS | POINT_ROWS
+
 
 # ------------------------------------------------------------------ one cell
 def refusal(make: Callable[[], nn.Module], row: str) -> str | None:
@@ -108,7 +122,7 @@ def refusal(make: Callable[[], nn.Module], row: str) -> str | None:
     model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        dl.attach(model, (ROWS | CLIP_ROWS)[row]())
+        dl.attach(model, EVERY_ROW[row]())
     except (TypeError, ValueError) as error:
         assert_equal_states(model.state_dict(), before)
         return str(error)
@@ -124,7 +138,7 @@ def walk(make: Callable[[], nn.Module], x: torch.Tensor, row: str, folder: Path)
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         expected_plain = logits_of(model(x))
-    dl.attach(model, (ROWS | CLIP_ROWS)[row]())
+    dl.attach(model, EVERY_ROW[row]())
     dl.prepare(model, [(x, LABELS)])
     train_three_steps(model, x)
     with torch.no_grad():
@@ -212,7 +226,37 @@ def page() -> str:
     return TEMPLATE.format(
         head=" | ".join(HEADINGS.values()), rule="|---" * (len(HEADINGS) + 1), rows="\n".join(rows),
         reasons="\n".join(reasons), needs=", ".join(NEEDS_TEXTS), texts="\n".join(clip_rows()),
+        points="\n".join(point_rows()), needs_points=", ".join(NEEDS_POINTS),
     )  # fmt: skip
+
+
+def point_model() -> nn.Module:
+    """A point transformer of Point-MAE's kind."""
+    torch.manual_seed(0)
+    return PointTransformer(5, dim=24, depth=2, heads=2, num_groups=5, group_size=4, encoder_dim=24).eval()
+
+
+def point_clouds() -> torch.Tensor:
+    return torch.randn(len(LABELS), 24, 3, generator=torch.Generator().manual_seed(0))
+
+
+def point_rows() -> list[str]:
+    """The table of point clouds: every method works, or says why not."""
+    rows = ["| method | | error |", "|---|---|---|"]
+    for row in ROWS | POINT_ROWS:
+        message = refusal(point_model, row)
+        if message is None:
+            with tempfile.TemporaryDirectory() as folder:
+                export(walk(point_model, point_clouds(), row, Path(folder)), point_clouds()[:2])
+        rows.append(point_line(row, message))
+    for row in NEEDS_POINTS:
+        if not all(refusal(MODELS[family], row) for family in HEADINGS):
+            raise AssertionError(f"{row} works without point clouds")
+    return rows
+
+
+def point_line(row: str, message: str | None) -> str:
+    return f"| {row} | {'yes' if message is None else 'no'} | {(message or '').replace('|', chr(92) + '|')} |"
 
 
 def clip_rows() -> list[str]:
@@ -253,6 +297,14 @@ A small CLIP with class names ([CLIP](clip.md)), the same steps but for the expo
 {texts}
 
 Refused on all networks of the first table, because they need a text tower: {needs}.
+
+## Point clouds
+
+A small [point transformer](models.md#point-clouds) of Point-MAE's kind, all the steps of the first table:
+
+{points}
+
+Refused on all networks of the first table, because they need patches of a point cloud: {needs_points}.
 """
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from family_checks import adapted, assert_merges, assert_same_run, assert_untouched_by_zero, compiled_equals_eager
-from matrix import ROWS, export, refusal, walk
+from matrix import PAGE, POINT_ROWS, ROWS, export, point_line, point_model, refusal, walk
 from torch import nn
 
 import deltalens as dl
@@ -46,6 +46,7 @@ WALKED = (
     "SSF",
     "VPT-deep",
     "VPT-shallow",
+    *POINT_ROWS,
 )
 
 
@@ -74,9 +75,17 @@ def test_methods_that_need_a_map_or_pixels_are_refused_with_the_reason(row):
     assert REFUSED[row] in (refusal(make, row) or "")
 
 
+def test_every_method_fits_or_says_why_not_as_the_page_says():
+    page = PAGE.read_text()
+    refusals = {row: refusal(point_model, row) for row in ROWS | POINT_ROWS}
+    assert {row for row, message in refusals.items() if message} == set(REFUSED)
+    for row, message in refusals.items():
+        assert point_line(row, message) in page
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("row", [row for row in ROWS if row not in REFUSED])
+@pytest.mark.parametrize("row", [row for row in ROWS | POINT_ROWS if row not in REFUSED])
 def test_every_method_on_every_point_transformer(row, kind, tmp_path):
     export(walk(lambda: make(kind), clouds(), row, tmp_path), clouds()[:2])
 

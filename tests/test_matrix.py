@@ -9,8 +9,10 @@ from matrix import (
     CLIP_ROWS,
     HEADINGS,
     LABELS,
+    NEEDS_POINTS,
     NEEDS_TEXTS,
     PAGE,
+    POINT_ROWS,
     ROWS,
     export,
     refusal,
@@ -61,6 +63,14 @@ def test_without_texts(family, row):
     assert f"they need a text tower: {', '.join(NEEDS_TEXTS)}." in PAGE.read_text()
 
 
+@pytest.mark.parametrize("family", HEADINGS)
+@pytest.mark.parametrize("row", NEEDS_POINTS)
+def test_without_clouds(family, row):
+    message = refusal(MODELS[family], row)
+    assert "take a point transformer" in (message or "")
+    assert f"they need patches of a point cloud: {', '.join(NEEDS_POINTS)}." in PAGE.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "row"), CELLS)
 def test_export(family, row, tmp_path):
@@ -70,7 +80,7 @@ def test_export(family, row, tmp_path):
 
 def test_every_method_has_a_row():
     shown = set()
-    for make in [*ROWS.values(), *CLIP_ROWS.values()]:
+    for make in [*ROWS.values(), *CLIP_ROWS.values(), *POINT_ROWS.values()]:
         config = make()
         shown |= {method.name for method in (config if isinstance(config, list) else [config])}
     shipped = {m for m in dl.list_methods() if method_class(m).__module__.startswith("deltalens.")}

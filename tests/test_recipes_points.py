@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from cloud_folders import TINY, use_tiny_points
 from test_cloud_formats import write_cache, write_modelnet
 
+import deltalens as dl
 from deltalens.cli.main import main
 from deltalens.data.cloud_transforms import pool_size
+from deltalens.models.point_transformer import PointTransformer
 from deltalens.studies.recipe_files import recipe_files, summary
 from deltalens.studies.study_reader import read_study
 
 STUDIES = {name: file for name, file in recipe_files("compare").items() if name.startswith("points/")}
-ROWS = ["Full", "Linear", "BitFit", "LoRA", "Adapter", "AdaptFormer", "VPT-deep"]
+PEERS = {"IDPT": 1_696_783, "Point-PEFT": 710_749, "DAPT": 1_087_771, "Adapter-X (DAPT-X)": 415_087}
+ROWS = ["Full", "Linear", "BitFit", "LoRA", "Adapter", "AdaptFormer", "VPT-deep", *PEERS]
 
 
 def study_of(name: str):
@@ -60,7 +64,8 @@ def test_published_numbers():
     found = {(score.label, score.column): score.percent for score in table.scores}
     assert found["Full", "hardest"] == 85.18
     assert found["DAPT", "bg"] == 90.88
-    assert table.not_run == {"IDPT", "Point-PEFT", "DAPT", "PointGST"}
+    assert table.not_run == {"PointGST"}
+    assert figure.not_run == readme.not_run == set()
     assert {score.label: score.percent for score in figure.scores} == {
         "Full": 88.31, "DAPT": 87.13, "Adapter-X (DAPT-X)": 88.45
     }  # fmt: skip
@@ -68,6 +73,17 @@ def test_published_numbers():
     (modelnet,) = study_of("modelnet40").published
     assert modelnet.metrics("modelnet40") == ["plain", "voted"]
     assert {score.percent for score in modelnet.scores if score.label == "IDPT"} == {93.3, 94.4}
+
+
+@pytest.mark.parametrize("name", ["scanobjectnn", "scanobjectnn-published"])
+def test_peers_have_the_published_sizes(name):
+    for variant in study_of(name).variants:
+        if variant.label in PEERS:
+            with torch.device("meta"):
+                model = PointTransformer(15)
+            dl.attach(model, list(variant.methods))
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            assert trained == PEERS[variant.label], variant.label
 
 
 def test_a_recipe_is_carried_out(tmp_path, monkeypatch):
@@ -82,7 +98,7 @@ def test_a_recipe_is_carried_out(tmp_path, monkeypatch):
         "seeds: [0]\ntraining: {epochs: 1, batch_size: 6, warmup_epochs: 0}\n"
     )
     output = tmp_path / "out"
-    words = ["--data", str(root), "--output", str(output), "--only", "LoRA", "--only", "VPT-deep"]
+    words = ["--data", str(root), "--output", str(output), "--only", "LoRA", "--only", "Point-PEFT"]
     assert main(["compare", str(small), *words]) == 0
     results = [json.loads(file.read_text()) for file in output.rglob("results.json")]
     assert len(results) == 2

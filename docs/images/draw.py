@@ -234,7 +234,7 @@ class MethodPicture(Picture):
             for spot, y in ((norm + 21, top + 28), (body + 43, top + 36)):
                 self.box(spot - width / 2, y - 10, width, 19, self.places[at("each")], "used", "small")
         if at("parallel of n") in self.places:
-            width, y = width_of(self.places[at("parallel of n")]), top + 52
+            width, y = width_of(self.places[at("parallel of n")]), top + (68 if at("each") in self.places else 52)
             self.dot(norm + 47, top)
             self.line((norm + 47, top), (norm + 47, y), (body + 43 - width / 2, y))
             self.box(body + 43 - width / 2, y - 13, width, 26, self.places[at("parallel of n")], "used", "small")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltalens.lifecycle import official_adapters, official_clip
+from deltalens.lifecycle import official_adapters, official_clip, official_points
 from deltalens.lifecycle.state import adapter_of, state_of
 from deltalens.lifecycle.tensors import adapter_tensors, anatomy_of, head_tensors, load_tensors
 from deltalens.methods.base import Method
@@ -23,7 +23,8 @@ def import_official(
     depths; PROJECT is loaded as such, or applied to the prompts where the configuration has none); of the baselines
     "mona_adapter", "mona_adaptformer" and "mona_lorand" (Leiyi-Hu/mona, STAR-MMRotate), "vpt_adapter", "vpt_side" and
     "vpt_mlp" (KMnP/vpt); beside a CLIP "mma" (Multi-Modal-Adapter), "coop", "cocoop", "kgcoop", "prograd",
-    "maple", "rpo", "lasp", "clip_adapter" and "tip_adapter".
+    "maple", "rpo", "lasp", "clip_adapter" and "tip_adapter"; on point clouds "dapt" and
+    "idpt".
     Attach the same configuration first. Backbone weights and embeddings of class names in the checkpoint are ignored,
     as they are the frozen ones; a checkpoint without a head leaves the head as it is. ValueError for missing or
     misshapen tensors.
@@ -172,4 +173,4 @@ def _with_head(model, name, state_dict, found: dict[str, Tensor], used: int, off
 
 
 SOURCES: dict[str, Callable[[nn.Module, str, Mapping[str, Tensor]], Import]] = {"mona": _mona, "vpt": _vpt}
-SOURCES |= official_adapters.SOURCES | official_clip.SOURCES
+SOURCES |= official_adapters.SOURCES | official_clip.SOURCES | official_points.SOURCES

@@ -9,8 +9,10 @@ from deltalens.methods.clip_adapter import CLIPAdapterConfig
 from deltalens.methods.cocoop import CoCoOpConfig
 from deltalens.methods.convpass import ConvpassConfig
 from deltalens.methods.coop import CoOpConfig
+from deltalens.methods.dapt import DAPTConfig
 from deltalens.methods.fact import FacTConfig
 from deltalens.methods.full import FullConfig
+from deltalens.methods.idpt import IDPTConfig
 from deltalens.methods.kgcoop import KgCoOpConfig
 from deltalens.methods.lasp import LASPConfig
 from deltalens.methods.linear import LinearConfig
@@ -23,6 +25,7 @@ from deltalens.methods.mona import MonaConfig, MonaLayer
 from deltalens.methods.normtuning import NormTuningConfig
 from deltalens.methods.partial import PartialConfig
 from deltalens.methods.peft_methods import from_peft
+from deltalens.methods.point_peft import PointPEFTConfig
 from deltalens.methods.prograd import ProGradConfig
 from deltalens.methods.repadapter import RepAdapterConfig
 from deltalens.methods.rpo import RPOConfig
@@ -43,8 +46,10 @@ __all__ = [
     "CoCoOpConfig",
     "CoOpConfig",
     "ConvpassConfig",
+    "DAPTConfig",
     "FacTConfig",
     "FullConfig",
+    "IDPTConfig",
     "KgCoOpConfig",
     "LASPConfig",
     "LinearConfig",
@@ -58,6 +63,7 @@ __all__ = [
     "MonaLayer",
     "NormTuningConfig",
     "PartialConfig",
+    "PointPEFTConfig",
     "ProGradConfig",
     "RPOConfig",
     "RepAdapterConfig",

@@ -78,10 +78,11 @@ class PointHead(nn.Sequential):
     """Features (B, in_features) -> logits (B, out_features), trained as a whole.
 
     kind: "mlp-bn", the head of Point-MAE, ACT and ReCon (Linear 256, BatchNorm, ReLU, Dropout .5, twice, Linear);
-    "mlp", Point-BERT's (Linear 256, ReLU, Dropout .5, Linear); "linear", one layer.
+    "mlp", Point-BERT's (Linear 256, ReLU, Dropout .5, Linear); "linear", one layer. vectors: how many tokens lie side
+    by side in the features.
     """
 
-    def __init__(self, in_features: int, out_features: int, kind: str):
+    def __init__(self, in_features: int, out_features: int, kind: str, vectors: int = 1):
         if kind not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {kind!r}")
         hidden, width = [], in_features
@@ -90,12 +91,19 @@ class PointHead(nn.Sequential):
             hidden += [nn.Linear(width, 256), *norm, nn.ReLU(), nn.Dropout(0.5)]
             width = 256
         super().__init__(*hidden, nn.Linear(width, out_features))
-        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        self.in_features, self.out_features, self.kind, self.vectors = in_features, out_features, kind, vectors
 
     def with_classes(self, num_classes: int) -> PointHead:
         """A fresh head of the same kind for so many classes."""
         like = self[-1].weight
-        return PointHead(self.in_features, num_classes, self.kind).to(like.device, like.dtype)
+        return PointHead(self.in_features, num_classes, self.kind, self.vectors).to(like.device, like.dtype)
+
+    def with_vectors(self, vectors: int) -> PointHead:
+        """A head of the same kind that reads so many tokens side by side: this one where it does, else a fresh one."""
+        if vectors == self.vectors:
+            return self
+        like, width = self[-1].weight, self.in_features // self.vectors
+        return PointHead(vectors * width, self.out_features, self.kind, vectors).to(like.device, like.dtype)
 
 
 class PointTransformer(nn.Module):
@@ -173,7 +181,8 @@ class PointTransformer(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """A fresh head for so many classes; 0 for none."""
         self.num_classes = num_classes
-        head = PointHead(self.num_features, num_classes, self.head_kind) if num_classes else nn.Identity()
+        vectors = len(self.class_tokens) + 1
+        head = PointHead(self.num_features, num_classes, self.head_kind, vectors) if num_classes else nn.Identity()
         self.cls_head_finetune = head
 
     def init_class_tokens(self, names: tuple[str, ...] | None = None, seed: int | None = None) -> None:
@@ -201,14 +210,16 @@ class PointTransformer(nn.Module):
         """Patches and centres -> tokens (B, G, dim) and their positions (B, G, dim)."""
         return self.reduce_dim(self.encoder(groups)), self.pos_embed(centres)
 
-    def encode(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        """Tokens and positions of some patches -> normed stream (B, class tokens + patches, dim)."""
+    def encode(self, tokens: Tensor, pos: Tensor, every_block: bool | None = None) -> Tensor:
+        """Tokens and positions of some patches -> normed stream (B, class tokens + patches, dim). every_block: whether
+        positions are added before every block, None for what the model was built with."""
+        every_block = self.pos_every_block if every_block is None else every_block
         batch = tokens.shape[0]
         names = self.class_tokens
         first = [self.get_parameter(f"{name}_token").expand(batch, -1, -1) for name in names]
         their_pos = [self.get_parameter(f"{name}_pos").expand(batch, -1, -1) for name in names]
         tokens, pos = torch.cat([*(t.to(tokens.dtype) for t in first), tokens], 1), torch.cat([*their_pos, pos], 1)
-        return self.norm(self.blocks(tokens, pos, self.pos_every_block, len(names)))
+        return self.norm(self.blocks(tokens, pos, every_block, len(names)))
 
     def forward_features(self, clouds: Tensor) -> Tensor:
         """Clouds -> normed tokens (B, class tokens + G, dim)."""

@@ -8,7 +8,7 @@ A block with branches b (attention, then mlp) reads
 
 where skip and act are the identity in most blocks, and the block as a whole  y = block.stream( branches(x) + sum of
 block.parallel(x, n_1) ), its input and output open to `tokens` modules. New tokens that parallel and inner modules
-return join the stream at the end of the block.
+return join the stream at the end of the block. What a parallel module adds that says `in_drop_path` becomes part of u.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def residual_block(
             if keep is not None:
                 x, normed, block_input = kept(x, keep), kept(normed, keep), kept(block_input, keep)
             first_normed = normed
+        dropped, tokens = slots.parallel(f"{branch.name}.parallel", x, normed, layout, in_drop_path=True)
+        new_tokens += tokens
+        update = update if dropped is None else update + dropped
         delta, tokens = slots.parallel(f"{branch.name}.parallel", x, normed, layout)
         new_tokens += tokens
         x = (x if branch.skip is None else branch.skip(x)) + branch.drop_path(update)

@@ -129,11 +129,25 @@ class Words(Sequence):
 
 class Patches(Sequence):
     """(B, prefix + G, C): class tokens, then G patches of a point cloud, which lie in no grid. What adapters add
-    stands between them. The owner of the tokens records G (`record`)."""
+    stands between them. The owner of the tokens records G (`record`).
+
+    found: what a pass knows about its clouds while it is under way, by name, for modules in its blocks: "centres"
+    (B, G, 3) of the patches, and what modules at its beginning have found. Empty between passes.
+    """
 
     def __init__(self, prefix: int, count: int):
         super().__init__(prefix)
         self.count = count
+        self.found: dict[str, Tensor] = {}
+
+    def of_pass(self, name: str) -> Tensor:
+        """What the pass under way has found. RuntimeError outside of one."""
+        if name not in self.found:
+            raise RuntimeError(
+                f"the {name} of this pass are not known: give clouds to the model's own forward or forward_features, "
+                "with all parts of the adapter active"
+            )
+        return self.found[name]
 
     def why_no_map(self) -> str:
         return ": patches of a point cloud lie in no grid"

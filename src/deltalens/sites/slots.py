@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Slots(nn.Module):
       prefix tokens and map each in their own way.
     * `pointwise = True`: acts on each token alone, so that tokens nobody reads need not be computed.
     * `adds_tokens = True`: returns tokens besides its result, which live on in the stream (`parallel`, `inner`).
+    * `in_drop_path = True`: what it adds is dropped together with the branch it is beside (a branch's `parallel`).
     """
 
     def __init__(self, layout: Layout, last: bool = False):
@@ -108,10 +110,15 @@ class Slots(nn.Module):
                 x = layout.stream(module(layout.features(x)))
         return x
 
-    def parallel(self, slot: str, x: Tensor, normed: Tensor, layout: Layout) -> tuple[Tensor | None, list[Tensor]]:
-        """f(x, n) -> delta or (delta, new tokens): the sum of the deltas, and the new tokens in order."""
+    def parallel(
+        self, slot: str, x: Tensor, normed: Tensor, layout: Layout, in_drop_path: bool = False
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """f(x, n) -> delta or (delta, new tokens): the sum of the deltas, and the new tokens in order. Of the modules
+        that say `in_drop_path`, or of the others."""
         total, tokens = None, []
         for module in self.live(slot):
+            if getattr(module, "in_drop_path", False) != in_drop_path:
+                continue
             plain = False
             if getattr(module, "takes_layout", False):
                 delta = module(x, normed, layout)
@@ -138,3 +145,18 @@ class Slots(nn.Module):
         for module in self.live("attention.mask"):
             mask = module(mask, x, layout)
         return mask
+
+
+@contextlib.contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Within the context no adapter module of this module and its children acts. Tensors that an adapter trains in
+    place of the backbone's own stay."""
+    found = [each for each in module.modules() if isinstance(each, Slots)]
+    active = [slots.active for slots in found]
+    try:
+        for slots in found:
+            slots.active = ()
+        yield
+    finally:
+        for slots, names in zip(found, active, strict=True):
+            slots.active = names

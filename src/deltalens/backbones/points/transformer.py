@@ -10,6 +10,11 @@ timm's `Block`     nothing: the reading is that of a ViT (`backbones/timm/vit.py
 =================  ==================================================================================
 
 Tokens that adapters add have no position where positions are added before every block.
+
+The owner of the tokens offers the slot `patches`: f(tokens (B, G, dim)) -> tokens, before class tokens and positions join
+them. A module there that says `positions_once` has positions added before the first block alone. One that says
+`reads_plain` is called f(tokens, plain, layout): plain() gives the normed patches (B, G, dim) as they are without any
+adapter's modules and without class tokens, without gradients.
 """
 
 from __future__ import annotations
@@ -29,10 +34,11 @@ from deltalens.models.point_transformer import PointTransformer
 from deltalens.sites.anatomy import Family, Part, Site, Tower
 from deltalens.sites.equation import RESIDUAL_BLOCK_SLOTS, Branch, residual_block
 from deltalens.sites.layout import Patches
-from deltalens.sites.output import pooled
+from deltalens.sites.output import live, pooled
+from deltalens.sites.slots import without_adapters
 from deltalens.sites.swap import original_class, original_method
 
-OWN_METHODS = ("forward", "forward_features", "forward_head", "encode", "pool")
+OWN_METHODS = ("forward", "forward_features", "forward_head", "embed", "encode", "pool")
 
 
 # ------------------------------------------------------------------ ReCon's block
@@ -112,9 +118,26 @@ def _forward(self: PointTransformer, clouds: Tensor) -> Tensor:
     return token_owner.whole_forward(self, clouds)
 
 
-def _encode(self: PointTransformer, tokens: Tensor, pos: Tensor) -> Tensor:
-    self.__dict__["delta_layout"].record(tokens.shape[1])
-    return original_method(self, "encode")(tokens, pos)
+def _embed(self: PointTransformer, groups: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    self.__dict__["delta_layout"].found["centres"] = centres.detach()
+    return original_method(self, "embed")(groups, centres)
+
+
+def _encode(self: PointTransformer, tokens: Tensor, pos: Tensor, every_block: bool | None = None) -> Tensor:
+    layout, given = self.__dict__["delta_layout"], tokens
+    layout.record(tokens.shape[1])
+
+    def plain() -> Tensor:
+        with torch.no_grad(), without_adapters(self):
+            return self.norm(self.blocks(given, pos, self.pos_every_block, 0))
+
+    try:
+        for module in live(self, "patches"):
+            tokens = module(tokens, plain, layout) if getattr(module, "reads_plain", False) else module(tokens)
+            every_block = False if getattr(module, "positions_once", False) else every_block
+        return original_method(self, "encode")(tokens, pos, every_block)
+    finally:
+        layout.found.clear()
 
 
 def _pool(self: PointTransformer, tokens: Tensor) -> Tensor:
@@ -125,14 +148,14 @@ def _pool(self: PointTransformer, tokens: Tensor) -> Tensor:
 def _owner(name: str, slots: frozenset[str], **methods: Callable) -> Family:
     return Family(
         name=f"deltalens.backbones.points.transformer:{name}",
-        methods={"encode": _encode, **methods},
+        methods={"embed": _embed, "encode": _encode, **methods},
         slots=slots,
         widths=lambda owner: {"pool": owner.num_features, "output": owner.num_features},
     )
 
 
-OWNER = _owner("OWNER", frozenset({"pool", "output"}), forward=_forward, pool=_pool)
-OTHER_HEAD = _owner("OTHER_HEAD", frozenset())
+OWNER = _owner("OWNER", frozenset({"patches", "pool", "output"}), forward=_forward, pool=_pool)
+OTHER_HEAD = _owner("OTHER_HEAD", frozenset({"patches"}))
 
 
 # ------------------------------------------------------------------ towers
@@ -150,8 +173,8 @@ def _tower(owner: PointTransformer) -> Tower:
         tower.add(f"blocks.blocks.{number}", block, _family(block), owner.dim)
     tower.untrained = list(owner.untrained)
     tower.class_tensors = tuple(f"{name}_{kind}" for name in owner.class_tokens for kind in ("token", "pos"))
-    if original_class(owner).encode is PointTransformer.encode:
-        cls = original_class(owner)
+    cls = original_class(owner)
+    if cls.encode is PointTransformer.encode and cls.embed is PointTransformer.embed:
         whole = all(getattr(cls, name) is getattr(PointTransformer, name) for name in OWN_METHODS)
         family = OWNER if whole else OTHER_HEAD
         tower.owner = Site("", owner, family, owner.dim, tower=tower)

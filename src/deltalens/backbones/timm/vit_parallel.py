@@ -115,6 +115,9 @@ def _forward(
     new_tokens: list[Tensor] = []
     attended = _attend(self, q, k, v, keys_values, mask)
     update = _project_out(self, attended, self.mlp_drop(self.mlp_act(hidden)), new_tokens)
+    for slot in ("attention.parallel", "mlp.parallel"):
+        dropped, tokens = slots.parallel(slot, x, normed, layout, in_drop_path=True)
+        update, new_tokens = (update if dropped is None else update + dropped), new_tokens + tokens
     y = x + self.drop_path(update)
     for slot in ("attention.parallel", "mlp.parallel", "block.parallel"):
         delta, tokens = slots.parallel(slot, x, normed, layout)
