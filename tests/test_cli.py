@@ -292,7 +292,9 @@ def test_lists(capsys):
     assert text.startswith("vpt ")
     assert "--method.num_tokens 50" in text
     assert main(["list", "models", "deltalens/*"]) == 0
-    assert set(capsys.readouterr().out.split()) == {"deltalens/swin-mini", "deltalens/vit-mini", "deltalens/clip-mini"}
+    assert set(capsys.readouterr().out.split()) == {
+        f"deltalens/{name}-mini" for name in ("swin", "vit", "clip", "points")
+    }
     assert main(["list", "recipes"]) == 0
     assert "classify-mona" in capsys.readouterr().out
     assert "recipes" in fails(capsys, ["list", "nets"], 2)

@@ -1,6 +1,9 @@
 """Files of clouds: every kind is read exactly, meshes are sampled by area, and what is no cloud is named."""
 
+import ast
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,3 +127,24 @@ def test_arrays_of_objects_are_not_loaded(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"a\.npy: .*allow_pickle"):
         read_cloud(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_threads_parse_headers_of_arrays_one_after_another(tmp_path, monkeypatch, name):
+    """Two parses at once raise SystemError in some Pythons (gh-106905)."""
+    np.save(tmp_path / "a.npy", CLOUD)
+    np.savez(tmp_path / "a.npz", CLOUD)
+    parse, now, most = ast.literal_eval, [], []
+
+    def watched(header):
+        now.append(header)
+        most.append(len(now))
+        time.sleep(2e-3)
+        now.pop()
+        return parse(header)
+
+    monkeypatch.setattr(ast, "literal_eval", watched)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read_cloud, [tmp_path / name] * 8))
+    assert most == [1] * 8
+    assert all(np.array_equal(cloud, CLOUD) for cloud in found)

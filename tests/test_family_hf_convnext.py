@@ -14,8 +14,8 @@ transformers = pytest.importorskip("transformers", "5.0")
 CLASSIFIERS = ("ConvNextForImageClassification", "ConvNextV2ForImageClassification")
 FITTING = {
     *("Full", "Linear", "MLP-3 head", "Partial-1", "NormTuning", "BitFit", "Sidetune", "LoRand", "SSF", "Mona"),
-    *("Adapter, Houlsby", "Adapter, Pfeiffer", "LoRA on fc1, fc2", "RepAdapter", "Mona, design v3"),
-    *("VPT, image channels", "VPT, frame of pixels", "DoRA of peft", "LoHa of peft"),
+    *("Adapter, Houlsby", "Adapter, Pfeiffer", "Adapter-X, sequential", "LoRA on fc1, fc2", "RepAdapter"),
+    *("Mona, design v3", "VPT, image channels", "VPT, frame of pixels", "DoRA of peft", "LoHa of peft"),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import threading
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from deltalens.data.ply_files import read_ply
 
 EXTENSIONS = {".npy", ".npz", ".off", ".ply", ".pts", ".txt", ".xyz"}
 ARRAY_NAMES = ("points", "xyz", "pos", "pc", "cloud", "data")
+
+# NumPy reads an array's header with `ast.literal_eval`, which two threads at once make fail with a SystemError
+# (CPython before 3.11.8 and 3.12.2, gh-106905). What is slow, reading the file, stays outside the lock.
+_HEADERS = threading.Lock()
 _BROKEN = (OSError, ValueError, EOFError, IndexError, KeyError, OverflowError, zipfile.BadZipFile)
 
 
@@ -69,14 +75,16 @@ def is_cloud_file(name: str) -> bool:
 
 # ------------------------------------------------------------------ one reader for each kind
 def _read_npy(path: Path) -> np.ndarray:
-    with open(path, "rb") as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+    content = io.BytesIO(path.read_bytes())
+    with _HEADERS:
+        return np.lib.format.read_array(content, allow_pickle=False)
 
 
 def _read_npz(path: Path) -> np.ndarray:
-    if not zipfile.is_zipfile(path):
+    content = io.BytesIO(path.read_bytes())
+    if not zipfile.is_zipfile(content):
         raise ValueError("it is no archive of arrays, as numpy.savez writes it")
-    with np.load(path, allow_pickle=False) as arrays:
+    with _HEADERS, np.load(content, allow_pickle=False) as arrays:
         names = [name for name in ARRAY_NAMES if name in arrays.files]
         if not names and len(arrays.files) != 1:
             raise ValueError(
