@@ -45,10 +45,10 @@ BATCH_SIZE = 10  # small, so that few clouds and epochs give enough steps
 # Learning rates: the best of RATES on the validation clouds, with the defaults below and seed 0: what
 # `deltalens demo --task points --tune` does.
 CONTENDERS = {
-    "linear": Contender("Linear", LinearConfig(), 1e-2, {}),
-    "lora": Contender("LoRA", LoRAConfig(r=8, alpha=8.0), 3e-3, {"rank": 8}),
-    "vpt": Contender("VPT-deep", VPTConfig(num_tokens=10), 1e-2, {"prompts": 10}),
-    "adaptformer": Contender("AdaptFormer", AdaptFormerConfig(bottleneck=16), 3e-3, {"bottleneck": 16}),
+    "linear": Contender("Linear", LinearConfig(), 3e-2, {}),
+    "lora": Contender("LoRA", LoRAConfig(r=8, alpha=8.0), 1e-2, {"rank": 8}),
+    "vpt": Contender("VPT-deep", VPTConfig(num_tokens=10), 3e-2, {"prompts": 10}),
+    "adaptformer": Contender("AdaptFormer", AdaptFormerConfig(bottleneck=16), 3e-2, {"bottleneck": 16}),
     "adapter_x": Contender("Adapter-X", AdapterXConfig(), 1e-2, {"experts": AdapterXConfig().experts}),
     "full": Contender("Full", FullConfig(), 1e-3, {}),
 }
