@@ -178,7 +178,7 @@ def test_the_report_shows_them(finished):
     output = finished[1]
     html = (output / "report.html").read_text(encoding="utf-8")
     (part,) = (each for each in html.split("<section>") if "<h2>Example pictures: tiny, photos</h2>" in each)
-    assert "6 of 18 test images" in part
+    assert "6 of 18 test samples" in part
     cards = re.findall(r'<article class="picture"><img src="data:image/jpeg;base64,[^"]+".*?</article>', part)
     assert len(cards) == 6
     found = results_of(output)

@@ -83,7 +83,7 @@ def test_the_table_says_what_was_done(searched, place):
         "Protocol: published, methods may have the settings of their papers. 1 epoch, batches of 8, adamw, weight "
         "decay 0.0001, warm-up of 0 and a cosine to 0 % of the rate; seeds 0, 1. Search: 3 trials for LoRA (random: "
         "base_lr 0.01 to 1, r 1, 2, hflip 0, 0.5; fixed: optimizer sgd); none for Mona (learning rate: 0.002). Trials "
-        "were trained on the training images with the first seed, and the best on the validation images after the last "
+        "were trained on the training data with the first seed, and the best on the validation data after the last "
         "epoch was chosen. With settings of their own: Mona (lr 0.002, weight_decay 0.05, min_lr 0.1, no_decay [bias], "
         "batch_size 4, hflip 0, drop_rate 0.1, no search)."
     ) in table

@@ -176,7 +176,7 @@ def test_variants_of_imagenet(tmp_path):
         assert read_part(tmp_path / variant, "test", names).labels == [1, 3]  # labels of a model of all classes
     with pytest.raises(ValueError, match="has no train part here; it has test"):
         read_part(tmp_path / variant, "train", names)
-    with pytest.raises(ValueError, match="no images to train on"):
+    with pytest.raises(ValueError, match="nothing to train on"):
         fit(torch.nn.Identity(), data)
     assert read_data(tmp_path, "coop/imagenetv2", options=ReadOptions(shots=4, subset="base")).test.labels == [0, 1]
 

@@ -160,7 +160,7 @@ def test_the_table_of_a_study(place):
     assert cells["Linear"][1] == f"{1 + heads / backbone:.2f}x"
     assert cells["Full"][1] == f"{2 + heads / backbone:.2f}x"
     assert "Only 2 of the 19 tasks" in section
-    assert "Final runs on eurosat, kitti train on training and validation images together." in text
+    assert "Final runs on eurosat, kitti train on training and validation data together." in text
 
 
 def test_nothing_is_done_twice_and_other_studies_have_no_such_table(place, tmp_path, capsys):

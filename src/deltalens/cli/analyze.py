@@ -39,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=list[str] | str | None,
         default=None,
         metavar="FOLDER",
-        help="embeddings, experts, ensemble: folder of images; layers: NAME=FOLDER, once for each dataset",
+        help="embeddings, experts, ensemble: folder of images or clouds; layers: NAME=FOLDER, once for each dataset",
     )
     add(
         "--split",
@@ -150,7 +150,7 @@ def _embeddings(args: Namespace) -> None:
     for each in found:
         print(f"{each.name:<{width}}  {100 * each.knn_accuracy:7.1f}  {each.silhouette:10.3f}")
     plot_embeddings(found, names, args.output)
-    print(f"{len(found[0].labels)} images; drawn in {args.output}")
+    print(f"{len(found[0].labels)} {_counted(model)}; drawn in {args.output}")
 
 
 def _attention(args: Namespace) -> None:
@@ -163,6 +163,7 @@ def _attention(args: Namespace) -> None:
     from deltalens.cli.trained import load_trained
     from deltalens.data import eval_transform
     from deltalens.data.image_folder import read_image
+    from deltalens.data.inputs import IMAGES, kind_of
     from deltalens.data.transforms import image_mode
     from deltalens.lifecycle.atomic import atomic_path
     from deltalens.studies.attention_maps import block_attention, plot_attention
@@ -173,6 +174,11 @@ def _attention(args: Namespace) -> None:
         raise ValueError(f"attention takes one adapter, got {len(args.adapters)}")
     model, _, device = load_trained(args.adapters[0], args.device)
     preprocessing = dl.preprocessing(model)
+    if kind_of(preprocessing) != IMAGES:
+        raise ValueError(
+            f"attention is drawn over the patches of an image, and {args.adapters[0]} takes point clouds: see "
+            "embeddings and experts, which take clouds"
+        )
     pixels = eval_transform(preprocessing)(read_image(args.image, image_mode(preprocessing)))
     attention = block_attention(model, pixels[None].to(device), args.block)
     mean, std = (torch.tensor(preprocessing[name])[:, None, None] for name in ("mean", "std"))
@@ -216,7 +222,7 @@ def _ensemble(args: Namespace) -> None:
     width = max(map(len, accuracies))
     for name, accuracy in accuracies.items():
         print(f"{name:<{width}}  {100 * accuracy:.1f} %")
-    print(f"{count} images ({args.split or 'test'})")
+    print(f"{count} {_counted(model)} ({args.split or 'test'})")
     if args.output:
         write_text(args.output, json.dumps({"images": count, "accuracy": accuracies}, indent=2) + "\n")
 
@@ -241,19 +247,26 @@ def _storage(args: Namespace) -> None:
 
 
 # ------------------------------------------------------------------ details
-def _batches(args: Namespace, model: Any, class_names: list[str], most: int | None) -> Any:
-    """(images, labels) batches of the split, as the adapter was trained to see them."""
+def _counted(model: Any) -> str:
+    """What a model takes: "images" or "clouds"."""
     import deltalens as dl
-    from deltalens.data import eval_transform, read_part
-    from deltalens.data.transforms import image_mode
+    from deltalens.data.inputs import IMAGES, kind_of
+
+    return "images" if kind_of(dl.preprocessing(model)) == IMAGES else "clouds"
+
+
+def _batches(args: Namespace, model: Any, class_names: list[str], most: int | None) -> Any:
+    """(images or clouds, labels) batches of the split, as the adapter was trained to see them."""
+    import deltalens as dl
+    from deltalens.data import read_part
+    from deltalens.data.inputs import set_inputs
     from deltalens.training.loaders import default_workers, evaluation_loader
 
-    preprocessing = dl.preprocessing(model)
     info = dl.adapter_info(model)
     if info.get("task") not in (None, "classification"):
         raise ValueError(f"{args.analysis} needs one label an image, and the adapter was trained for {info['task']}")
     files = read_part(args.data, args.split or "test", class_names, info.get("split"))
     if most is not None and len(files) > most:
         files = files.subset([i * len(files) // most for i in range(most)])
-    files.transform, files.mode = eval_transform(preprocessing), image_mode(preprocessing)
+    set_inputs(files, dl.preprocessing(model))
     return evaluation_loader(files, args.batch_size, default_workers())

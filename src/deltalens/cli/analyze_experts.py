@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 def run_experts(args: Namespace, batches: Callable[..., Any]) -> None:
     """Count, print the warnings, write figure and CSV. batches: (args, model, class names, most images) -> loader."""
+    import deltalens as dl
     from deltalens.cli.trained import label_of, load_trained
+    from deltalens.data.inputs import IMAGES, kind_of
     from deltalens.methods.expert_use import expert_use
     from deltalens.studies.expert_pictures import write_experts
     from deltalens.studies.figure import check_kind
@@ -30,4 +32,5 @@ def run_experts(args: Namespace, batches: Callable[..., Any]) -> None:
         print(f"pool {pool}, {blocks} block{'s' * (blocks > 1)}: {shares} % of sub-tokens")
     for text in use.warnings():
         print(f"warning: {text}")
-    print(f"{len(loader.dataset)} images; drawn in {args.output}; numbers in {file}")
+    counted = "images" if kind_of(dl.preprocessing(model)) == IMAGES else "clouds"
+    print(f"{len(loader.dataset)} {counted}; drawn in {args.output}; numbers in {file}")

@@ -42,8 +42,8 @@ DEFAULTS_OF = {  # where a task has others
     "points": {
         "model": "deltalens/points-mini",
         "img_size": None,
-        "methods": ["linear", "lora", "vpt", "adaptformer", "full"],
-        "epochs": 8,
+        "methods": ["linear", "lora", "vpt", "adaptformer", "adapter_x", "full"],
+        "epochs": 10,
         "train_images": 150,
     },
 }

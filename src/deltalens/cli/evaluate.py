@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--data", type=str, required=True, help="folder of images")
+    add("--data", type=str, required=True, help="folder of images or point clouds")
     add(
         "--class-names",
         type=Literal["adapter", "data"] | None,
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--format", type=str | None, default=None, help="of the data, as in train; by default the training run's")
     add("--download", type=bool, default=False, help="fetch the data where its format knows how")
-    add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which images")
+    add("--split", type=Literal["train", "val", "test", "all"], default="test", help="which part of the data")
     add(
         "--classes",
         type=Literal["all", "base", "new"] | None,
@@ -57,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="of clouds: average the logits of so many random subsets, scaled and shifted; 0 for the plain test",
     )
     add("--seed", type=int, default=0, help="of the votes' random views")
-    add("--batch-size", type=int, default=64, help="images at a time")
+    add("--batch-size", type=int, default=64, help="images or clouds at a time")
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
     add("--output", type=str | None, default=None, help="JSON file for the results")

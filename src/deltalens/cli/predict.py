@@ -56,7 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--topk", type=int, default=1, help="classes per image, most probable first")
     add("--threshold", type=float, default=0.5, help="least probability of a class, of several labels")
     add("--skip-broken", type=bool, default=False, help="leave out images or clouds that cannot be read")
-    add("--batch-size", type=int, default=64, help="images at a time")
+    add("--batch-size", type=int, default=64, help="images or clouds at a time")
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
 
 

@@ -81,7 +81,7 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="settings that come with the package (deltalens list recipes)",
     )
-    add("--data", type=str, required=True, help="folder of images, or a table of them")
+    add("--data", type=str, required=True, help="folder of images or point clouds, or a table")
     add(
         "--format",
         type=str,
@@ -97,7 +97,12 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         help="trainval trains on train and val together, for a last run whose settings were chosen before",
     )
     add("--download", type=bool, default=False, help="fetch the data where a format knows how")
-    add("--shots", type=int | None, default=None, help="so many training images of every class, drawn by --seed")
+    add(
+        "--shots",
+        type=int | None,
+        default=None,
+        help="so many training images or clouds of every class, drawn by --seed",
+    )
     add(
         "--stored-shots",
         type=bool,
@@ -115,13 +120,16 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         "--val-fraction",
         type=float,
         default=0.15,
-        help="share of images for validation where the data has no val folder",
+        help="share of the data for validation where the data has no val folder",
     )
     add(
-        "--test-fraction", type=float, default=0.15, help="share of images for test where the data has no split folders"
+        "--test-fraction",
+        type=float,
+        default=0.15,
+        help="share of the data for test where the data has no split folders",
     )
     add("--split-seed", type=int | None, default=None, help="of the split and of --train-fraction; by default --seed")
-    add("--train-fraction", type=float | None, default=None, help="train on this share of every class's images only")
+    add("--train-fraction", type=float | None, default=None, help="train on this share of every class only")
     add("--skip-broken", type=bool, default=False, help="leave out images or clouds that cannot be read")
     add("--allow-missing-classes", type=bool, default=False, help="let val and test lack classes of train")
     add("--min-crop", type=float, default=0.5, help="smallest share of an image that a training crop keeps")
@@ -134,8 +142,8 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         help="of training clouds: scale, shift, rotate joined by +, or none; only of models that take clouds",
     )
     add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
-    add("--epochs", type=int, default=20, help="passes over the training images")
-    add("--batch-size", type=int, default=64, help="images a step, over all devices together")
+    add("--epochs", type=int, default=20, help="passes over the training data")
+    add("--batch-size", type=int, default=64, help="images or clouds a step, over all devices together")
     add("--lr", type=float | None, default=None, help="peak learning rate; by default the method's own")
     add("--base-lr", type=float | None, default=None, help="instead of --lr: the rate for 256 images a step")
     add("--weight-decay", type=float, default=1e-4, help="on matrices of linear and convolution layers only")

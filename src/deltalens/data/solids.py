@@ -16,7 +16,7 @@ from deltalens.data.clouds import CloudArrays
 from deltalens.data.meshes import sample_mesh
 
 ROUND = 40  # steps of a turn that looks round
-STRETCH, TILT, CUT, NOISE = (0.6, 1.4), 25.0, 0.35, 0.025  # factors, degrees, share of the points, standard deviation
+STRETCH, TILT, CUT, NOISE = (0.8, 1.25), 15.0, 0.2, 0.015  # factors, degrees, share of the points, standard deviation
 
 
 def _arc(radius: float, start: float, stop: float, middle: float = 0.0, steps: int = 20) -> tuple:

@@ -48,7 +48,7 @@ def draw_cloud(axis: Axes, cloud: Tensor, size: float = 4.0) -> None:
     places = seen(cloud)
     depth = (places[:, 2] + 1) / 2
     colours = LinearSegmentedColormap.from_list("depth", [FAR, NEAR])(depth)
-    axis.scatter(places[:, 0], places[:, 1], s=size * (0.5 + depth), c=colours, linewidths=0)
+    axis.scatter(places[:, 0], places[:, 1], s=size * (0.5 + depth), c=colours, linewidths=0, rasterized=True)
     axis.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[])
     axis.set_aspect("equal")
     axis.spines[:].set_visible(False)

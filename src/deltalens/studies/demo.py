@@ -151,6 +151,8 @@ class Budget(Protocol):
 class Contest:
     """What is the same for all methods: images, training, and how results are measured."""
 
+    batch_size = BATCH_SIZE
+
     def __init__(
         self,
         settings: Budget,
@@ -182,7 +184,7 @@ class Contest:
             head_parameters=count.head,
             backbone_parameters=count.backbone,
             accuracy=results["test"]["accuracy"],
-            seconds=results["seconds"]["training"],
+            seconds=results["seconds"]["training"] + results.get("features", {}).get("seconds", 0.0),
             saved_bytes=self._saved_bytes(task),
             adapter_bytes=(folder / TENSORS).stat().st_size,
             epochs=[Epoch(row["train_loss"], row["val_accuracy"]) for row in results["history"]],
@@ -214,7 +216,7 @@ class Contest:
         task = ClassificationTask(dl.attach(model, each.config), self.class_names)
         training = TrainingSettings(
             epochs=settings.epochs,
-            batch_size=BATCH_SIZE,
+            batch_size=self.batch_size,
             lr=rate,
             seed=settings.seed,
             accelerator="cpu",
@@ -222,7 +224,11 @@ class Contest:
         )
         data = Splits(self.train, self.val, self.class_names, test)
         with self.bars.watch(each.label, task, settings.epochs * len(self.train), len(self.val), prefix):
-            return task, fit(task, data, training)
+            return task, fit(task, data, training, cache_features=self.features_folder(each))
+
+    def features_folder(self, each: Contender) -> Path | None:
+        """Where features of a frozen network are kept, for methods that can; None to compute them in every epoch."""
+        return None
 
     def _save(self, task: ClassificationTask, results: dict[str, Any], folder: Path) -> None:
         dl.adapter_info(task.model).update(
@@ -246,7 +252,7 @@ class Contest:
 
     def _saved_bytes(self, task: ClassificationTask) -> int:
         """Of one training step on a full batch."""
-        images, labels = zip(*(self.train[i] for i in range(min(BATCH_SIZE, len(self.train)))), strict=True)
+        images, labels = zip(*(self.train[i] for i in range(min(self.batch_size, len(self.train)))), strict=True)
         batch = torch.stack(images), torch.tensor(labels)
         task.train()
         return saved_bytes(lambda: task(batch)["loss"], [*task.parameters(), *task.buffers()])

@@ -17,7 +17,7 @@ PROTOCOLS = {
 
 
 def protocol_text(study: Study) -> str:
-    """Protocol, training, budget, what was chosen on which images, what is reported, and rows with settings of their
+    """Protocol, training, budget, what was chosen on which data, what is reported, and rows with settings of their
     own."""
     own = [f"{variant.label} ({_own_text(variant)})" for variant in study.variants if variant.own_fields]
     return PROTOCOLS[study.protocol] + " ".join(
@@ -25,7 +25,7 @@ def protocol_text(study: Study) -> str:
             _training_text(study),
             _search_text(study),
             *([f"With settings of their own: {'; '.join(own)}."] if own else []),
-            _images_text(study),
+            _data_text(study),
             *_classes_text(study),
             "Top-1 accuracy in per cent: mean ± sample standard deviation over seeds.",
         ]
@@ -86,8 +86,8 @@ def _search_text(study: Study) -> str:
 
 
 _JUDGED = (
-    "Trials were trained on the training images with the first seed, and the best on the validation images after the "
-    "last epoch was chosen."
+    "Trials were trained on the training data with the first seed, and the best on the validation data after the last "
+    "epoch was chosen."
 )
 
 
@@ -120,7 +120,7 @@ def _parameter_text(parameter: Parameter) -> str:
     return text + (" times the method's own" if parameter.relative else "")
 
 
-# ------------------------------------------------------------------ rows and images
+# ------------------------------------------------------------------ rows and data
 def _own_text(variant: Variant) -> str:
     said: dict[str, Any] = {name: value for name in ("lr", "base_lr") if (value := getattr(variant, name)) is not None}
     said |= {**variant.training, **variant.backbone}
@@ -133,23 +133,23 @@ def _setting_text(value: Any) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else value_text(value)
 
 
-def _images_text(study: Study) -> str:
+def _data_text(study: Study) -> str:
     joined = [dataset.name for dataset in study.datasets if dataset.protocol == "trainval"]
     apart = [dataset.name for dataset in study.datasets if dataset.protocol != "trainval"]
-    text = "Every run reports its last epoch; test images are looked at once, after it."
+    text = "Every run reports its last epoch; test data are looked at once, after it."
     if joined:
-        text += f" Final runs on {', '.join(joined)} train on training and validation images together"
-        return text + (f", on {', '.join(apart)} on the training images alone." if apart else ".")
-    return text + " Final runs train on the training images alone."
+        text += f" Final runs on {', '.join(joined)} train on training and validation data together"
+        return text + (f", on {', '.join(apart)} on the training data alone." if apart else ".")
+    return text + " Final runs train on the training data alone."
 
 
 def _classes_text(study: Study) -> list[str]:
-    """Few images, half of the classes, other datasets."""
+    """Few samples, half of the classes, other datasets."""
     shots = sorted({dataset.shots for dataset in study.datasets if dataset.shots})
     said = []
     if shots:
         said.append(
-            f"{', '.join(map(str, shots))} training images of each class and at most 4 for validation, drawn by each "
+            f"{', '.join(map(str, shots))} training samples of each class and at most 4 for validation, drawn by each "
             "run's seed."
         )
     if study.base_to_novel:

@@ -151,19 +151,27 @@ def plots_section(title: str, figures: Iterable[tuple[str, str]]) -> str:
 
 def _pictures(comparison: Comparison) -> str:
     answers = [(run.method, run.predictions) for run in comparison.runs]
-    return pictures_section("Example predictions", comparison.pictures_note, comparison.pictures, answers)
+    return pictures_section(
+        "Example predictions", comparison.pictures_note, comparison.pictures, answers, comparison.inputs
+    )
 
 
 def pictures_section(
-    title: str, note: str, pictures: Sequence[Picture], answers: Iterable[tuple[str, Sequence[Prediction]]]
+    title: str,
+    note: str,
+    pictures: Sequence[Picture],
+    answers: Iterable[tuple[str, Sequence[Prediction]]],
+    inputs: str = "images",
 ) -> str:
-    """A card for each picture, with what each method says. answers: (method, a prediction for each picture)."""
+    """A card for each picture, with what each method says. answers: (method, a prediction for each picture).
+    inputs: what is shown, "images" or "clouds"."""
     answers, cards = list(answers), []
     for number, picture in enumerate(pictures):
         name = escape(picture.true_name, quote=True)
+        shown = f"test {inputs.removesuffix('s')} of class {name}"
         lines = "".join(_prediction(method, said[number], picture.true_name) for method, said in answers)
         cards.append(
-            f'<article class="picture"><img src="{_data_url(picture)}" alt="test image of class {name}">'
+            f'<article class="picture"><img src="{_data_url(picture)}" alt="{shown}">'
             f'<div class="said"><h3>{name}</h3><ul>{lines}</ul></div></article>'
         )
     said = f'<p class="note">{escape(note)}</p>\n' if note else ""

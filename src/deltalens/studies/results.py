@@ -104,6 +104,7 @@ class Comparison:
         return {
             "title": self.title,
             "test_images": self.test_images,
+            "inputs": self.inputs,
             "runs": [asdict(run) | {"settings": dict(run.settings), "percent": run.percent} for run in self.runs],
             "pictures": [picture.true_name for picture in self.pictures],
             "conditions": dict(self.conditions),

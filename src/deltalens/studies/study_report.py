@@ -36,10 +36,10 @@ from deltalens.studies.transfer_table import transfer_tables
 from deltalens.studies.vtab_table import published_vtab_rows, vtab_rows
 
 PAIRED = {
-    "task": "A pair is a task: a dataset on a backbone, the mean over seeds. Tasks that share images or a backbone are "
+    "task": "A pair is a task: a dataset on a backbone, the mean over seeds. Tasks that share data or a backbone are "
     "no independent samples.",
-    "seed": "A pair is a seed, the mean over all tasks: so the test speaks of chance in training on these images, and "
-    "not of other images.",
+    "seed": "A pair is a seed, the mean over all tasks: so the test speaks of chance in training on this data, and "
+    "not of other data.",
 }
 
 
@@ -121,7 +121,7 @@ def grid_text(study: Study, table: StudyTable) -> str:
 def _split_text(study: Study) -> str:
     split = study.split
     return (
-        f"Folders without validation or test images are split once for all runs, by seed {split.seed}: "
+        f"Folders without a validation or test part are split once for all runs, by seed {split.seed}: "
         f"{100 * split.val_fraction:g} % for validation, {100 * split.test_fraction:g} % for the test."
     )
 

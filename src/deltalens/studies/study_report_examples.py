@@ -41,7 +41,7 @@ def _note(said: Mapping[str, Examples]) -> str:
     part = PARTS[first.part]
     how = "all of them" if len(first.shown) == first.images else "evenly spaced in their order"
     return (
-        f"{len(first.shown)} of {first.images:,} {part} images, {how}, so that no answer decides which are shown. "
+        f"{len(first.shown)} of {first.images:,} {part} samples, {how}, so that no answer decides which are shown. "
         "Each with the true class, and what the adapter of the first seed says, with its probability."
     )
 
@@ -57,7 +57,7 @@ def _cards(said: Mapping[str, Examples], dataset: str, pictures: Mapping[tuple[s
         ]
         name = escape(", ".join(example.true) or "none", quote=True)
         file = pictures.get((dataset, example.index))
-        image = "" if file is None else f'<img src="{_data_url(file)}" alt="image of class {name}">'
+        image = "" if file is None else f'<img src="{_data_url(file)}" alt="example of class {name}">'
         said_of_it = f'<div class="said"><h3>{name}</h3><ul>{"".join(lines)}</ul></div>'
         cards.append(f'<article class="picture">{image}{said_of_it}</article>')
     return "\n".join(cards)

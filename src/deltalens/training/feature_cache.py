@@ -122,7 +122,7 @@ class _Writer:
         for batches in zip(*readings, strict=True):
             if len(batches) == 2 and not torch.equal(batches[0][0], batches[1][0]):
                 raise FeaturesCannotBeKept(
-                    "features cannot be kept: the training images are augmented at random. Train without augmentation "
+                    "features cannot be kept: the training data is augmented at random. Train without augmentation "
                     "(--min-crop 1 --hflip 0 --rand-augment 0, of clouds --cloud-augment none)"
                 )
             yield batches[0]

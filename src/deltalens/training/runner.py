@@ -68,7 +68,7 @@ def fit(
     FeaturesCannotBeKept with cache_features where something is trained or random from the start.
     """
     if not len(data.train):
-        raise ValueError("the data has no images to train on; data with a test part alone is for evaluate")
+        raise ValueError("the data has nothing to train on; data with a test part alone is for evaluate")
     place = None if output is None else Output(output)
     if place is not None:
         if KEY not in task.model.__dict__:
