@@ -1,6 +1,7 @@
 """Settings every test shares."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,22 @@ torch.set_num_threads(1)
 def _seeded():
     """Each test starts from the same random state."""
     torch.manual_seed(0)
+
+
+# Long files in seconds, the longest first. The others follow by their number of tests.
+LONG = (
+    *("matrix", "from_peft", "ddp", "adapters", "demo", "imports", "feature_extraction", "resume", "compare", "docs"),
+    *("vpt_networks", "cli", "zero_shot", "training", "study_search", "compare_search", "cloud_cli", "clip_demo"),
+    *("tune", "fleet", "clip_training", "crews", "kills"),
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Workers take whole files: what is long comes first, so that none is left alone with a long one at the end."""
+    if hasattr(config, "workerinput"):  # without workers the order is that of the command line
+        tests = Counter(item.path for item in items)
+        rank = {f"test_{name}": place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: (rank.get(item.path.stem, len(LONG)), -tests[item.path], item.path))
 
 
 pytest_plugins = ["study_fixtures", "bench_models", "study_runs"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import deltalens as dl
 from deltalens.cli import demo as cli_demo
 from deltalens.cli.main import main
+from deltalens.data import digits as scans_of_digits
 from deltalens.data.arrays import ArrayDataset
 from deltalens.data.digits import enlarge, load_digits
 from deltalens.data.transforms import eval_transform
@@ -21,11 +22,23 @@ from deltalens.studies import demo
 TINY = ["--epochs", "1", "--train-images", "100"]
 
 
+def take_few(patch):
+    """Fewer images to validate and test on; which numbers a run gives is compared, not how good they are."""
+    patch.setattr(scans_of_digits, "VAL_IMAGES", 60)
+    patch.setattr(scans_of_digits, "TEST_IMAGES", 100)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    take_few(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(folder, what the terminal showed) of one run of two methods."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as terminal:
+        take_few(patch)
         patch.setenv("COLUMNS", "80")
         code = main(["demo", *TINY, "--methods", "linear", "lora", "--output", str(folder)])
     assert code == 0
@@ -74,9 +87,10 @@ def test_report_names_every_method_and_stands_alone(finished, results):
     assert str(finished[0]) not in text
 
 
-def test_saved_adapters_give_the_reported_accuracy_and_predictions(finished, results):
+def test_saved_adapters_give_the_reported_accuracy_and_predictions(few, finished, results):
     folder, _ = finished
     digits = load_digits(32)
+    assert len(digits.test) == 100
     for run in results["runs"]:
         model = dl.from_pretrained(folder / run["folder"])
         assert dl.class_names(model) == list(digits.class_names)
@@ -92,7 +106,7 @@ def test_saved_adapters_give_the_reported_accuracy_and_predictions(finished, res
         assert load_file(tensors)
 
 
-def test_same_seed_same_numbers_and_an_earlier_demo_is_replaced(tmp_path, finished, results, monkeypatch):
+def test_same_seed_same_numbers_and_an_earlier_demo_is_replaced(tmp_path, few, finished, results, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["demo", *TINY, "--methods", "lora", "--output", "again"]
     numbers = []
@@ -105,7 +119,7 @@ def test_same_seed_same_numbers_and_an_earlier_demo_is_replaced(tmp_path, finish
     assert numbers[1] != numbers[0]
 
 
-def test_tune_takes_the_rate_that_is_best_on_the_validation_images(tmp_path, monkeypatch):
+def test_tune_takes_the_rate_that_is_best_on_the_validation_images(tmp_path, few, monkeypatch):
     monkeypatch.setattr(demo, "RATES", (1e-6, 3e-2, 3e37))  # nearly nothing, a good one, one that diverges
     folder = tmp_path / "tuned"
     assert main(["demo", *TINY, "--methods", "linear", "--tune", "--output", str(folder)]) == 0
@@ -144,7 +158,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_what_a_stopped_demo_left_is_taken_over(tmp_path):
+def test_what_a_stopped_demo_left_is_taken_over(tmp_path, few):
     (tmp_path / "linear").mkdir()
     (tmp_path / ".report.html.x1.tmp").write_text("half", encoding="utf-8")
     assert main(["demo", *TINY, "--methods", "linear", "--output", str(tmp_path)]) == 0

@@ -84,6 +84,7 @@ def _read_npz(path: Path) -> np.ndarray:
     content = io.BytesIO(path.read_bytes())
     if not zipfile.is_zipfile(content):
         raise ValueError("it is no archive of arrays, as numpy.savez writes it")
+    content.seek(0)
     with _HEADERS, np.load(content, allow_pickle=False) as arrays:
         names = [name for name in ARRAY_NAMES if name in arrays.files]
         if not names and len(arrays.files) != 1:
