@@ -2,11 +2,12 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from family_checks import adapted, assert_merges, assert_same_run, assert_untouched_by_zero, compiled_equals_eager
-from matrix import PAGE, POINT_ROWS, ROWS, export, point_line, point_model, refusal, walk
+from matrix import NEEDS_TEXTS, PAGE, POINT_ROWS, ROWS, export, point_line, point_model, refusal, walk
 from torch import nn
 
 import deltalens as dl
@@ -183,6 +184,17 @@ def test_a_pool_reads_added_tokens_and_says_how_many_there_are():
 def test_pools_of_one_token_do_not_fit_a_head_on_class_token_and_maximum():
     with pytest.raises(TypeError, match=r"gives features of 24 channels, and the head of PointTransformer reads 48"):
         dl.attach(make(), dl.VPTConfig(num_tokens=3, pool="cls"))
+
+
+@pytest.mark.parametrize("pool", ["cls", "prompts", "all"])
+def test_adapter_x_with_a_pool_of_one_token_says_so_too(pool):
+    with pytest.raises(TypeError, match=r"reads 48: the class tokens and the maximum.+or take DAPT"):
+        dl.attach(make(), dl.AdapterXConfig(experts=3, bottleneck=4, pool=pool))
+
+
+@pytest.mark.parametrize("row", NEEDS_TEXTS)
+def test_methods_of_texts_say_what_they_need(row):
+    assert re.search(r"class_names|text tower", refusal(point_model, row) or "")
 
 
 def test_patches_trim_what_adapters_added():
