@@ -58,10 +58,11 @@ class PointPEFTConfig(Method):
         x_i  <- x_i + .3 sum_j w_ij h_j;  x <- x + A''_l(x)           every block, behind it; the prompts leave here
 
     q is the maximum over the patches that the frozen backbone gives without class token, m_i the same of training
-    clouds, the K nearest by cosine, w their softmax: attention without parameters. h are neighbourhoods in space: the
-    G / 2 farthest patches with k / 2 neighbours each, k the model's group size, read by one narrow attention for all
+    clouds, the K nearest by cosine, w their softmax: attention without parameters. h are neighbourhoods in space: the G
+    / 2 farthest patches with k / 2 neighbours each, k the model's group size, read by one narrow attention for all
     blocks, maximum, BatchNorm, GELU, plus .3 of the centre's token; w_ij are inverse squared distances. The A are
-    bottlenecks with QuickGELU. Trained besides: biases of norm1, proj, norm2, fc1, fc2, the last norm, class tokens, the head.
+    bottlenecks with QuickGELU. Trained besides: biases of norm1, proj, norm2, fc1, fc2, the last norm, class tokens,
+    the head.
 
     The memory is made by `deltalens.prepare` from training clouds (`deltalens.training.fit` calls it), C numbers for
     each, and saved with the adapter. Each pass runs the frozen blocks a second time, without gradients.
