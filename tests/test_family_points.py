@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from family_checks import adapted, assert_merges, assert_same_run, assert_untouched_by_zero, compiled_equals_eager
-from matrix import PAGE, POINT_ROWS, ROWS, export, point_line, point_model, refusal, walk
+from matrix import NEEDS_TEXTS, PAGE, POINT_ROWS, ROWS, export, point_line, point_model, refusal, walk
+from models import randomize_adapter
 from torch import nn
 
 import deltalens as dl
@@ -87,6 +89,9 @@ def test_every_method_fits_or_says_why_not_as_the_page_says():
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("row", [row for row in ROWS | POINT_ROWS if row not in REFUSED])
 def test_every_method_on_every_point_transformer(row, kind, tmp_path):
+    if (row, kind) == ("Point-PEFT", "recon"):
+        assert "ReCon's have two" in refusal(lambda: make(kind), row)
+        return
     export(walk(lambda: make(kind), clouds(), row, tmp_path), clouds()[:2])
 
 
@@ -185,6 +190,17 @@ def test_pools_of_one_token_do_not_fit_a_head_on_class_token_and_maximum():
         dl.attach(make(), dl.VPTConfig(num_tokens=3, pool="cls"))
 
 
+@pytest.mark.parametrize("pool", ["cls", "prompts", "all"])
+def test_adapter_x_with_a_pool_of_one_token_says_so_too(pool):
+    with pytest.raises(TypeError, match=r"reads 48: the class tokens and the maximum.+or take DAPT"):
+        dl.attach(make(), dl.AdapterXConfig(experts=3, bottleneck=4, pool=pool))
+
+
+@pytest.mark.parametrize("row", NEEDS_TEXTS)
+def test_methods_of_texts_say_what_they_need(row):
+    assert re.search(r"class_names|text tower", refusal(point_model, row) or "")
+
+
 def test_patches_trim_what_adapters_added():
     layout = Patches(2, 4)
     x = torch.arange(9.0)[None, :, None]
@@ -219,6 +235,18 @@ def test_copies_and_pickles_compute_the_same():
     expected = model(clouds())
     assert torch.equal(copy.deepcopy(model)(clouds()), expected)
     assert torch.equal(pickle.loads(pickle.dumps(model))(clouds()), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", POINT_ROWS)
+def test_methods_of_points_are_compiled_copied_and_pickled(row):
+    model = dl.attach(make("point-mae"), POINT_ROWS[row]())
+    dl.prepare(model, [clouds()])
+    randomize_adapter(model)
+    expected = model(clouds())
+    assert torch.equal(copy.deepcopy(model)(clouds()), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(clouds()), expected)
+    compiled_equals_eager(model, clouds())
 
 
 @pytest.mark.parametrize("kind", ["mini", pytest.param("recon", marks=pytest.mark.slow)])

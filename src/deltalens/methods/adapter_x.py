@@ -242,6 +242,13 @@ class AdapterXConfig(Method):
         if tower.classifier is None:
             raise TypeError(f"pool={self.pool!r} changes what a head reads: {type(anatomy.model).__name__} has none")
         require(tower.classifier, "pool", f"Adapter-X with pool={self.pool!r}", anatomy.model)
+        own = tower.classifier.width_of("pool")
+        if own != tower.blocks[-1].width:
+            raise TypeError(
+                f"pool={self.pool!r} gives features of {tower.blocks[-1].width} channels, and the head of "
+                f"{type(anatomy.model).__name__} reads {own}: the class tokens and the maximum over the patches; leave "
+                "pool out, or take DAPT, whose head is its own"
+            )
         if self.pool == "cls" and not tower.class_token:
             raise ValueError(f"pool='cls' reads the class token, which {type(anatomy.model).__name__} does not have")
         if self.pool in ("prompts", "patches+prompts") and not takes_prompts(tower.blocks[-1]):

@@ -78,7 +78,7 @@ class PatchTokens(nn.Module):
 
 @register("dapt")
 class DAPTConfig(Method):
-    """A bottleneck beside every MLP, scaled by each token itself; a prompt made of it; a scale and shift of every layer.
+    """A bottleneck beside every MLP, scaled by each token itself; a prompt made of it; every layer scaled and shifted.
 
         n    = T(LN_2 x)                        T(y) = gamma * y + beta, for each channel: TFTS
         A(n) = relu(s . m + b) * up(gelu(down m)),  m = LN n          (B, N, C) -> (B, N, C), in every block

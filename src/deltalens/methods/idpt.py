@@ -51,8 +51,9 @@ def nearest_rows(x: Tensor, count: int) -> Tensor:
 
 
 class DynamicPrompt(nn.Module):
-    """`tokens.out`: P = max over patches leaky( BN( W [h^1, ..., h^n] ) ), h^1 = EdgeConv(patches), h^2 = EdgeConv(h^1)...
-    joins the stream behind its prefix, P + position. (B, N, C) -> (B, N + 1, C).
+    """`tokens.out`: P + position joins the stream behind its prefix, (B, N, C) -> (B, N + 1, C).
+
+        P = max over patches leaky( BN( W [h^1, ..., h^n] ) ),  h^1 = EdgeConv(patches), h^2 = EdgeConv(h^1)...
 
     layers: n; with 0 the patches themselves are read. The position (1, 1, C) is drawn from a normal distribution (std
     .02) and, as published, stays there.

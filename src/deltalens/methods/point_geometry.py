@@ -42,8 +42,8 @@ class GeometryAdapter(nn.Module):
         x_i <- x_i + a * sum_j w_ij h_j,  w_ij ~ 1 / (|c_i - c_j|^2 + 1e-8), sum_j w_ij = 1     for every patch i
         x <- x + bottleneck(x)                                                                 all tokens
 
-    prompts: how many tokens behind the prefix are prompts of this block. They are in space, too, at learned places, can be
-    among the S and the k, and leave the stream here.
+    prompts: how many tokens behind the prefix are prompts of this block. They are in space, too, at learned places, can
+    be among the S and the k, and leave the stream here.
     """
 
     def __init__(

@@ -91,8 +91,8 @@ class PointMemory(SizedByData):
 
 
 class PriorPrompts(nn.Module):
-    """`tokens.in`: p = dropout(e) + (prior + bottleneck(prior)) joins the stream behind its prefix. e (1, p, C) learned,
-    std .02."""
+    """`tokens.in`: dropout(e) + (prior + bottleneck(prior)) joins the stream behind its prefix. e (1, K + 2, C) is
+    learned and starts with std .02."""
 
     def __init__(self, width: int, count: int, bottleneck: int, dropout: float):
         super().__init__()

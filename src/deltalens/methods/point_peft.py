@@ -57,11 +57,12 @@ class PointPEFTConfig(Method):
         u    <- u + .7 A'_l(u)                                        u = MLP(LN x), every block
         x_i  <- x_i + .3 sum_j w_ij h_j;  x <- x + A''_l(x)           every block, behind it; the prompts leave here
 
-    q is the maximum over the patches that the frozen backbone gives without class token, m_i the same of training clouds,
-    the K nearest by cosine, w their softmax: attention without parameters. h are neighbourhoods in space: the G / 2
-    farthest patches with k / 2 neighbours each, k the model's group size, read by one narrow attention for all blocks,
-    maximum, BatchNorm, GELU, plus .3 of the centre's token; w_ij are inverse squared distances. The A are bottlenecks
-    with QuickGELU. Trained besides: biases of norm1, proj, norm2, fc1, fc2, the last norm, class tokens, the head.
+    q is the maximum over the patches that the frozen backbone gives without class token, m_i the same of training
+    clouds, the K nearest by cosine, w their softmax: attention without parameters. h are neighbourhoods in space: the G
+    / 2 farthest patches with k / 2 neighbours each, k the model's group size, read by one narrow attention for all
+    blocks, maximum, BatchNorm, GELU, plus .3 of the centre's token; w_ij are inverse squared distances. The A are
+    bottlenecks with QuickGELU. Trained besides: biases of norm1, proj, norm2, fc1, fc2, the last norm, class tokens,
+    the head.
 
     The memory is made by `deltalens.prepare` from training clouds (`deltalens.training.fit` calls it), C numbers for
     each, and saved with the adapter. Each pass runs the frozen blocks a second time, without gradients.
@@ -71,11 +72,12 @@ class PointPEFTConfig(Method):
     The official code registers prompts for all 12 blocks and factors that it never reads (773,017 together).
 
     Where the official code differs: its memory is a file of unknown making; here it holds raw features of training
-    clouds as they come, compared by cosine. In the first half it samples points with the prompts' places among them, and
-    reads rows of the token matrix with indices of another length, so that a cloud reads others of its batch; here patches
-    and prompts are grouped together by where they are. Drop path is off here, there it acts on the MLP and the narrow
-    attention. Biases are trained as shifts beside the frozen ones, the last norm as scale and shift behind it, so that
-    the backbone's own features stay at hand. Point-PEFT is for one stream; ReCon's blocks, which have two, are refused.
+    clouds as they come, compared by cosine. In the first half it samples points with the prompts' places among them,
+    and reads rows of the token matrix with indices of another length, so that a cloud reads others of its batch; here
+    patches and prompts are grouped together by where they are. Drop path is off here, there it acts on the MLP and the
+    narrow attention. Biases are trained as shifts beside the frozen ones, the last norm as scale and shift behind it,
+    so that the backbone's own features stay at hand. Point-PEFT is for one stream; ReCon's blocks, which have two, are
+    refused.
     """
 
     learning_rate: ClassVar = 5e-4
@@ -184,8 +186,8 @@ def _neighbourhoods(owner: PointTransformer) -> tuple[int, int]:
     if not centres or not neighbours or neighbours > owner.num_groups:
         raise ValueError(
             f"Point-PEFT takes half of the patches and half of the group size as neighbourhoods, and this model has "
-            f"{owner.num_groups} patches of {owner.group_size} points: it needs at least 2 of 2, and as many patches as "
-            "half the group size"
+            f"{owner.num_groups} patches of {owner.group_size} points: it needs at least 2 of 2, and as many patches "
+            "as half the group size"
         )
     return centres, neighbours
 

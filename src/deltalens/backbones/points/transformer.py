@@ -11,8 +11,8 @@ timm's `Block`     nothing: the reading is that of a ViT (`backbones/timm/vit.py
 
 Tokens that adapters add have no position where positions are added before every block.
 
-The owner of the tokens offers the slot `patches`: f(tokens (B, G, dim)) -> tokens, before class tokens and positions join
-them. A module there that says `positions_once` has positions added before the first block alone. One that says
+The owner of the tokens offers the slot `patches`: f(tokens (B, G, dim)) -> tokens, before class tokens and positions
+join them. A module there that says `positions_once` has positions added before the first block alone. One that says
 `reads_plain` is called f(tokens, plain, layout): plain() gives the normed patches (B, G, dim) as they are without any
 adapter's modules and without class tokens, without gradients.
 """
