@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +46,10 @@ class Body:
     @property
     def prefix_tokens(self) -> int:
         """How many tokens (class token, registers) stand before those of the map."""
-        return getattr(self.module, "num_prefix_tokens", 0)
+        if not hasattr(self.module, "forward_intermediates"):
+            return 0
+        gives_them = "return_prefix_tokens" in inspect.signature(self.module.forward_intermediates).parameters
+        return getattr(self.module, "num_prefix_tokens", 0) if gives_them else 0
 
 
 def build(name: str, pretrained: bool, checkpoint: str | None, options: Mapping[str, Any]) -> tuple[Body, str]:

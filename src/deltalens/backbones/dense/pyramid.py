@@ -1,7 +1,8 @@
 """From a frozen backbone to a pyramid of maps, one rule for all networks.
 
-A pyramid is a module with `backbone` (the timm network as it is), `channels` and `strides`. It takes images (B, 3, H, W)
-of any size and returns one map (B, C_i, ceil(H / s_i), ceil(W / s_i)) for each stride s_i, the finest first.
+A pyramid is a module with `backbone` (the timm network as it is), `channels` and `strides`. It takes images
+(B, 3, H, W) of any size and returns one map (B, C_i, ceil(H / s_i), ceil(W / s_i)) for each stride s_i, the finest first.
+Images are padded to what the network takes (`padded_size`); `padded_maps` gives the maps before they are cut back.
 """
 
 from __future__ import annotations
@@ -64,11 +65,14 @@ class HierarchicalPyramid(nn.Module):
             return self.fixed_size
         return up_to_multiple(size[0], self.multiple), up_to_multiple(size[1], self.multiple)
 
+    def padded_maps(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one map for each stride, of the padded image."""
+        size = self.padded_size(checked(images, self.fixed_size, self.name))
+        maps = self.backbone(padded(images, size))
+        found = zip(self.indices, self.strides, self.norms, strict=True)
+        return [norm(cut(nchw(maps[index], self.backbone), size, stride)) for index, stride, norm in found]
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map for each stride."""
-        size = checked(images, self.fixed_size, self.name)
-        maps = self.backbone(padded(images, self.padded_size(size)))
-        found = []
-        for index, stride, norm in zip(self.indices, self.strides, self.norms, strict=True):
-            found.append(norm(cut(nchw(maps[index], self.backbone), size, stride)))
-        return found
+        size = tuple(images.shape[-2:])
+        return [cut(each, size, stride) for each, stride in zip(self.padded_maps(images), self.strides, strict=True)]

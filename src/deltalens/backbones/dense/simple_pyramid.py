@@ -10,7 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from deltalens.backbones.dense.body import Body
-from deltalens.backbones.dense.padding import cut
+from deltalens.backbones.dense.padding import Size, cut, up_to_multiple
 from deltalens.backbones.dense.token_maps import TokenMaps
 
 
@@ -43,16 +43,28 @@ class SimplePyramid(TokenMaps):
             raise ValueError(f"blocks must be one, or one for each of the strides {strides}, got {list(blocks)}")
         blocks = list(blocks) * (len(strides) if len(blocks) == 1 else 1)
         super().__init__(body, blocks, norms, multiples=(max(strides),))
+        self.multiple = max(strides)
         self.grid = 2 ** round(math.log2(self.stride))
         self.strides, self.channels = list(strides), [out_channels] * len(strides)
         self.levels = nn.ModuleList(_level(self.width, self.grid, stride, out_channels) for stride in strides)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> one map for each stride."""
-        size = images.shape[-2:]
-        maps = [self._on_grid(each) for each in self.maps(images)]
+    def padded_size(self, size: Size) -> Size:
+        """The size of the images whose maps `padded_maps` gives."""
+        if self.fixed_size is not None:
+            return self.fixed_size
+        return up_to_multiple(size[0], self.multiple), up_to_multiple(size[1], self.multiple)
+
+    def padded_maps(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one map for each stride, of the padded image."""
+        size = self.padded_size(tuple(images.shape[-2:]))
+        maps = [self._on_grid(each) for each in super().padded_maps(images)]
         found = zip(self.levels, maps, self.strides, strict=True)
         return [cut(level(each), size, stride) for level, each, stride in found]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one map for each stride."""
+        size = tuple(images.shape[-2:])
+        return [cut(each, size, stride) for each, stride in zip(self.padded_maps(images), self.strides, strict=True)]
 
     def _on_grid(self, feature_map: Tensor) -> Tensor:
         if self.grid == self.stride:
