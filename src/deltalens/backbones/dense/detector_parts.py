@@ -39,8 +39,9 @@ class PyramidAnchors(AnchorGenerator):
 
         centre of cell (i, j) of a level with stride s:  ((j + offset) s, (i + offset) s)
 
-    torchvision divides the size of the batch by that of the map instead, which gives a stride of 48 for a map of 2 cells
-    over 96 pixels although its cells lie 64 pixels apart. sizes, ratios: one tuple a level; a ratio is height / width.
+    torchvision divides the size of the batch by that of the map instead, which gives a stride of 48 for a map of 2
+    cells over 96 pixels although its cells lie 64 pixels apart. sizes, ratios: one tuple a level; a ratio is height /
+    width.
     """
 
     def __init__(
@@ -97,8 +98,8 @@ class RegionPooling(MultiScaleRoIAlign):
 def full_precision(value: Any) -> Any:
     """Half-precision tensors as float32, in lists, tuples and dictionaries, too.
 
-    Under autocast layers give bfloat16 or float16, which hold 8 or 11 bits of a number: boxes of an image of 1000 pixels
-    would be off by up to 2 pixels. Boxes, anchors and losses are computed in float32.
+    Under autocast layers give bfloat16 or float16, which hold 8 or 11 bits of a number: boxes of an image of 1000
+    pixels would be off by up to 2 pixels. Boxes, anchors and losses are computed in float32.
     """
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

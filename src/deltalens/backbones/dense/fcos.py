@@ -16,10 +16,10 @@ from deltalens.backbones.dense.fpn import DetectionNeck
 
 @dataclass(frozen=True)
 class FCOSOptions(DetectorOptions):
-    """Beside `DetectorOptions`, where channels must be a multiple of 32 (group norms). center_radius: cells whose
-    centre lies within so many strides of a box's centre are its own. convolutions: in each branch of the head.
-    candidates: so many of each level go into the suppression of doubles. extra_levels: P6 is computed from P5 ("output",
-    as published) or from the backbone's map ("input").
+    """Beside `DetectorOptions`, where channels must be a multiple of 32 (group norms). center_radius: cells
+    whose centre lies within so many strides of a box's centre are its own. convolutions: in each branch of the head.
+    candidates: so many of each level go into the suppression of doubles. extra_levels: P6 is computed from P5
+    ("output", as published) or from the backbone's map ("input").
 
     A detection's score is the square root of class probability times centre-ness, whence the larger threshold.
     """

@@ -30,10 +30,10 @@ class MaskRCNNOptions(DetectorOptions):
     """Beside `DetectorOptions`. anchor_scale: anchors of a level are anchor_scale x stride (8 as published, 4 or less
     for objects that are small in the input). anchor_sizes: or name the sizes (pixels) of every level, which are the
     levels read and one more. anchor_ratios: height / width. proposals, proposals_train: regions that are looked at in
-    evaluation and in training. proposal_nms: the IoU above which the worse of two proposals is dropped. sampled_anchors,
-    sampled_regions: of each image, that the losses are taken of. canonical_scale: boxes of this size (pixels) are pooled
-    from the level of stride 16. box_width: of the two layers behind a box's features. mask_convolutions, mask_width: of
-    the mask's branch.
+    evaluation and in training. proposal_nms: the IoU above which the worse of two proposals is dropped.
+    sampled_anchors, sampled_regions: so many of each image go into the losses. canonical_scale: boxes of this size
+    (pixels) are pooled from the level of stride 16. box_width: of the two layers behind a box's features.
+    mask_convolutions, mask_width: of the mask's branch.
     """
 
     anchor_scale: float = 8.0

@@ -19,9 +19,9 @@ BOX_LOSSES = ("l1", "smooth_l1", "giou")
 @dataclass(frozen=True)
 class RetinaNetOptions(DetectorOptions):
     """Beside `DetectorOptions`. anchor_scale: anchors of a level are anchor_scale x stride, times 1, 2^(1/3) and
-    2^(2/3); 4 as published, 2 or less for objects that are small in the input (images of 320 px). anchor_sizes: or name
-    the sizes (pixels) of every level, which are five or, in general, the levels read and two more. anchor_ratios: height
-    / width. box_loss: l1, smooth_l1 or giou. candidates: so many of each level go into the suppression of doubles.
+    2^(2/3); 4 as published, 2 or less for objects that are small in the input (images of 320 px). anchor_sizes: or
+    name the sizes (pixels) of every level, which are the levels read and two more. anchor_ratios: height / width.
+    box_loss: l1, smooth_l1 or giou. candidates: so many of each level go into the suppression of doubles.
     extra_levels: P6 is computed from the backbone's map ("input", as published) or from P5 ("output").
     """
 
@@ -47,8 +47,8 @@ class RetinaNetDetector(RetinaNet):
         eval:     model(list of (3, H, W)) -> list of {"boxes" (n, 4) xyxy pixels, "labels" (n,) from 0, "scores" (n,)}
 
     By default the maps with strides 8 to 32, an FPN with P6 and P7, 9 anchors a cell. The losses are torchvision's: the
-    focal loss (alpha 0.25, gamma 2) and the box loss are divided by the number of foreground anchors of each image, then
-    averaged over images; mmdetection divides by that of the batch. Images without objects count in the focal loss.
+    focal loss (alpha 0.25, gamma 2) and the box loss are divided by the number of foreground anchors of each image,
+    then averaged over images; mmdetection divides by that of the batch. Images without objects count in the focal loss.
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: RetinaNetOptions):
