@@ -60,9 +60,12 @@ def create_backbone(
     class_names: Sequence[str] | None = None,
     templates: str | Sequence[str] = TEMPLATE,
     descriptions: Mapping[str, Sequence[str]] | Sequence[Sequence[str]] | None = None,
+    head: str | None = None,
+    head_options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a classifier by the name of its backbone, and remember its source and its preprocessing.
+    """Build a classifier by the name of its backbone, and remember its source and its preprocessing. With `head`, build
+    a network for dense prediction.
 
     name: "timm/<model>[.<tag>]" (the prefix may be left out), "hf/<owner>/<repository>" (transformers),
     "torchvision/<model>[.<weights>]", "open_clip/<model>/<tag>" or "open_clip/hf-hub:<owner>/<repository>",
@@ -73,7 +76,8 @@ def create_backbone(
     a .safetensors or .pth file (read with weights_only=True) whose weights are loaded instead of the published ones;
     its head is dropped where class counts differ. class_names: of an open_clip or transformers model with two towers,
     make the classifier whose classes are these texts (`ZeroShotClassifier`), in one or several templates, or with
-    descriptions: sentences of each class. kwargs go to the model's constructor (drop_path_rate, features_only...);
+    descriptions: sentences of each class. head: a dense head on a timm network's maps: "upernet", "fcn", "dpt",
+    "setr_pup" for segmentation; num_classes then counts the classes without background. head_options: see `docs/dense.md`. kwargs go to the model's constructor (drop_path_rate, features_only...);
     img_size is understood for every library.
 
     Raises ValueError for an unknown name (with the nearest ones), FileNotFoundError for a missing checkpoint,
@@ -92,10 +96,17 @@ def create_backbone(
     if checkpoint is not None and "local-dir:" in inner:
         raise ValueError(f"{name} is a folder with weights of its own: leave checkpoint= out, or name the architecture")
     weights = None if checkpoint is None else str(checkpoint)
+    if head is None and head_options:
+        raise ValueError("head_options were given without a head: pass head=, such as head='upernet'")
+    if head is not None:
+        _check_dense(name, library, head, class_names)
     if class_names is not None:
         _check_texts(name, library, class_names, num_classes)
     with fetching(name):
-        if class_names is None:
+        if head is not None:
+            dense = importlib.import_module("deltalens.backbones.dense.named")
+            model, full_name = dense.create(inner, head, head_options, num_classes, pretrained, weights, kwargs)
+        elif class_names is None:
             model, full_name = _resolver(library).create(inner, num_classes, pretrained, weights, dict(kwargs))
         else:
             towers = _resolver(library).create_two_towers(inner, pretrained, weights, dict(kwargs))
@@ -103,6 +114,8 @@ def create_backbone(
             model = ZeroShotClassifier(towers.model, towers.tokenizer, class_names, templates, descriptions)
             record(model, towers.preprocessing)
     written = {key: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for key, v in kwargs.items()}
+    if head is not None:
+        written |= {"head": head, "head_options": dict(head_options or {})}
     source = Source(full_name, written, weights, pretrained or checkpoint is not None)
     model.__dict__[SOURCE_KEY] = source.to_dict()
     return model
@@ -160,6 +173,16 @@ def _check_texts(name: str, library: str, class_names: Sequence[str], num_classe
         )
     if num_classes not in (None, len(class_names)):
         raise ValueError(f"num_classes={num_classes} was given with {len(class_names)} class names")
+
+
+def _check_dense(name: str, library: str, head: str, class_names: Sequence[str] | None) -> None:
+    if library != "timm":
+        raise TypeError(
+            f"head={head!r} needs a timm network that gives maps, and {name} is of another library: use timm/... or "
+            "deltalens/swin-mini, deltalens/vit-mini, or build the network yourself and pass backbone= to attach"
+        )
+    if class_names is not None:
+        raise ValueError("class_names make a classifier of texts, which has no dense head: pass num_classes")
 
 
 def _resolver(library: str) -> ModuleType:

@@ -37,7 +37,8 @@ def attach(
     config: a method's configuration, or several that together make one adapter. name: letters, digits, "-", "_".
     num_classes: give the adapter a fresh head with this many classes, or fresh heads where the model has several
     (distilled networks); None copies the model's own head, which is then trained. backbone: path of the submodule to
-    adapt; everything outside it is trained and saved like a head. blocks: regular expression of block paths, for
+    adapt; everything outside it is trained and saved like a head. A model's attribute `adapted` is its default, which
+    networks for dense prediction have. blocks: regular expression of block paths, for
     networks whose blocks are not found by themselves. tower: adapt only this tower of several ("vision" or "text" of a
     CLIP); the others stay frozen.
 
@@ -49,6 +50,7 @@ def attach(
     block does not offer the slot that a method needs. The model is unchanged after an error.
     """
     configs = list(config) if isinstance(config, (list, tuple)) else [config]
+    backbone = own_backbone(model) if backbone is None else backbone
     state = _check(model, configs, name, backbone, blocks, tower)
     if state is not None:
         backbone, blocks, tower = state.backbone, state.blocks, state.tower
@@ -109,6 +111,12 @@ def detach(model: nn.Module) -> nn.Module:
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(path, True))
     return model.train(model.training)
+
+
+def own_backbone(model: nn.Module) -> str | None:
+    """The path of the submodule that a model says is its backbone (`adapted`), None for a model that is one itself."""
+    path = getattr(model, "adapted", None)
+    return path if isinstance(path, str) else None
 
 
 # ------------------------------------------------------------------ checks before anything changes

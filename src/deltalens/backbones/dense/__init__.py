@@ -1,1 +1,2 @@
-"""Networks for dense tasks: a frozen backbone's pyramid of maps under a neck and a head. One file per head."""
+"""Networks for dense prediction: a timm network that gives maps, a pyramid of them, and heads for segmentation and
+detection. Nothing is imported before `create_backbone(..., head=...)` asks for it."""
