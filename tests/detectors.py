@@ -25,7 +25,7 @@ SMALL = {
         "mask_width": 8,
     },
 }
-BUILDERS = {"retinanet": retinanet.build, "fcos": fcos.build, "mask_rcnn": mask_rcnn.build}
+BUILDERS = {"retinanet": retinanet.on_pyramid, "fcos": fcos.on_pyramid, "mask_rcnn": mask_rcnn.on_pyramid}
 COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0))
 NAMES = ["red", "green", "blue"]
 

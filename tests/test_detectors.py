@@ -7,8 +7,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from deltalens.backbones.dense.detector_options import DetectorOptions
-from deltalens.backbones.dense.detector_parts import PaddedBatch, PyramidAnchors, RegionPooling, full_precision
+from deltalens.backbones.dense.detector_parts import PaddedBatch, PyramidAnchors, RegionPooling
 from deltalens.backbones.dense.fpn import DetectionNeck
+from deltalens.backbones.dense.precision import full_precision
 
 HEADS = list(BUILDERS)
 LOSSES = {
@@ -171,6 +172,18 @@ def test_neck(extra, strides):
     assert DetectionNeck(TwoLevels(), [1], 4, 16, extra).strides[0] == 8
     if extra != "pool":
         assert neck.fpn.extra_blocks.p6.in_channels == (24 if extra == "input" else 16)
+
+
+def test_neck_without_top_down_adds_levels_only():
+    pyramid = TwoLevels()
+    neck = DetectionNeck(pyramid, [1], 4, 24, "output", top_down=False)
+    images = torch.randn(1, 3, 64, 64)
+    maps = neck(images)
+    assert torch.equal(maps["0"], pyramid(images)[1])
+    assert list(maps) == ["0", "p6", "p7"]
+    assert not hasattr(neck.fpn, "inner_blocks")
+    with pytest.raises(ValueError, match=r"every map must have 24 channels, and the pyramid's have \[12, 24\]"):
+        DetectionNeck(pyramid, [0, 1], 4, 24, top_down=False)
 
 
 def test_equal_widths_do_not_decide_where_p6_comes_from():

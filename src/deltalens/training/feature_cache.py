@@ -68,7 +68,9 @@ def cached_features(
     if settings.compile or settings.devices != 1:
         raise FeaturesCannotBeKept("features can be kept on one device and without torch.compile only")
     if collate_of(data.train) is not None:
-        raise FeaturesCannotBeKept("features cannot be kept of images of several sizes, as detection and masks have them")
+        raise FeaturesCannotBeKept(
+            "features cannot be kept of images of several sizes, as detection and masks have them"
+        )
     fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=PRECISIONS[settings.precision])
     started, model = time.perf_counter(), task.model
     if settings.precision == "64":

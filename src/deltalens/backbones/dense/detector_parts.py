@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.poolers import MultiScaleRoIAlign, initLevelMapper
 
+from deltalens.backbones.dense.checkpointing import set_grad_checkpointing
 from deltalens.backbones.dense.detector_options import DetectorOptions
+from deltalens.backbones.dense.fpn import DetectionNeck
 
 
 class PaddedBatch(GeneralizedRCNNTransform):
@@ -95,29 +96,27 @@ class RegionPooling(MultiScaleRoIAlign):
         self.map_levels = initLevelMapper(exponents[0], exponents[-1], canonical_scale)
 
 
-def full_precision(value: Any) -> Any:
-    """Half-precision tensors as float32, in lists, tuples and dictionaries, too.
+class Detector:
+    """Mixed into torchvision's detectors: what every network of ours says about itself.
 
-    Under autocast layers give bfloat16 or float16, which hold 8 or 11 bits of a number: boxes of an image of 1000
-    pixels would be off by up to 2 pixels. Boxes, anchors and losses are computed in float32.
+    num_classes: without background. adapted: the path of the backbone, all around it is head.
     """
-    if isinstance(value, Tensor):
-        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-    if isinstance(value, dict):
-        return type(value)((name, full_precision(each)) for name, each in value.items())
-    return type(value)(full_precision(each) for each in value)
+
+    num_classes: int
+    adapted: str
+
+    def _says(self, pyramid: nn.Module, num_classes: int, options: DetectorOptions) -> None:
+        self.transform = PaddedBatch(options)
+        self.num_classes = num_classes
+        paths = {id(module): path for path, module in self.named_modules()}  # type: ignore[attr-defined]
+        self.adapted = paths[id(pyramid.backbone)]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in backward instead of keeping what they computed."""
+        set_grad_checkpointing(self.get_submodule(self.adapted), enable)  # type: ignore[attr-defined]
 
 
-class InFullPrecision:
-    """Mixed into a layer of torchvision's: what it gives is float32, whatever it computes in."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return full_precision(super().forward(*args, **kwargs))  # type: ignore[misc]
-
-
-def path_of(root: nn.Module, wanted: nn.Module) -> str:
-    """The path of a module in another. ValueError where it is not there."""
-    for path, module in root.named_modules():
-        if module is wanted:
-            return path
-    raise ValueError(f"{type(wanted).__name__} is no part of {type(root).__name__}")
+def neck_of(pyramid: nn.Module, options: DetectorOptions, finest: int, extra: str) -> DetectionNeck:
+    """The neck that a detector's options ask for."""
+    top_down = options.top_down is not False
+    return DetectionNeck(pyramid, options.levels, finest, options.channels, extra, top_down)

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 
-from deltalens.backbones.dense.detector_options import DetectorOptions, options_from
-from deltalens.backbones.dense.detector_parts import InFullPrecision, PaddedBatch, PyramidAnchors, path_of
-from deltalens.backbones.dense.fpn import DetectionNeck
+from deltalens.backbones.dense.body import Body
+from deltalens.backbones.dense.detector_options import DetectorOptions, options_from, pyramid_and_options
+from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, neck_of
+from deltalens.backbones.dense.precision import InFullPrecision
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class FCOSOptions(DetectorOptions):
             raise ValueError(f"center_radius must be positive, got {self.center_radius}")
 
 
-class FCOSDetector(FCOS):
+class FCOSDetector(Detector, FCOS):
     """torchvision's FCOS (Tian et al., 2019, arXiv 1904.01355; centre sampling and GIoU of 2006.09214) on any pyramid.
 
         training: model(list of (3, H, W), list of {"boxes", "labels"})
@@ -54,7 +55,7 @@ class FCOSDetector(FCOS):
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: FCOSOptions):
-        neck = DetectionNeck(pyramid, options.levels, 8, options.channels, options.extra_levels)
+        neck = neck_of(pyramid, options, 8, options.extra_levels)
         cells = PyramidAnchors([(s,) for s in neck.strides], [(1.0,)] * len(neck.strides), neck.strides, offset=0.5)
         super().__init__(
             neck,
@@ -67,15 +68,19 @@ class FCOSDetector(FCOS):
             detections_per_img=options.detections_per_image,
             topk_candidates=options.candidates,
         )
-        self.transform = PaddedBatch(options)
-        self.num_classes = num_classes
-        self.adapted = path_of(self, pyramid.backbone)
+        self._says(pyramid, num_classes, options)
 
 
 class _Head(InFullPrecision, FCOSHead):
     """Logits, distances and centre-ness in float32."""
 
 
-def build(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> FCOSDetector:
-    """An FCOS over a pyramid; options: fields of `FCOSOptions`."""
+def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> FCOSDetector:
+    """An FCOS on a pyramid; options: fields of `FCOSOptions`."""
     return FCOSDetector(pyramid, num_classes, options_from(FCOSOptions, "fcos", options))
+
+
+def build(body: Body, num_classes: int, **options: Any) -> FCOSDetector:
+    """An FCOS on a backbone; options: fields of `FCOSOptions`, and those of `pyramid_and_options`."""
+    pyramid, own = pyramid_and_options(body, FCOSOptions, "fcos", options)
+    return FCOSDetector(pyramid, num_classes, own)

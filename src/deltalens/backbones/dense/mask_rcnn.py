@@ -11,16 +11,16 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
-from deltalens.backbones.dense.detector_options import DetectorOptions, options_from
+from deltalens.backbones.dense.body import Body
+from deltalens.backbones.dense.detector_options import DetectorOptions, options_from, pyramid_and_options
 from deltalens.backbones.dense.detector_parts import (
-    InFullPrecision,
-    PaddedBatch,
+    Detector,
     PyramidAnchors,
     RegionPooling,
     anchor_sizes,
-    path_of,
+    neck_of,
 )
-from deltalens.backbones.dense.fpn import DetectionNeck
+from deltalens.backbones.dense.precision import InFullPrecision
 
 BACKGROUND = 1  # torchvision's class 0: ours are its classes 1 to K
 
@@ -60,7 +60,7 @@ class MaskRCNNOptions(DetectorOptions):
             raise ValueError(f"proposal_nms must lie above 0 and not above 1, got {self.proposal_nms}")
 
 
-class MaskRCNNDetector(MaskRCNN):
+class MaskRCNNDetector(Detector, MaskRCNN):
     """torchvision's Mask R-CNN (He et al., 2017, arXiv 1703.06870) on any pyramid.
 
         training: model(list of (3, H, W), list of {"boxes", "labels", "masks" (n, H, W) uint8})
@@ -73,7 +73,7 @@ class MaskRCNNDetector(MaskRCNN):
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: MaskRCNNOptions):
-        neck = DetectionNeck(pyramid, options.levels, 4, options.channels, "pool")
+        neck = neck_of(pyramid, options, 4, "pool")
         strides, pooled = neck.strides, neck.strides[:-1]
         sizes = anchor_sizes(options.anchor_sizes, strides, [options.anchor_scale])
         ratios = [options.anchor_ratios] * len(strides)
@@ -101,9 +101,7 @@ class MaskRCNNDetector(MaskRCNN):
             mask_head=MaskRCNNHeads(options.channels, widths, 1),
             mask_predictor=_MaskLayers(([options.channels, *widths])[-1], options.mask_width, classes),
         )
-        self.transform = PaddedBatch(options)
-        self.num_classes = num_classes
-        self.adapted = path_of(self, pyramid.backbone)
+        self._says(pyramid, num_classes, options)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         if targets is not None:
@@ -126,6 +124,12 @@ class _MaskLayers(InFullPrecision, MaskRCNNPredictor):
     """Mask logits in float32."""
 
 
-def build(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> MaskRCNNDetector:
-    """A Mask R-CNN over a pyramid; options: fields of `MaskRCNNOptions`."""
+def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> MaskRCNNDetector:
+    """A Mask R-CNN on a pyramid; options: fields of `MaskRCNNOptions`."""
     return MaskRCNNDetector(pyramid, num_classes, options_from(MaskRCNNOptions, "mask_rcnn", options))
+
+
+def build(body: Body, num_classes: int, **options: Any) -> MaskRCNNDetector:
+    """A Mask R-CNN on a backbone; options: fields of `MaskRCNNOptions`, and those of `pyramid_and_options`."""
+    pyramid, own = pyramid_and_options(body, MaskRCNNOptions, "mask_rcnn", options)
+    return MaskRCNNDetector(pyramid, num_classes, own)

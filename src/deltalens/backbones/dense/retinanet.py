@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 
-from deltalens.backbones.dense.detector_options import DetectorOptions, options_from
-from deltalens.backbones.dense.detector_parts import InFullPrecision, PaddedBatch, PyramidAnchors, anchor_sizes, path_of
-from deltalens.backbones.dense.fpn import DetectionNeck
+from deltalens.backbones.dense.body import Body
+from deltalens.backbones.dense.detector_options import DetectorOptions, options_from, pyramid_and_options
+from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, anchor_sizes, neck_of
+from deltalens.backbones.dense.precision import InFullPrecision
 
 BOX_LOSSES = ("l1", "smooth_l1", "giou")
 
@@ -40,7 +41,7 @@ class RetinaNetOptions(DetectorOptions):
             raise ValueError("anchor_scale and anchor_ratios must be positive")
 
 
-class RetinaNetDetector(RetinaNet):
+class RetinaNetDetector(Detector, RetinaNet):
     """torchvision's RetinaNet (Lin et al., 2017, arXiv 1708.02002) on any pyramid.
 
         training: model(list of (3, H, W), list of {"boxes", "labels"}) -> {"classification", "bbox_regression"}
@@ -52,7 +53,7 @@ class RetinaNetDetector(RetinaNet):
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: RetinaNetOptions):
-        neck = DetectionNeck(pyramid, options.levels, 8, options.channels, options.extra_levels)
+        neck = neck_of(pyramid, options, 8, options.extra_levels)
         octaves = [options.anchor_scale * 2 ** (octave / 3) for octave in range(3)]
         sizes = anchor_sizes(options.anchor_sizes, neck.strides, octaves)
         anchors = PyramidAnchors(sizes, [options.anchor_ratios] * len(neck.strides), neck.strides)
@@ -68,15 +69,19 @@ class RetinaNetDetector(RetinaNet):
             detections_per_img=options.detections_per_image,
             topk_candidates=options.candidates,
         )
-        self.transform = PaddedBatch(options)
-        self.num_classes = num_classes
-        self.adapted = path_of(self, pyramid.backbone)
+        self._says(pyramid, num_classes, options)
 
 
 class _Head(InFullPrecision, RetinaNetHead):
     """Logits and box changes in float32."""
 
 
-def build(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> RetinaNetDetector:
-    """A RetinaNet over a pyramid; options: fields of `RetinaNetOptions`."""
+def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> RetinaNetDetector:
+    """A RetinaNet on a pyramid; options: fields of `RetinaNetOptions`."""
     return RetinaNetDetector(pyramid, num_classes, options_from(RetinaNetOptions, "retinanet", options))
+
+
+def build(body: Body, num_classes: int, **options: Any) -> RetinaNetDetector:
+    """A RetinaNet on a backbone; options: fields of `RetinaNetOptions`, and those of `pyramid_and_options`."""
+    pyramid, own = pyramid_and_options(body, RetinaNetOptions, "retinanet", options)
+    return RetinaNetDetector(pyramid, num_classes, own)
