@@ -24,7 +24,7 @@ FLOORS = [
 CORE = FLOORS[: FLOORS.index("lifecycle") + 1]
 CORE_NEEDS = {"deltalens", "lazy_loader", "torch", "timm", "safetensors", "huggingface_hub"}
 # folder of backbones/ -> the library whose models its files know; they are imported when such a model is met
-LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "torchvision": "torchvision"}
+LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "torchvision": "torchvision", "dense": "torchvision"}
 HEAVY = [
     "open_clip",
     "lightning",

@@ -50,7 +50,7 @@ def run(args: Namespace) -> None:
     from deltalens.cli.method_options import method_entries, read_methods
     from deltalens.studies.search_space import DEFAULT, read_space
     from deltalens.studies.tune import Search, trials_table, write_tables
-    from deltalens.tasks import task_class
+    from deltalens.tasks import main_metric_of
 
     own = ("config", "recipe", "space", "trials", "metric", "prune", "output")
     options = {key: value for key, value in vars(args).items() if key not in own}
@@ -63,7 +63,7 @@ def run(args: Namespace) -> None:
         args.output,
         space,
         trials=args.trials,
-        metric=args.metric or task_class(data.task).main_metric,
+        metric=args.metric or main_metric_of(data.task, data.origin),
         seed=args.seed,
         prune=args.prune,
         default_lr=train.settled_rate(options, methods),

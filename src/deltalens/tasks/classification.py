@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltalens.lifecycle.state import KEY, state_of
 from deltalens.methods.notes import noting
 from deltalens.sites.output import class_count, logits_of
+from deltalens.tasks.method_losses import method_losses
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -61,7 +61,7 @@ class ClassificationTask(nn.Module):
             logits = output.float()
             terms = self.own_losses(logits, labels)
             if self.training:
-                terms |= self._method_losses(logits, batch)
+                terms |= method_losses(self.model, logits, batch)
         return {
             "loss": sum(terms.values()),
             "output": logits,
@@ -79,17 +79,6 @@ class ClassificationTask(nn.Module):
     def own_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The loss without the methods' terms."""
         return {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
-
-    def _method_losses(self, output: Tensor, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        if KEY not in self.model.__dict__:
-            return {}
-        state = state_of(self.model)
-        methods = [method for name in state.active for method in state.adapters[name].configs]
-        return {
-            f"{method.name}.{term}": loss
-            for method in methods
-            for term, loss in method.losses(self.model, output, batch).items()
-        }
 
     def new_metrics(self) -> MetricCollection:
         """Fresh metrics: "accuracy" (top-1), "mean_class_accuracy", and "top5_accuracy" where there are more than 5

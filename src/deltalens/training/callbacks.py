@@ -44,7 +44,7 @@ class StopOnBadLoss(pl.Callback):
 
     def on_validation_end(self, trainer, module) -> None:
         self.check(trainer)
-        loss = float(trainer.callback_metrics["val_loss"])
+        loss = float(trainer.callback_metrics.get("val_loss", 0.0))  # detectors have none
         if not math.isfinite(loss):
             raise NonFiniteLossError(self._message(f"the validation loss is {loss}", trainer.global_step, trainer))
 

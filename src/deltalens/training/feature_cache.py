@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from deltalens.data.splits import Splits
 from deltalens.lifecycle.atomic import atomic_path, remove_leftovers
 from deltalens.training.frozen_prefix import FeaturesCannotBeKept, find_cut, recorded, replayed
+from deltalens.training.loaders import collate_of
 from deltalens.training.settings import PRECISIONS, TrainingSettings
 
 
@@ -66,6 +67,10 @@ def cached_features(
 
     if settings.compile or settings.devices != 1:
         raise FeaturesCannotBeKept("features can be kept on one device and without torch.compile only")
+    if collate_of(data.train) is not None:
+        raise FeaturesCannotBeKept(
+            "features cannot be kept of images of several sizes, as detection and masks have them"
+        )
     fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=PRECISIONS[settings.precision])
     started, model = time.perf_counter(), task.model
     if settings.precision == "64":

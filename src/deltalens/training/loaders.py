@@ -6,12 +6,13 @@ validation set in between change nothing.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -74,6 +75,17 @@ class SeededItems(Dataset):
             return self.dataset[index]
 
 
+def collate_of(dataset: Dataset) -> Callable[[list], Any] | None:
+    """How items of a dataset become a batch: its own `collate` (items of different sizes as lists), that of what it is
+    a part or the first piece of, None for torch's way."""
+    own = getattr(dataset, "collate", None)
+    if own is not None:
+        return own
+    if isinstance(dataset, ConcatDataset):
+        return collate_of(dataset.datasets[0])
+    return collate_of(dataset.dataset) if isinstance(dataset, Subset | SeededItems) else None
+
+
 def training_loader(
     dataset: Dataset,
     batch_size: int,
@@ -90,13 +102,13 @@ def training_loader(
     if len(dataset) < world:
         raise ValueError(f"{len(dataset)} training items cannot be shared by {world} processes")
     sampler = EpochSampler(len(dataset), seed, batch_size, (start[0], start[1] * batch_size), rank, world)
-    return DataLoader(SeededItems(dataset, seed), batch_size, sampler=sampler, **_worker_options(workers))
+    return _loader(SeededItems(dataset, seed), batch_size, sampler, workers)
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
     """Every item once, in order; with several processes each reads its own share, without padding."""
     indices = range(rank, len(dataset), world)
-    return DataLoader(dataset, batch_size, sampler=list(indices), **_worker_options(workers))
+    return _loader(dataset, batch_size, list(indices), workers)
 
 
 class Passes(Sampler):
@@ -115,8 +127,27 @@ class Passes(Sampler):
 
 def preparation_loader(dataset: Dataset, batch_size: int, seed: int, workers: int = 0) -> DataLoader:
     """Every training item once, in order; the first pass as the first epoch would augment it, the second as the second.
-    The same in every process."""
-    return DataLoader(SeededItems(dataset, seed), batch_size, sampler=Passes(len(dataset)), **_worker_options(workers))
+    The same in every process. Images of several sizes come as `Images`."""
+    loader = _loader(SeededItems(dataset, seed), batch_size, Passes(len(dataset)), workers)
+    loader.collate_fn = functools.partial(_movable, loader.collate_fn)
+    return loader
+
+
+class Images(list):
+    """Images of several sizes that move to a device together, as one tensor would."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Images:
+        return Images(image.to(*args, **kwargs) for image in self)
+
+
+def _movable(collate: Callable[[list], Any], items: list) -> tuple:
+    images, *rest = collate(items)
+    return Images(images) if isinstance(images, list) else images, *rest
+
+
+def _loader(dataset: Dataset, batch_size: int, sampler: Sampler | list[int], workers: int) -> DataLoader:
+    collate = collate_of(dataset)
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, **_worker_options(workers))
 
 
 def cores_at_hand() -> int:

@@ -22,7 +22,8 @@ PROGRESS = "deltalens_progress"
 
 
 class TaskModule(pl.LightningModule):
-    """Runs any task whose forward gives {"loss", "output"} on any `Splits`.
+    """Runs any task whose forward gives {"loss", "output"} on any `Splits`. A task whose loss is None in eval mode (a
+    detector's) says so by `has_evaluation_loss = False`; then there is no validation loss.
 
     Random numbers of a training step depend on (seed, step, process) only, so that a run resumed from a checkpoint
     goes on exactly as if it had not been stopped. Checkpoints hold trained parameters and buffers, not the frozen
@@ -190,10 +191,15 @@ class TaskModule(pl.LightningModule):
     def _evaluate(self, batch: Any) -> None:
         result = self.task(batch)
         self.task.update_metrics(self.metrics, result, batch)
-        self.mean_loss.update(result["loss"], len(batch[0]))
+        if result["loss"] is not None:
+            self.mean_loss.update(result["loss"], len(batch[0]))
+
+    def _has_evaluation_loss(self) -> bool:
+        return getattr(self.task, "has_evaluation_loss", True)
 
     def _log_evaluation(self, part: str) -> None:
-        values = {"loss": self.mean_loss.compute(), **self.metrics.compute()}
+        measured = {"loss": self.mean_loss.compute()} if self._has_evaluation_loss() else {}
+        values = {**measured, **self.metrics.compute()}
         self.log_dict({f"{part}_{name}": value for name, value in values.items()})
 
     def on_validation_epoch_start(self) -> None:

@@ -17,6 +17,9 @@ HEADS = {
     "fcn": "deltalens.backbones.dense.fcn:build",
     "dpt": "deltalens.backbones.dense.dpt:build",
     "setr_pup": "deltalens.backbones.dense.setr_pup:build",
+    "retinanet": "deltalens.backbones.dense.retinanet:build",
+    "fcos": "deltalens.backbones.dense.fcos:build",
+    "mask_rcnn": "deltalens.backbones.dense.mask_rcnn:build",
 }
 """Head -> a function (body, num_classes, **options) -> the network, which says where its backbone is (`adapted`)."""
 
@@ -58,9 +61,13 @@ def head_builder(head: str):
 
 
 def checked_options(head: str, build, head_options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The head's options as a dictionary; ValueError for those that it does not have."""
+    """The head's options as a dictionary; ValueError for those that it does not have. A builder with **options checks
+    them itself."""
     found = dict(head_options or {})
-    known = [name for name, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(build).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return found
+    known = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     unknown = [name for name in found if name not in known]
     if unknown:
         raise ValueError(f"head {head!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
