@@ -31,8 +31,8 @@ Pair = tuple[Path, Path]  # a picture and its mask
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the values of masks stand for. classes: value -> class; ignored: values that stand for none, as 255 does where
-    it is no class. All others are errors."""
+    """What the values of masks stand for. classes: value -> class; ignored: values that stand for none, as 255 does
+    where it is no class. All others are errors."""
 
     names: list[str]
     classes: Mapping[int, int]
@@ -120,7 +120,7 @@ def mask_splits(
             strange = np.flatnonzero(looked[part][i].present & unknown)
             if len(strange):
                 raise ValueError(
-                    f"the mask {pairs[i][1]} has the value {strange[0]}, which is none of the {len(meaning.names)} "
+                    f"the mask {pairs[i][1]} has the value {strange[0]}, none of the {len(meaning.names)} "
                     f"classes ({_ranges(meaning.classes)}) and not ignored; see --ignore-index, or correct the names"
                 )
         values = np.array([looked[part][i].present for i in kept[part]], bool).reshape(-1, 256)

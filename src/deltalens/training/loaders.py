@@ -63,6 +63,7 @@ class SeededItems(Dataset):
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
+        self.collate = getattr(dataset, "collate", None)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -90,13 +91,13 @@ def training_loader(
     if len(dataset) < world:
         raise ValueError(f"{len(dataset)} training items cannot be shared by {world} processes")
     sampler = EpochSampler(len(dataset), seed, batch_size, (start[0], start[1] * batch_size), rank, world)
-    return DataLoader(SeededItems(dataset, seed), batch_size, sampler=sampler, **_worker_options(workers))
+    return _loader(SeededItems(dataset, seed), batch_size, sampler, workers)
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
     """Every item once, in order; with several processes each reads its own share, without padding."""
     indices = range(rank, len(dataset), world)
-    return DataLoader(dataset, batch_size, sampler=list(indices), **_worker_options(workers))
+    return _loader(dataset, batch_size, list(indices), workers)
 
 
 class Passes(Sampler):
@@ -116,7 +117,7 @@ class Passes(Sampler):
 def preparation_loader(dataset: Dataset, batch_size: int, seed: int, workers: int = 0) -> DataLoader:
     """Every training item once, in order; the first pass as the first epoch would augment it, the second as the second.
     The same in every process."""
-    return DataLoader(SeededItems(dataset, seed), batch_size, sampler=Passes(len(dataset)), **_worker_options(workers))
+    return _loader(SeededItems(dataset, seed), batch_size, Passes(len(dataset)), workers)
 
 
 def cores_at_hand() -> int:
@@ -129,6 +130,12 @@ def default_workers(cores: int | None = None) -> int:
     hand."""
     cores = cores_at_hand() if cores is None else cores
     return 0 if cores <= 2 else min(8, cores - 1)
+
+
+def _loader(dataset: Dataset, batch_size: int, sampler: Any, workers: int) -> DataLoader:
+    """collate: that of the dataset, where it has one of its own (images of several sizes, targets)."""
+    collate = getattr(dataset, "collate", None)
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, **_worker_options(workers))
 
 
 def _worker_options(workers: int) -> dict[str, Any]:
