@@ -14,7 +14,7 @@ from deltalens.data.splits import Splits
 from deltalens.data.tables import PATH_COLUMNS, SPLIT_COLUMNS, Table, image_paths, read_table
 
 NAME = "masks"
-EXPECTED = """expected in {root} pictures with masks, whose values number the classes from 0 (255: ignored), of one name:
+EXPECTED = """expected in {root} pictures and masks, whose values number the classes from 0 (255: ignored), of one name:
     images/train/a.jpg      masks/train/a.png       (masks, labels or annotations; val and test may be absent;
                                                      without train all are drawn by seed)
 or by a table with columns for the picture, the mask and the split:

@@ -109,8 +109,8 @@ def mask_splits(
         meaning = Meaning.of_numbers(np.flatnonzero(everywhere).tolist(), options.ignore_index)
         if len(meaning.names) < 2:
             raise ValueError(
-                f"the masks hold the values {np.flatnonzero(everywhere).tolist()}, of which 255 is no class: segmentation"
-                " needs two classes. Where 255 is one, say so in info.json: "
+                f"the masks hold the values {np.flatnonzero(everywhere).tolist()}, and 255 is no class: segmentation "
+                "needs two of them. Where 255 is one, say so in info.json: "
                 '{"classes": ["background", "object"], "values": [0, 255]}'
             )
     table, unknown = meaning.table(), meaning.unknown()
