@@ -132,6 +132,7 @@ def test_predict_in_every_format_and_as_a_figure(trained, capsys):
         assert main(["predict", "trained", "clouds/test", "--topk", "2", "--output", name]) == 0
         assert "15 clouds are drawn" in capsys.readouterr().out
     drawn = Path("sheet.svg").read_text()
+    assert len(drawn) < 1_500_000  # points are pixels
     first = next(row for row in rows if row["image"].endswith("flat/000.npy"))
     assert f"<!-- {first['class']}" in drawn
     assert drawn.count("<!-- flat/00") == drawn.count("<!-- long/00") == 5
@@ -236,6 +237,8 @@ def test_the_demonstration_of_points(world, monkeypatch):
     assert content["test_images"] == 30
     page = (world / "demo/report.html").read_text()
     assert "Accuracy on 30 test clouds" in page
+    assert page.count('alt="test cloud of class') == 10
+    assert not list((world / "demo").glob("**/*.npy"))  # kept features are gone
     assert page.count("data:image/png;base64,") == 10
     assert not re.search(r"https?://", page)
     assert f"deltalens demo --task points --model {TINY}" in content["conditions"]["Command"]
@@ -254,3 +257,16 @@ def test_the_demonstration_of_points(world, monkeypatch):
 def test_the_demonstration_wants_a_model_of_points(capsys):
     words = ["demo", "--task", "points", "--model", "deltalens/vit-mini", "--img-size", "32", "--output", "no"]
     assert "takes images: --task points needs a model of points" in fails(capsys, words)
+
+
+# ------------------------------------------------------------------ analyze
+def test_analyses_take_clouds(trained, capsys):
+    words = ["--method", "adapter_x", "--epochs", "1", "--output", "with-experts"]
+    assert main([*TRAIN, *words]) == 0
+    capsys.readouterr()
+    assert main(["analyze", "experts", "with-experts", "--data", "clouds", "--output", "experts.svg"]) == 0
+    assert "15 clouds; drawn in experts.svg" in capsys.readouterr().out
+    assert main(["analyze", "embeddings", "trained", "--data", "clouds", "--output", "embeddings.svg"]) == 0
+    assert "15 clouds; drawn in embeddings.svg" in capsys.readouterr().out
+    words = ["analyze", "attention", "trained", "--image", "clouds/test/flat/000.npy", "--output", "attention.svg"]
+    assert "trained takes point clouds: see embeddings and experts" in fails(capsys, words)

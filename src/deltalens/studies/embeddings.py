@@ -16,6 +16,7 @@ from deltalens.lifecycle.state import KEY
 from deltalens.lifecycle.tensors import anatomy_of
 from deltalens.studies.figure import new_figure, page_colours, save_figure
 
+PANEL = 3.6  # inches
 DISTINCT = 8  # classes that the page has colours for
 
 
@@ -118,7 +119,7 @@ def plot_embeddings(embeddings: Sequence[Embedding], class_names: Sequence[str],
     from matplotlib import colormaps
 
     columns = min(3, len(embeddings))
-    figure, axes = new_figure(math.ceil(len(embeddings) / columns), columns, (3.6, 3.6))
+    figure, axes = new_figure(math.ceil(len(embeddings) / columns), columns, (PANEL, PANEL))
     classes, page = sorted({int(label) for each in embeddings for label in each.labels}), page_colours()
     if len(classes) <= DISTINCT:
         colours = {label: page[f"c{i}"] for i, label in enumerate(classes)}
@@ -133,5 +134,9 @@ def plot_embeddings(embeddings: Sequence[Embedding], class_names: Sequence[str],
         axis.set_title(f"{each.name}\n5-NN {100 * each.knn_accuracy:.1f} %, silhouette {each.silhouette:.2f}")
     if len(classes) <= 10:
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False, markerscale=2)
+        entry = 0.45 + 0.065 * max(map(len, names))  # inches, at 8 points
+        fitting = max(1, min(5, int(PANEL * columns / entry)))
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=fitting, fontsize=8, frameon=False, markerscale=2
+        )
     save_figure(figure, path)
