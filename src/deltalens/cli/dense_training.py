@@ -56,7 +56,7 @@ def build_dense_task(options: dict[str, Any], methods: list, data: Splits) -> nn
     )
 
 
-def create_network(options: dict[str, Any], num_classes: int, pretrained: bool | None = None) -> nn.Module:
+def create_network(options: dict[str, Any], num_classes: int) -> nn.Module:
     """The network that --model, --head, --head-options, --img-size and --checkpoint describe."""
     import deltalens as dl
 
@@ -67,7 +67,7 @@ def create_network(options: dict[str, Any], num_classes: int, pretrained: bool |
         "num_classes": num_classes,
         "head": options["head"],
         "head_options": options["head_options"],
-        "pretrained": options["pretrained"] if pretrained is None else pretrained,
+        "pretrained": options["pretrained"],
         "checkpoint": options.get("checkpoint"),
     }
     try:
