@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from deltalens.backbones.timm import named
 from deltalens.backbones.unknown import input_size
@@ -123,9 +124,21 @@ def _plan(name: str, given: _Options, size: tuple[int, int] | None) -> _Plan:
 
 
 def _on_meta(name: str, options: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), _Uninitialised(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return named.create(name, None, False, None, dict(options))[0]
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out the filling of weights, which takes most of the time and does nothing to tensors without memory."""
+
+    FILLING = frozenset(
+        getattr(torch.Tensor, name)
+        for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func in self.FILLING else func(*args, **(kwargs or {}))
 
 
 def _constructor_options(model: nn.Module) -> set[str]:
