@@ -281,7 +281,8 @@ def read_images(options: dict[str, Any]):
     if options["train_fraction"] is not None and options["shots"] is not None:
         raise ValueError("--train-fraction and --shots are two ways to say the same: give one of them")
     chosen = {"shots_seed": options["seed"], "subset": options["classes"], "seed": split_seed(options)}
-    reading = ReadOptions(**{name: options[name] for name in vars(ReadOptions()).keys() - chosen.keys()}, **chosen)
+    named = vars(ReadOptions()).keys() & options.keys()
+    reading = ReadOptions(**{name: options[name] for name in named - chosen.keys()}, **chosen)
     data = read_data(options["data"], options["format"], protocol=options["protocol"], options=reading)
     return TrainingSubset(options["train_fraction"], chosen["seed"]).take(data)
 

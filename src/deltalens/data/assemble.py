@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from deltalens.data.clouds import Clouds, without_broken_clouds
+from deltalens.data.dense_items import DenseImages
 from deltalens.data.image_folder import ImageFiles, without_broken
 from deltalens.data.image_items import ImageItems
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits, strata, stratified_split
 
-Images = ImageFiles | ImageItems | Clouds
+Images = ImageFiles | ImageItems | Clouds | DenseImages
+ONE_CLASS = ("multilabel", "detection", "instance")  # tasks that a single class makes sense for
 
 
 def assemble(
@@ -25,7 +27,8 @@ def assemble(
     """Splits from "train" and perhaps "val" and "test", or from "all", which is split by seed into the three.
 
     A missing val is split off train by seed, stratified by class (of several classes by the rarest). Files are decoded
-    once, and clouds checked. Raises ValueError for parts or classes that are too few.
+    once, and clouds checked; dense images are checked where they are made. Raises ValueError for parts or classes that
+    are too few.
     """
     parts = {split: _readable(images, options.skip_broken) for split, images in parts.items()}
     origin = dict(origin)
@@ -43,7 +46,7 @@ def assemble(
             raise ValueError(
                 f"the data leaves no images or clouds for {split}: it needs more of them, or larger fractions"
             )
-    if len(class_names) < (1 if task == "multilabel" else 2):
+    if len(class_names) < (1 if task in ONE_CLASS else 2):
         raise ValueError(f"the data has too few classes ({', '.join(class_names) or 'none'}) for {task}")
     test = parts.get("test")
     test = test if test is not None and len(test) else None

@@ -5,7 +5,8 @@ A format is one module of this folder with
 * `recognise(root) -> str | None`: the format's name, with its variant where it has them, if `root` is laid out so;
 * `read(root, which, options) -> Splits`: which is the variant, the part after "/" in `--format NAME/VARIANT`, or "".
 
-`FORMATS` names them in the order in which the format "auto" asks them: the particular ones first.
+`FORMATS` names them in the order in which the format "auto" asks them: the particular ones first. Formats of dense
+tasks also have `tasks(root)`, see `deltalens.data.dense_formats`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 
 from deltalens.data.assemble import Images
+from deltalens.data.dense_formats import DENSE_FORMATS, DENSE_TASKS, dense_format, dense_task
+from deltalens.data.dense_items import DenseImages
 from deltalens.data.image_folder import UnknownClasses, read_split
 from deltalens.data.options import ReadOptions
 from deltalens.data.selection import select, subset_classes
@@ -38,6 +41,7 @@ FORMATS = {
     "modelnet10": "deltalens.data.modelnet10",
     "points-few-shot": "deltalens.data.points_few_shot",
     "points-folder": "deltalens.data.points_folder",
+    **DENSE_FORMATS,
     "folder": "deltalens.data.image_folder",
     "coop": "deltalens.data.coop",
     "csv": "deltalens.data.csv_table",
@@ -45,12 +49,14 @@ FORMATS = {
     "torchvision": "deltalens.data.torchvision_sets",
 }
 PROTOCOLS = ("val", "trainval")
+TASKS = ("classification", "multilabel", *DENSE_TASKS)
 
 
 def read_data(
     root: str | os.PathLike,
     format: str = "auto",
     *,
+    task: str | None = None,
     protocol: str = "val",
     options: ReadOptions = ReadOptions(),  # noqa: B008  (frozen)
 ) -> Splits:
@@ -58,13 +64,19 @@ def read_data(
 
     format: "auto" finds it by the files; otherwise "folder", "csv", "multilabel", "hf", "vtab1k/<task>", "fgvc/<set>",
     "coop/<dataset>", "coop", "voc2007", "voc2007/single" or "torchvision/<Name>"; of point clouds "points-folder",
-    "scanobjectnn/<variant>", "modelnet40", "modelnet10" or "points-few-shot/<fold>". protocol: "val" trains on train
-    and keeps val; "trainval" trains on both and has no val. `Splits.origin` says what was read: "format", and "shots",
+    "scanobjectnn/<variant>", "modelnet40", "modelnet10" or "points-few-shot/<fold>"; of dense tasks "voc", "coco",
+    "yolo", "masks", "ade20k", "cityscapes" or "voc-masks". task: "segmentation", "detection" or "instance", where a
+    folder serves several; None for the one that it serves. protocol: "val" trains on train and keeps val; "trainval"
+    trains on both and has no val. `Splits.origin` says what was read: "format", for dense data "task", and "shots",
     "shots_seed", "shots_from" and "class_subset" where the options chose some of it. Data with test images only (the
     variants of ImageNet) has an empty train.
 
-    Raises FileNotFoundError or ValueError with the expected tree where the layout is another.
+    Raises FileNotFoundError or ValueError with the expected tree where the layout is another, ValueError where a folder
+    serves several tasks and none is asked for.
     """
+    task = task or options.task
+    if task not in (None, *TASKS):
+        raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; there are {' and '.join(PROTOCOLS)}")
     subset_classes(2, options.subset)
@@ -72,8 +84,9 @@ def read_data(
         raise ValueError("shots are drawn for train and for val, and the protocol trainval would join them: use val")
     root = Path(root).expanduser()
     if format == "auto":
-        format = recognise(root) or "folder"
+        format = recognise(root, task) or "folder"
     module, which = _reader(format)
+    options = replace(options, task=_task_of(format, root, task))
     splits = select(module.read(root, which, options), options)
     splits = replace(splits, origin={"format": format} | splits.origin)
     if protocol == "trainval" and splits.val is None:
@@ -90,20 +103,22 @@ def read_part(
     skip_broken: bool = False,
     download: bool = False,
     subset: str | None = None,
+    task: str | None = None,
 ) -> Images:
     """Read one part to measure a trained model on: "train", "val", "test", or "all".
 
     Labels index `class_names`, the model's. origin: `Splits.origin` of the training run, which tells how the parts were
     drawn, which training images were used, and the format where `format` is None. subset: "all", "base" or "new"
-    classes; None for the training run's. Raises ValueError for classes that the model does not know, and for a part
-    that the data does not have.
+    classes; None for the training run's. task: as in `read_data`; None for the training run's. Raises ValueError for
+    classes that the model does not know, and for a part that the data does not have.
     """
     origin = origin or {}
+    task = task or origin.get("task")
     sampled = "shots" in origin and split in ("train", "val")
     root = Path(root).expanduser()
     if format in (None, "auto"):
         format = origin.get("format", "auto") if format is None else "auto"
-        format = (recognise(root) or "folder") if format == "auto" else format
+        format = (recognise(root, task) or "folder") if format == "auto" else format
     used = TrainingSubset.of_origin(origin) if split == "train" else TrainingSubset()
     if format == "folder" and not sampled and not (subset or "class_subset" in origin):
         return used.of(_folder_part(root, split, class_names, origin, skip_broken))
@@ -114,7 +129,7 @@ def read_part(
     options = ReadOptions(
         **drawn, skip_broken=skip_broken, allow_missing_classes=True, download=download, subset=subset or "all"
     )
-    splits = read_data(root, format, protocol=origin.get("protocol", "val"), options=options)
+    splits = read_data(root, format, task=task, protocol=origin.get("protocol", "val"), options=options)
     if subset is None:
         of_the_run = origin.get("class_subset", "all")
         names = [splits.class_names[label] for label in subset_classes(len(splits.class_names), of_the_run)]
@@ -123,12 +138,28 @@ def read_part(
     return _with_labels_of(class_names, splits, used.of(part_of(splits, split, root)))
 
 
-def recognise(root: Path) -> str | None:
-    """The format that a folder or file is laid out in, None where none is certain of it."""
-    for module in FORMATS.values():
+def recognise(root: Path, task: str | None = None) -> str | None:
+    """The format that a folder or file is laid out in, None where none is certain of it. task: of dense tasks the one
+    that is wanted. Raises ValueError as `dense_format` does."""
+    if task in DENSE_TASKS:
+        return dense_format(root, task)
+    for name, module in FORMATS.items():
+        if task is not None and name in DENSE_FORMATS:
+            continue
         found = importlib.import_module(module).recognise(root)
         if found:
-            return found
+            return dense_format(root, None) if name in DENSE_FORMATS else found
+    return None
+
+
+def _task_of(format: str, root: Path, task: str | None) -> str | None:
+    """The dense task that is read, None for other data. ValueError for a task that the format is not for."""
+    name = format.partition("/")[0]
+    if name in DENSE_FORMATS:
+        return dense_task(name, root, task)
+    if task in DENSE_TASKS:
+        dense = ", ".join(DENSE_FORMATS)
+        raise ValueError(f"the format {format} has one label or several for each input; {task} needs one of {dense}")
     return None
 
 
@@ -175,8 +206,10 @@ def _with_labels_of(class_names: Sequence[str], splits: Splits, part: Images) ->
     same = [name for name in splits.class_names if names.count(name) > 1]
     if same:
         raise ValueError(f"several classes of the model are called {same[0]!r}: the data must have all of its classes")
-    part = part.subset(range(len(part)))
     index = [names.index(name) for name in splits.class_names]
+    if isinstance(part, DenseImages):
+        return part.renumbered(index, len(names))
+    part = part.subset(range(len(part)))
     if splits.task != "multilabel":
         part.labels = [index[label] for label in part.labels]
         return part

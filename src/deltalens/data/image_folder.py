@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
@@ -24,7 +25,7 @@ or not split yet:
     {root}/<class>/*.jpg
 (for other layouts see --format: csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, coop/<dataset>, voc2007,
 torchvision/<Name>; for point clouds points-folder, scanobjectnn/<variant>, modelnet40)"""
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class UnknownClasses(ValueError):
@@ -64,14 +65,16 @@ class ImageFiles(Dataset):
         )
 
 
-def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
-    """Read an image, turned upright as its EXIF data says, in PIL's `mode`. ValueError names an unreadable file."""
+def read_image(path: str | os.PathLike, mode: str = "RGB", upright: bool = True) -> Image.Image:
+    """Read an image, turned upright as its EXIF data says, in PIL's `mode`. Of 16 bits the upper eight are kept.
+    ValueError names an unreadable file."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+            turned = ImageOps.exif_transpose(image) if upright else image
+            return _eight_bits(turned).convert(mode)
     except FileNotFoundError:
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
@@ -239,12 +242,21 @@ def _drawn_parts(origin: dict[str, Any]) -> list[str]:
     return ["train", *drawn] if drawn else []
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """PIL itself cuts values above 255 off."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    sixteen = image.mode != "I" or (values.size and values.max() > 255)
+    return Image.fromarray((np.clip(values, 0, 65535) >> 8 if sixteen else values).astype(np.uint8))
+
+
 def _problem(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (1, 1))  # JPEG: decode at 1/8 size, which reads the whole file all the same
             image.load()
-    except _BROKEN as error:
+    except BROKEN as error:
         return " ".join(str(error).replace(str(path), "").replace("''", "").split()) or type(error).__name__
     return None
 

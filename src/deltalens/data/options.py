@@ -14,6 +14,9 @@ class ReadOptions:
     shots: so many training images of every class, and at most 4 for validation (`deltalens.data.few_shot`).
     shots_seed: which ones; by default `seed`. stored_shots: read them from `split_fewshot/shot_{n}-seed_{s}.pkl` where
     a dataset of CoOp's has that file. subset: "all" classes, or the "base" or the "new" half of them.
+
+    task: "segmentation", "detection" or "instance", where one folder serves several. ignore_index: a value of masks
+    that stands for no class, besides 255 and what the data itself says.
     """
 
     val_fraction: float = 0.15
@@ -26,6 +29,8 @@ class ReadOptions:
     shots_seed: int | None = None
     stored_shots: bool = True
     subset: str = "all"
+    task: str | None = None
+    ignore_index: int | None = None
 
     @property
     def sampling_seed(self) -> int:
