@@ -47,8 +47,9 @@ def xml_of(objects, width: int = WIDTH, height: int = HEIGHT) -> str:
     """objects: (name, box) or (name, box, difficult)."""
     lines = [f"<annotation><size><width>{width}</width><height>{height}</height><depth>3</depth></size>"]
     for name, (left, top, right, bottom), *difficult in objects:
+        flag = int(bool(difficult and difficult[0]))
         lines += [
-            f"<object><name>{name}</name><truncated>1</truncated><difficult>{int(bool(difficult and difficult[0]))}</difficult>",
+            f"<object><name>{name}</name><truncated>1</truncated><difficult>{flag}</difficult>",
             f"<bndbox><xmin>{left}</xmin><ymin>{top}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>",
         ]
     return "\n".join([*lines, "</annotation>"])
