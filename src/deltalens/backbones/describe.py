@@ -29,10 +29,11 @@ def describe(
 
     backbone: path of the submodule that is the backbone; what lies outside it counts as head. blocks: regular
     expression of the block paths inside the backbone, for networks whose blocks are found wrongly or not at all. only:
-    name of the one tower that is wanted ("vision", "text"); the others are left as they are. Raises TypeError where no
+    name of the one tower that is wanted ("vision", "text"); the others are left as they are. A model's attribute
+    `adapted` is the default of backbone. Raises TypeError where no
     repeated blocks are found, AttributeError for an unknown path, ValueError for an unknown tower.
     """
-    anatomy = _describe(model, backbone, blocks)
+    anatomy = _describe(model, own_backbone(model) if backbone is None else backbone, blocks)
     if only is None:
         return anatomy
     chosen = [tower for tower in anatomy.towers if tower.name == only]
@@ -42,6 +43,13 @@ def describe(
     anatomy.parts = tuple(tower.root for tower in chosen if tower.root)
     anatomy.towers = chosen
     return anatomy
+
+
+def own_backbone(model: nn.Module) -> str | None:
+    """The path of the submodule that a model says is its backbone (`adapted`, of networks for dense prediction), None
+    for a model that is one itself."""
+    path = getattr(model, "adapted", None)
+    return path if isinstance(path, str) else None
 
 
 def _describe(model: nn.Module, backbone: str | None, blocks: str | None) -> Anatomy:
@@ -56,6 +64,9 @@ def _describe(model: nn.Module, backbone: str | None, blocks: str | None) -> Ana
     if backbone is None and all(tower.classifier is None for tower in towers) and classifier.reads_as(model):
         width = classifier.width_of_features(model)
         towers[0].classifier = Site("", model, classifier.CLASSIFIER, width, tower=towers[0])
+    if backbone is not None and backbone == own_backbone(model):
+        for tower in towers:
+            tower.classifier = None  # nobody calls the backbone's own head there
     if backbone:
         modules, tensors = _outside(model, backbone)
         prefixed(backbone, towers)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from deltalens.backbones import describe
 from deltalens.backbones.classifier import classes_of
+from deltalens.backbones.describe import describe, own_backbone
 from deltalens.lifecycle.state import KEY, ROOT, Adapter, State, all_slots, plain_labels, state_of
 from deltalens.lifecycle.switch import set_adapter
 from deltalens.lifecycle.wrapped import make_wrappings, on_plain_layers
@@ -65,7 +65,8 @@ def attach(
     if num_classes is not None and anatomy.head is None:
         raise ValueError(
             f"num_classes={num_classes} was given, but {type(model).__name__} has no classifier layer to replace; "
-            "create the model with a head, or build the head outside and pass backbone="
+            "create the model with a head (create_backbone(..., num_classes=...)), or build the head outside and pass "
+            "backbone="
         )
     _check_heads(configs, anatomy)
 
@@ -111,12 +112,6 @@ def detach(model: nn.Module) -> nn.Module:
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(path, True))
     return model.train(model.training)
-
-
-def own_backbone(model: nn.Module) -> str | None:
-    """The path of the submodule that a model says is its backbone (`adapted`), None for a model that is one itself."""
-    path = getattr(model, "adapted", None)
-    return path if isinstance(path, str) else None
 
 
 # ------------------------------------------------------------------ checks before anything changes

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from deltalens.lifecycle import peft_format
+from deltalens.backbones.describe import describe
+from deltalens.lifecycle import peft_format, transfer
 from deltalens.lifecycle.atomic import atomic_path
 from deltalens.lifecycle.attach import attach
 from deltalens.lifecycle.base_model import base_model_block, check_fingerprint, rebuild
@@ -70,9 +71,10 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike, name: str | 
 def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> nn.Module:
     """Load an adapter from a folder into a model, attach it and make it active. Returns the model.
 
-    The folder is one of ours or one that peft wrote for LoRA. Raises FileNotFoundError for a missing file, ValueError
-    for a
-    damaged one, one of a newer format, of another backbone, or whose tensors do not fit; the model is then as it was.
+    The folder is one of ours or one that peft wrote for LoRA. A head of another kind than the model's (a classifier's
+    adapter in a network for dense prediction, or the other way) is passed over: see `docs/dense.md`.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, one of a newer format, of another
+    backbone, or whose tensors do not fit; the model is then as it was.
     """
     config, tensors = read_files(directory)
     if peft_format.is_peft(config):
@@ -80,18 +82,24 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, name: str = "de
     methods = _methods(config)
     base = config.get("base_model") or {}
     had_adapters = KEY in model.__dict__
-    num_classes = config.get("num_classes") if _has_classifier(model, config) else None
+    same_head = transfer.same_head(model, base)
+    num_classes = config.get("num_classes") if same_head and _has_classifier(model, config) else None
     with without_fetching():  # the file holds every tensor
-        places = {} if had_adapters else {key: base.get(key) for key in ("backbone", "blocks", "tower")}
-        attach(model, methods, name, num_classes=num_classes, **places)
+        where = {} if had_adapters else transfer.places(model, base)
+        attach(model, methods, name, num_classes=num_classes, **where)
     try:
         with plain_layers(model):
             check_fingerprint(model, base.get("fingerprint") or {})
-            load_tensors(model, name, _fitting(model, name, tensors), _beyond(model))
+            if same_head:
+                load_tensors(model, name, _fitting(model, name, tensors), _beyond(model))
+            else:
+                fitting = transfer.without_head(model, name, config, tensors)
+                load_tensors(model, name, fitting, transfer.beyond(model, name))
     except ValueError as error:
         _undo(model, name, had_adapters)
         raise ValueError(f"{directory}: {error}") from error
-    state_of(model).adapters[name].info.update(config.get("info") or {})
+    if same_head:
+        state_of(model).adapters[name].info.update(config.get("info") or {})
     return model
 
 
@@ -170,14 +178,9 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _has_classifier(model: nn.Module, config: dict[str, Any]) -> bool:
     if not config.get("heads"):
         return False
-    state = model.__dict__.get(KEY)
-    paths = state.heads if state else set()
-    if paths:
-        return True
-    from deltalens.backbones.describe import describe
-
-    base = config.get("base_model") or {}
-    return describe(model, base.get("backbone"), base.get("blocks"), base.get("tower")).head is not None
+    where = transfer.places(model, config.get("base_model") or {})
+    with plain_layers(model):
+        return describe(model, where["backbone"], where["blocks"], where["tower"]).head is not None
 
 
 def _fitting(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

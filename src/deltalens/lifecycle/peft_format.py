@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltalens.backbones.describe import describe
+from deltalens.backbones.describe import describe, own_backbone
 from deltalens.lifecycle.state import KEY
 from deltalens.lifecycle.tensors import anatomy_of, inserted_tensors
+from deltalens.lifecycle.transfer import places
 from deltalens.methods.base import Method, make_config
 from deltalens.methods.lora import LoRAConfig
 from deltalens.sites.anatomy import Anatomy, Part, Site
@@ -94,7 +95,7 @@ def decode(
     for key, plain in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
         if config.get(key, plain) != plain:
             raise ValueError(f"this peft adapter has {key}={config[key]!r}; only plain LoRA can be loaded")
-    anatomy = anatomy_of(model) if KEY in model.__dict__ else describe(model)
+    anatomy = anatomy_of(model) if KEY in model.__dict__ else describe(model, own_backbone(model))
     present = {path for path, _ in model.named_modules()}
     groups: dict[tuple[int, float], list[str]] = defaultdict(list)
     ours, rest = {}, {}
@@ -130,10 +131,11 @@ def decode(
 
 def _split(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     lora, base = make_config(**_keywords(config["methods"][0])), config.get("base_model") or {}
+    where = places(model, base)
     anatomy = (
         anatomy_of(model)
         if KEY in model.__dict__
-        else describe(model, base.get("backbone"), base.get("blocks"), base.get("tower"))
+        else describe(model, where["backbone"], where["blocks"], where["tower"])
     )
     taken: dict[str, int] = defaultdict(int)
     found = {}

@@ -6,6 +6,7 @@ true one is built.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from deltalens.backbones.timm import named
 from deltalens.backbones.unknown import input_size
@@ -23,13 +25,14 @@ from deltalens.backbones.unknown import input_size
 class Body:
     """A timm network with what is known of its maps.
 
-    module: the `features_only` form of a hierarchical network; a plain one (one stride throughout, as a ViT) itself,
-        without classifier and final norm. plain: which of the two. channels, strides: of each map that it can give;
-        of a plain network, one for each block. fixed_size: (H, W) where it takes images of this size only, None where
-        any size goes. multiple: image sides that the network takes are multiples of this. image_size: (H, W) that its
-        weights were made for, or that was asked for.
+    name: the network's class, for messages. module: the `features_only` form of a hierarchical network; a plain one
+        (one stride throughout, as a ViT) itself, without classifier. plain: which of the two. channels, strides: of
+        each map that it can give; of a plain network, one for each block. fixed_size: (H, W) where it takes images of
+        this size only, None where any size goes. multiple: image sides that the network takes are multiples of this.
+        image_size: (H, W) that its weights were made for, or that was asked for.
     """
 
+    name: str
     module: nn.Module
     plain: bool
     channels: tuple[int, ...]
@@ -37,11 +40,6 @@ class Body:
     fixed_size: tuple[int, int] | None
     multiple: int
     image_size: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        """The network's class, for messages."""
-        return type(self.module.model if hasattr(self.module, "model") else self.module).__name__
 
     @property
     def prefix_tokens(self) -> int:
@@ -60,18 +58,33 @@ def build(name: str, pretrained: bool, checkpoint: str | None, options: Mapping[
     constructor. Raises TypeError for a network without maps.
     """
     options = dict(options)
-    size = options.pop("img_size", None)
-    plan = _plan(name, options, size)
+    size = _pair(options.pop("img_size", None))
+    plan = _plan(name, _Options(options), size)
     form = {} if plan.plain else {"features_only": True}
     module, full_name = named.create(name, 0 if plan.plain else None, pretrained, checkpoint, {**plan.options, **form})
     body = Body(
-        module, plan.plain, plan.channels, plan.strides, plan.fixed_size, plan.multiple, _pair(size) or plan.image_size
+        plan.name,
+        module,
+        plan.plain,
+        plan.channels,
+        plan.strides,
+        plan.fixed_size,
+        plan.multiple,
+        size or plan.image_size,
     )
     return body, full_name
 
 
+class _Options(dict):
+    """A constructor's options as a key of what was found with them."""
+
+    def __hash__(self):  # type: ignore[override]
+        return hash(repr(sorted(self.items())))
+
+
 @dataclass(frozen=True)
 class _Plan:
+    name: str
     plain: bool
     options: dict[str, Any]
     channels: tuple[int, ...]
@@ -81,8 +94,9 @@ class _Plan:
     image_size: tuple[int, int]
 
 
-def _plan(name: str, options: dict[str, Any], size: Any) -> _Plan:
-    sized = {} if size is None else {"img_size": size}
+@functools.lru_cache(maxsize=32)
+def _plan(name: str, given: _Options, size: tuple[int, int] | None) -> _Plan:
+    options, sized = dict(given), {} if size is None else {"img_size": size}
     plain_form = _on_meta(name, {**options, **sized})
     takes = _constructor_options(plain_form)
     options |= {"dynamic_img_size": True} if "dynamic_img_size" in takes else {}
@@ -99,19 +113,32 @@ def _plan(name: str, options: dict[str, Any], size: Any) -> _Plan:
         strides = tuple(trial.feature_info.reduction())
     multiple = max(strides)
     own = _pair(options.get("img_size")) or tuple(input_size(plain_form)[1:])
-    maps = _maps(trial, own, plain, len(strides))
+    rounded = (_up(own[0], multiple), _up(own[1], multiple))
+    maps = _maps(trial, own, plain, len(strides)) or _maps(trial, rounded, plain, len(strides))
     if maps is None or len(maps) != len(strides) or any(m.dim() != 4 for m in maps):
         raise TypeError(_no_maps(plain_form))
     channels = tuple(nchw(m, trial).shape[1] for m in maps)
-    other = (_up(own[0], multiple) + multiple, _up(own[1], multiple) + 2 * multiple)
+    other = (rounded[0] + multiple, rounded[1] + 2 * multiple)
     anything = _maps(trial, other, plain, len(strides)) is not None
-    return _Plan(plain, options, channels, strides, None if anything else own, multiple, own)
+    return _Plan(type(plain_form).__name__, plain, options, channels, strides, None if anything else own, multiple, own)
 
 
 def _on_meta(name: str, options: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), _Uninitialised(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return named.create(name, None, False, None, dict(options))[0]
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out the filling of weights, which takes most of the time and does nothing to tensors without memory."""
+
+    FILLING = frozenset(
+        getattr(torch.Tensor, name)
+        for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func in self.FILLING else func(*args, **(kwargs or {}))
 
 
 def _constructor_options(model: nn.Module) -> set[str]:

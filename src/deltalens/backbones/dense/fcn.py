@@ -64,9 +64,14 @@ def build(
     dropout: float = 0.1,
     norms: str | None = "auto",
     strides: Sequence[int] = STRIDES,
+    blocks: Sequence[int] | None = None,
+    pyramid_channels: int | None = None,
 ) -> Segmenter:
-    """A backbone under an FCN head that reads all maps of its pyramid, or those of `levels` (0 is the finest)."""
-    pyramid = make_pyramid(body, strides=strides, norms=norms)
+    """A backbone under an FCN head that reads all maps of its pyramid, or those of `levels` (0 is the finest).
+
+    norms, strides, blocks, pyramid_channels: `make_pyramid`.
+    """
+    pyramid = make_pyramid(body, strides=strides, norms=norms, blocks=blocks, out_channels=pyramid_channels)
     count = len(pyramid.channels)
     chosen = list(range(count)) if levels is None else list(levels)
     wrong = [level for level in chosen if not -count <= level < count]

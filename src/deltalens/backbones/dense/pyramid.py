@@ -1,7 +1,8 @@
 """From a frozen backbone to a pyramid of maps, one rule for all networks.
 
 A pyramid is a module with `backbone` (the timm network as it is), `channels` and `strides`. It takes images
-(B, 3, H, W) of any size and returns one map (B, C_i, ceil(H / s_i), ceil(W / s_i)) for each stride s_i, the finest first.
+(B, 3, H, W) of any size and returns one map (B, C_i, ceil(H / s_i), ceil(W / s_i)) for each stride s_i, the finest
+first.
 Images are padded to what the network takes (`padded_size`); `padded_maps` gives the maps before they are cut back.
 """
 
@@ -19,23 +20,29 @@ STRIDES = (4, 8, 16, 32)
 
 
 def make_pyramid(
-    body: Body, *, strides: Sequence[int] = STRIDES, norms: str | None = "auto", **of_plain: object
+    body: Body,
+    *,
+    strides: Sequence[int] = STRIDES,
+    norms: str | None = "auto",
+    blocks: Sequence[int] | None = None,
+    out_channels: int | None = None,
 ) -> nn.Module:
     """The pyramid of a network: its own maps where it is hierarchical, ViTDet's simple feature pyramid where it is not.
 
-    strides: those that are wanted; a hierarchical network gives which of them it has. norms: `output_norms`. of_plain:
-    `blocks` and `out_channels` of `SimplePyramid`, for plain networks only.
+    strides: those that are wanted; a hierarchical network gives which of them it has. norms: `output_norms`. blocks,
+    out_channels: of plain networks only, see `SimplePyramid`; the last block and 256 by default.
     """
-    if not body.plain:
-        if of_plain:
-            raise ValueError(
-                f"{', '.join(of_plain)}: of plain networks such as ViTs only, and {body.name} has maps of several "
-                "strides"
-            )
-        return HierarchicalPyramid(body, strides=strides, norms=norms)
-    from deltalens.backbones.dense.simple_pyramid import SimplePyramid
+    of_plain = {key: value for key, value in (("blocks", blocks), ("out_channels", out_channels)) if value is not None}
+    if body.plain:
+        from deltalens.backbones.dense.simple_pyramid import SimplePyramid
 
-    return SimplePyramid(body, strides=strides, norms=norms, **of_plain)
+        return SimplePyramid(body, strides=strides, norms=norms, **of_plain)
+    if of_plain:
+        raise ValueError(
+            f"blocks and the pyramid's channels are chosen for plain networks such as ViTs, and {body.name} has maps "
+            "of its own: leave them out"
+        )
+    return HierarchicalPyramid(body, strides=strides, norms=norms)
 
 
 class HierarchicalPyramid(nn.Module):

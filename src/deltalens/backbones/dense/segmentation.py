@@ -49,7 +49,7 @@ def to_pixels(logits: Tensor, frame: Size, size: Size) -> Tensor:
 
 
 def class_layer(width: int, num_classes: int, dropout: float) -> nn.Sequential:
-    """Dropout of whole channels, and a 1x1 convolution with small weights (std .01), as mmsegmentation ends its heads."""
+    """Dropout of channels, and a 1x1 convolution with small weights (std .01), as mmsegmentation's heads end."""
     layer = nn.Conv2d(width, num_classes, 1)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)

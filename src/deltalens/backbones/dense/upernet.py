@@ -54,10 +54,8 @@ def build(
 ) -> Segmenter:
     """A backbone under UPerNet with an auxiliary FCN head on the map of stride 16, as in mmsegmentation's recipes.
 
-    blocks, pyramid_channels: of ViTs, see `SimplePyramid` (blocks and out_channels).
+    norms, strides, blocks, pyramid_channels: `make_pyramid`.
     """
-    of_plain = {"blocks": blocks, "out_channels": pyramid_channels}
-    given = {key: value for key, value in of_plain.items() if value is not None}
-    pyramid = make_pyramid(body, strides=strides, norms=norms, **given)
+    pyramid = make_pyramid(body, strides=strides, norms=norms, blocks=blocks, out_channels=pyramid_channels)
     further = [auxiliary_head(pyramid.channels, num_classes, auxiliary_channels)] if auxiliary else []
     return Segmenter(pyramid, UPerNetHead(pyramid.channels, num_classes, channels, dropout), num_classes, further)
