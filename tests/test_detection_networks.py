@@ -1,5 +1,7 @@
 """`create_backbone(head=)` for detectors, and every method on them: files, switching, merging, what is trained."""
 
+import copy
+import functools
 import warnings
 
 import pytest
@@ -14,14 +16,21 @@ from deltalens.tasks import DetectionTask, InstanceTask
 HEADS = list(SMALL)
 SWIN, VIT = "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"
 SMALL_SWIN = {"img_size": 64, "embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "window_size": 4}
-SMALL_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+SMALL_VIT = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 BODIES = {"swin": (SWIN, SMALL_SWIN), "vit": (VIT, SMALL_VIT)}
 
 
+@functools.cache
+def built(head, body):
+    return network(head, body, detections_per_image=5)
+
+
 def network(head, body="swin", **options):
+    if not options:
+        return copy.deepcopy(built(head, body))
     name, sizes = BODIES[body]
     torch.manual_seed(0)
-    given = {**SMALL[head], "score_threshold": 0.0, "detections_per_image": 5, **options}
+    given = {**SMALL[head], "score_threshold": 0.0, **options}
     return dl.create_backbone(name, num_classes=3, pretrained=False, head=head, head_options=given, **sizes)
 
 
@@ -144,9 +153,8 @@ def test_every_method(method, body, tmp_path):
 
 def test_an_adapter_of_a_classifier_loads_into_a_detector_and_back(tmp_path):
     model = network("retinanet", "vit")
-    backbone = model.get_submodule(model.adapted)
-    classifier = timm.create_model(VIT, num_classes=4, **SMALL_VIT).eval()
-    classifier.load_state_dict(backbone.state_dict(), strict=False)
+    classifier = timm.create_model(VIT, num_classes=4, dynamic_img_size=True, **SMALL_VIT).eval()
+    classifier.load_state_dict(model.get_submodule(model.adapted).state_dict(), strict=False)
     dl.attach(classifier, dl.MonaConfig(bottleneck=4))
     stir(classifier)
     dl.save_pretrained(classifier, tmp_path / "classifier")
@@ -165,6 +173,7 @@ def test_checkpointing_changes_nothing():
     gradients = []
     for enable in (False, True):
         model = network("retinanet")
+        torch.manual_seed(1)
         dl.attach(model, dl.MonaConfig(bottleneck=4))
         model.set_grad_checkpointing(enable)
         DetectionTask(model, NAMES).train()(Rectangles(2).batch())["loss"].backward()

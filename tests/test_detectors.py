@@ -228,6 +228,7 @@ def test_full_precision_keeps_doubles():
         ("retinanet", {"box_loss": "l2"}, "l1, smooth_l1, giou, got 'l2'"),
         ("retinanet", {"score_threshold": 2}, "between 0 and 1, got 2"),
         ("retinanet", {"extra_levels": "none"}, "pool, input, output, got 'none'"),
+        ("retinanet", {"group_norm": True}, "multiple of 32, got 16"),
         ("fcos", {"channels": 48}, "multiple of 32, got 48"),
         ("mask_rcnn", {"proposals": 0}, "proposals must be at least 1, got 0"),
         ("mask_rcnn", {"channels": 0}, "channels must be at least 1, got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ class RetinaNetOptions(DetectorOptions):
     name the sizes (pixels) of every level, which are the levels read and two more. anchor_ratios: height / width.
     box_loss: l1, smooth_l1 or giou. candidates: so many of each level go into the suppression of doubles.
     extra_levels: P6 is computed from the backbone's map ("input", as published) or from P5 ("output").
+    group_norm: norms of 32 groups in the head's convolutions, as in torchvision's second version, for narrow heads and
+    short trainings; channels must then be a multiple of 32.
     """
 
     anchor_scale: float = 4.0
@@ -32,11 +35,14 @@ class RetinaNetOptions(DetectorOptions):
     box_loss: str = "l1"
     candidates: int = 1000
     extra_levels: str = "input"
+    group_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.box_loss not in BOX_LOSSES:
             raise ValueError(f"box_loss must be one of {', '.join(BOX_LOSSES)}, got {self.box_loss!r}")
+        if self.group_norm and self.channels % 32:
+            raise ValueError(f"group_norm has 32 groups: channels must be a multiple of 32, got {self.channels}")
         if not self.anchor_scale > 0 or not self.anchor_ratios or min(self.anchor_ratios) <= 0:
             raise ValueError("anchor_scale and anchor_ratios must be positive")
 
@@ -57,7 +63,8 @@ class RetinaNetDetector(Detector, RetinaNet):
         octaves = [options.anchor_scale * 2 ** (octave / 3) for octave in range(3)]
         sizes = anchor_sizes(options.anchor_sizes, neck.strides, octaves)
         anchors = PyramidAnchors(sizes, [options.anchor_ratios] * len(neck.strides), neck.strides)
-        head = _Head(options.channels, anchors.num_anchors_per_location()[0], num_classes)
+        norm = functools.partial(nn.GroupNorm, 32) if options.group_norm else None
+        head = _Head(options.channels, anchors.num_anchors_per_location()[0], num_classes, norm)
         head.regression_head._loss_type = options.box_loss
         super().__init__(
             neck,
