@@ -2,6 +2,8 @@
 
 from deltalens.data.arrays import ArrayDataset
 from deltalens.data.clouds import CloudArrays, CloudFiles
+from deltalens.data.dense_items import DenseImages, MaskedImages, ObjectImages, Objects
+from deltalens.data.dense_transforms import DenseAugmentation
 from deltalens.data.formats import read_data, read_part
 from deltalens.data.image_folder import ImageFiles, read_image_folder, read_split
 from deltalens.data.image_items import ImageItems
@@ -16,8 +18,13 @@ __all__ = [
     "Augmentation",
     "CloudArrays",
     "CloudFiles",
+    "DenseAugmentation",
+    "DenseImages",
     "ImageFiles",
     "ImageItems",
+    "MaskedImages",
+    "ObjectImages",
+    "Objects",
     "ReadOptions",
     "Splits",
     "TrainingSubset",

@@ -37,7 +37,7 @@ def recognise(root: Path) -> str | None:
 def read(root: Path, which: str, options: ReadOptions) -> Splits:
     """The format "cityscapes" of `deltalens.data.read_data`, task "segmentation".
 
-    labelTrainIds are read where every picture has them; otherwise the 34 labelIds, of which the 19 classes of the
+    labelTrainIds are read where there are any; otherwise the 34 labelIds, of which the 19 classes of the
     benchmark count and the others are ignored. The benchmark's test labels are not public: its val, on which papers
     report, is the test part here, and val is split off train by seed. `protocol="trainval"` trains on all of train.
     """
@@ -53,7 +53,7 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
     if not pictures["train"]:
         raise ValueError(f"{root}/leftImg8bit/train holds no files *{PICTURE}; {expected}")
     found = {part: [_mask(root, path, TRAIN_IDS) for path in paths] for part, paths in pictures.items()}
-    numbered = all(mask.is_file() for masks in found.values() for mask in masks)
+    numbered = any(mask.is_file() for masks in found.values() for mask in masks)
     if not numbered:
         found = {part: [_mask(root, path, IDS) for path in paths] for part, paths in pictures.items()}
     missing = [mask for masks in found.values() for mask in masks if not mask.is_file()]

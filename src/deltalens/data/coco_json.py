@@ -104,7 +104,7 @@ def _content(file: Path) -> dict[str, Any]:
             absent = [key for key in needed if key not in each]
             if absent:
                 raise ValueError(f"{file}: number {number} of {kind} has no {absent[0]}")
-    return content
+    return dict(content)
 
 
 def _pictures(

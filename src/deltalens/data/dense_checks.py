@@ -18,7 +18,8 @@ from deltalens.data.splits import Splits
 LARGE = 100_000  # pictures of a part of which the headers alone are read
 ORIENTATION = 0x0112
 Size = tuple[int, int]  # height, width
-Item, Found = TypeVar("Item"), TypeVar("Found")
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)

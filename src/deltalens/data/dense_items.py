@@ -65,7 +65,7 @@ class DenseImages(Dataset):
         return f"picture {index}" if isinstance(picture, np.ndarray) else str(picture)
 
     @property
-    def labels(self) -> list[Tensor]:
+    def labels(self) -> list[Any]:
         raise NotImplementedError
 
     def truth(self, index: int) -> Any:
@@ -85,8 +85,9 @@ class DenseImages(Dataset):
         kept: list[Picture] = []
         size = 0
         for i in range(len(self)):
-            kept.append(np.asarray(self.image(i).convert("RGB")))
-            size += kept[-1].nbytes
+            pixels = np.asarray(self.image(i).convert("RGB"))
+            kept.append(pixels)
+            size += pixels.nbytes
             if size > limit or size * len(self) > 4 * limit * len(kept):  # the second finds big pictures at once
                 return self
         copy = self.subset(range(len(self)))
@@ -119,7 +120,7 @@ class MaskedImages(DenseImages):
         self.as_stored = list(as_stored) or [False] * len(self.pictures)
         self.transform, self.mode, self.collate = transform, mode, collate
 
-    def __add__(self, other: MaskedImages) -> MaskedImages:
+    def __add__(self, other: MaskedImages) -> MaskedImages:  # type: ignore[override]
         """The items of both, with the transform of the first. ValueError where their masks mean other classes."""
         if not np.array_equal(self.table, other.table):
             raise ValueError("the masks of the two parts are numbered in different ways")
@@ -130,7 +131,7 @@ class MaskedImages(DenseImages):
         )  # fmt: skip
 
     @property
-    def labels(self) -> list[Tensor]:
+    def labels(self) -> list[Any]:
         return list(torch.from_numpy(self.present))
 
     def truth(self, index: int) -> tv_tensors.Mask:
@@ -227,7 +228,7 @@ class ObjectImages(DenseImages):
     def task(self) -> str:  # type: ignore[override]
         return "instance" if self.masks else "detection"
 
-    def __add__(self, other: ObjectImages) -> ObjectImages:
+    def __add__(self, other: ObjectImages) -> ObjectImages:  # type: ignore[override]
         """The items of both, with the transform of the first. Where both have a picture of the same id, the pictures of
         the second get ids behind those of the first."""
         ids, start = list(other.ids), max(self.ids, default=-1) + 1
@@ -239,7 +240,7 @@ class ObjectImages(DenseImages):
         )  # fmt: skip
 
     @property
-    def labels(self) -> list[Tensor]:
+    def labels(self) -> list[Any]:
         present = torch.zeros(len(self), self.classes, dtype=torch.int8)
         for row, objects in zip(present, self.objects, strict=True):
             row[torch.from_numpy(objects.labels)] = 1
@@ -249,7 +250,7 @@ class ObjectImages(DenseImages):
         found, (height, width) = self.objects[index], self.sizes[index]
         boxes = torch.from_numpy(found.boxes.copy())
         truth: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             "labels": torch.from_numpy(found.labels.copy()),
             "image_id": self.ids[index],
             "area": torch.from_numpy(found.areas.copy()),

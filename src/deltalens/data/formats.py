@@ -49,6 +49,7 @@ FORMATS = {
     "torchvision": "deltalens.data.torchvision_sets",
 }
 PROTOCOLS = ("val", "trainval")
+TASKS = ("classification", "multilabel", *DENSE_TASKS)
 
 
 def read_data(
@@ -74,6 +75,8 @@ def read_data(
     serves several tasks and none is asked for.
     """
     task = task or options.task
+    if task not in (None, *TASKS):
+        raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; there are {' and '.join(PROTOCOLS)}")
     subset_classes(2, options.subset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,10 @@ def mask_splits(
     Raises ValueError, naming the file, for unreadable pictures, masks that are not one channel of numbers, masks of
     another size than their picture, and values without a meaning.
     """
-    looked, kept = {}, {}
+    looked: dict[str, list[_Pair]] = {}
+    kept: dict[str, list[int]] = {}
     for part, pairs in found.items():
-        whole = len(pairs) <= LARGE
-        looked[part] = in_threads(lambda pair, whole=whole: _look(pair, whole), pairs)
+        looked[part] = in_threads(partial(_look, whole=len(pairs) <= LARGE), pairs)
         kept[part] = sound([p for p, _ in pairs], [each.picture for each in looked[part]], options.skip_broken)
         wrong = [problem for i in kept[part] if (problem := looked[part][i].problem)]
         if wrong:
@@ -123,7 +124,7 @@ def mask_splits(
                     f"the mask {pairs[i][1]} has the value {strange[0]}, none of the {len(meaning.names)} "
                     f"classes ({_ranges(meaning.classes)}) and not ignored; see --ignore-index, or correct the names"
                 )
-        values = np.array([looked[part][i].present for i in kept[part]], bool).reshape(-1, 256)
+        values = np.array([looked[part][i].present for i in kept[part]]).reshape(-1, 256).astype(bool)
         present = np.zeros((len(values), len(meaning.names)), bool)
         for value, label in meaning.classes.items():
             present[:, label] |= values[:, value]

@@ -44,7 +44,7 @@ class Annotated:
 class Findings:
     """What was put right: how many boxes of which kind."""
 
-    counts: Counter = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     outside: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _boxed(scenes: list[Scene], masks: bool) -> ObjectImages:
     ]
     sizes = [scene.picture.shape[:2] for scene in scenes]
     ids = range(1, len(scenes) + 1)
-    return ObjectImages([scene.picture for scene in scenes], objects, ids, sizes, len(CLASSES), masks)  # type: ignore[arg-type]
+    return ObjectImages([scene.picture for scene in scenes], objects, ids, sizes, len(CLASSES), masks)
 
 
 # ------------------------------------------------------------------ drawing

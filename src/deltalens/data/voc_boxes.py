@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from deltalens.data.assemble import existing
 from deltalens.data.class_lists import class_list
@@ -152,7 +153,7 @@ def _object(element: xml.Element) -> Labelled:
     return Labelled(name, (left, top, right, bottom), (element.findtext("difficult") or "0").strip() == "1")
 
 
-def _names(root: Path, kits: Sequence[Path], found: Mapping, files: Mapping) -> list[str]:
+def _names(root: Path, kits: Sequence[Path], found: Mapping[str, Any], files: Mapping[Path, Any]) -> list[str]:
     listed = class_list(root) or class_list(kits[0])
     if listed is not None:
         return listed.names

@@ -17,6 +17,7 @@ from deltalens.data.dense_items import Objects
 from deltalens.data.image_folder import SPLIT_FOLDERS, image_files
 from deltalens.data.object_parts import Annotated, object_splits
 from deltalens.data.options import ReadOptions, refuse_variant
+from deltalens.data.outlines import Outline
 from deltalens.data.splits import Splits
 
 NAME = "yolo"
@@ -65,10 +66,10 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
             raise ValueError(f"{pictures} holds no images; {expected}")
         _check_pictures_of(labels, {file for _, file in files}, pictures)
         texts[part] = [(path, file, _lines(file)) for path, file in files]
-    highest = max((label for part in texts.values() for *_, lines in part for label, _ in lines), default=-1)
+    highest = max((label for each in texts.values() for *_, lines in each for label, _ in lines), default=-1)
     names = _names(root) or [str(number) for number in range(highest + 1)]
-    for part in texts.values():
-        for _, file, lines in part:
+    for named in texts.values():
+        for _, file, lines in named:
             beyond = [label for label, _ in lines if label >= len(names)]
             if beyond:
                 raise ValueError(
@@ -131,7 +132,8 @@ def _lines(file: Path) -> Lines:
 
 def _objects(lines: Lines, masks: bool, size: Size) -> Objects:
     height, width = size
-    boxes, outlines = [], []
+    boxes: list[tuple[float, ...]] = []
+    outlines: list[Outline] = []
     for _, values in lines:
         if len(values) == 4:
             x, y, w, h = values * (width, height, width, height)
