@@ -8,8 +8,11 @@ from deltalens.tasks.detection import Detection, DetectionTask
 from deltalens.tasks.gradients import backward, gradient_rule
 from deltalens.tasks.instances import InstanceTask
 from deltalens.tasks.multilabel import MultiLabelTask
+from deltalens.tasks.segmentation import SegmentationTask, Segmented
+from deltalens.tasks.segmentation_inference import Inference
 
-TASKS = {task.name: task for task in (ClassificationTask, MultiLabelTask, DetectionTask, InstanceTask)}
+KINDS = (ClassificationTask, MultiLabelTask, SegmentationTask, DetectionTask, InstanceTask)
+TASKS = {task.name: task for task in KINDS}
 
 
 def task_class(name: str | None) -> type:
@@ -32,8 +35,11 @@ __all__ = [
     "ClassificationTask",
     "Detection",
     "DetectionTask",
+    "Inference",
     "InstanceTask",
     "MultiLabelTask",
+    "SegmentationTask",
+    "Segmented",
     "backward",
     "gradient_rule",
     "main_metric_of",
