@@ -9,7 +9,7 @@ from torch import nn
 
 from deltalens.models.point_mae import PointMAE
 from deltalens.models.point_ops import chamfer_distance, farthest_points, group_points, nearest_points, take_points
-from deltalens.models.point_transformer import PointHead, PointTransformer
+from deltalens.models.point_transformer import MiniPointNet, PointHead, PointTransformer
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 TINY = {
@@ -165,6 +165,24 @@ def test_grouping_reads_coordinates_in_full_precision():
 
 
 # ------------------------------------------------------------------ the family of models
+def test_the_maximum_of_a_patch_is_multiplied_once():
+    """Equal to the layer on [maximum, own], in values, statistics and gradients; and where a hook is there, the layer
+    itself is called."""
+    nets = [MiniPointNet(24, (8, 16)).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].second_conv[0].register_forward_hook(lambda layer, args, out: seen.append(args[0].shape))
+    groups, seen = torch.randn(2, 5, 7, 3, dtype=torch.float64), []
+    found = [net(groups) for net in nets]
+    assert seen == [(10, 32, 7)]
+    for each in found:
+        each.square().sum().backward()
+    torch.testing.assert_close(found[0], found[1], atol=1e-12, rtol=0)
+    for fast, plain in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(fast.grad, plain.grad, atol=1e-10, rtol=0)
+    for fast, plain in zip(*(net.buffers() for net in nets), strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
 def test_point_bert_reduces_its_patches_and_has_a_head_without_batch_norm():
     model = PointTransformer(3, **TINY | {"encoder_dim": 16}, head="mlp").eval()
     assert {"reduce_dim.weight", "cls_head_finetune.0.weight", "cls_head_finetune.3.weight"} <= set(model.state_dict())

@@ -98,7 +98,7 @@ class IDPTConfig(Method):
     each block that follows; here it is added once.
 
     Parameters, C the width: 9 C^2 + 8 C for three layers, 2 C class token, and the head. Point-MAE with 15 classes:
-    1,696,783, published as 1.7M. On k: a cloud must have as many patches.
+    1,696,783, published as 1.7M. A cloud must have at least k patches.
 
     The official code trains with the mini-PointNet's BatchNorm in training mode, which moves its statistics; here they
     are frozen like everything else of the backbone.

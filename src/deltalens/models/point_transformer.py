@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -32,6 +33,9 @@ class MiniPointNet(nn.Module):
 
     Per point 3 -> 128 -> 256 with BatchNorm and ReLU; [max over the patch, own] (512) -> 512 -> width with BatchNorm
     and ReLU; max over the patch. hidden: the two widths, 128 and 256 in all published models.
+
+    The layer on [max, own] multiplies a patch's maximum once instead of once for each of its points:
+    W [m, o_i] + b = W_m m + (W_o o_i + b).
     """
 
     def __init__(self, width: int, hidden: tuple[int, int] = (128, 256)):
@@ -42,8 +46,22 @@ class MiniPointNet(nn.Module):
 
     def forward(self, groups: Tensor) -> Tensor:
         own = self.first_conv(groups.flatten(0, 1).transpose(1, 2))
-        whole = own.amax(2, keepdim=True).expand_as(own)
-        return self.second_conv(torch.cat([whole, own], 1)).amax(2).unflatten(0, groups.shape[:2])
+        layer, *others = self.second_conv
+        mixed = _on_maximum_and_own(layer, own)
+        for other in others:
+            mixed = other(mixed)
+        return mixed.amax(2).unflatten(0, groups.shape[:2])
+
+
+def _on_maximum_and_own(layer: nn.Conv1d, own: Tensor) -> Tensor:
+    """layer([max over the points, own]) of own (M, C, k)."""
+    whole = own.amax(2, keepdim=True)
+    if (
+        type(layer) is not nn.Conv1d or layer._forward_hooks or layer._forward_pre_hooks
+    ):  # an adapter or a hook is there
+        return layer(torch.cat([whole.expand_as(own), own], 1))
+    of_whole, of_own = layer.weight.chunk(2, 1)
+    return F.conv1d(own, of_own, layer.bias) + F.conv1d(whole, of_whole)
 
 
 def _point_layers(width: int, hidden: int, out: int) -> nn.Sequential:
