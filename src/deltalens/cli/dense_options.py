@@ -146,7 +146,7 @@ def settled(task: str | None, options: dict[str, Any]) -> dict[str, Any]:
         other = next((each for each, names in HEADS.items() if head in names), None)
         near = difflib.get_close_matches(head, heads, 1)
         hint = f"it is for {other}" if other else f"did you mean {near[0]}?" if near else "there is no such head"
-        raise ValueError(f"{head!r} is no head for {task}: {hint}; it has {', '.join(heads)}")
+        raise ValueError(f"{head!r} is no head for {task} ({hint}), which has {', '.join(heads)}")
     pairs = {"test_size": "short, long", "scale": "smallest, largest"}
     for name, said in pairs.items():
         if kept.get(name) is not None and (len(kept[name]) != 2 or kept[name][0] > kept[name][1]):

@@ -51,9 +51,7 @@ def build_dense_task(options: dict[str, Any], methods: list, data: Splits) -> nn
     for part in (part for part in (data.val, data.test) if part is not None):
         set_inputs(part, info["preprocessing"])
     further = {name: options[name] for name in ("auxiliary_weight",) if name in options}
-    return make_task(
-        network, data.class_names, options["task"], info, train_difficult=options.get("difficult"), **further
-    )
+    return make_task(network, data.class_names, options["task"], info, **further)
 
 
 def create_network(options: dict[str, Any], num_classes: int) -> nn.Module:
@@ -80,14 +78,7 @@ def create_network(options: dict[str, Any], num_classes: int) -> nn.Module:
         raise ValueError(f"{options['model']} cannot be built for --img-size {size}: {error}") from error
 
 
-def make_task(
-    network: nn.Module,
-    class_names: list[str],
-    task: str,
-    info: dict[str, Any],
-    train_difficult: Any = None,
-    **said: Any,
-) -> nn.Module:
+def make_task(network: nn.Module, class_names: list[str], task: str, info: dict[str, Any], **said: Any) -> nn.Module:
     """The task of that name on an adapted network. info: the adapter's, which says what metrics the data have and how
     whole images are segmented."""
     from deltalens.tasks import Inference, SegmentationTask, task_class
@@ -97,7 +88,7 @@ def make_task(
         inference = said.pop("inference", None) or Inference(**info.get("inference", {}))
         return kind(network, class_names, inference=inference, **said)
     metrics = (info.get("split") or {}).get("metrics") or "coco"
-    return kind(network, class_names, metrics=metrics, train_difficult=bool(train_difficult))
+    return kind(network, class_names, metrics=metrics)
 
 
 def measured_part(data: Splits) -> str | None:

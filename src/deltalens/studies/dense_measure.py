@@ -130,28 +130,28 @@ def found_in(
         if isinstance(task, SegmentationTask):
             logits = task.segment(images, [picture.size[::-1] for picture in pictures])
             said: list[dict[str, Any]] = [{"mask": each.mask.cpu().numpy()} for each in task.decode(logits)]
-            true: list[dict[str, Any]] = [{"mask": truth.cpu().numpy()} for truth in truths]
         else:
             assert isinstance(task, DetectionTask)
             output = task.model(images)
             moved = [in_original_pixels(each, truth) for each, truth in zip(output, truths, strict=True)]
             said = [{"detections": tuple(each)} for each in task.decode(moved, threshold)]
-            true = [{"detections": _objects(task, truth)} for truth in truths]
         for i, picture in enumerate(pictures):
             name = files.name(number + i)
-            truth = Found(name, picture, **true[i]) if with_truth else None
-            yield Found(name, picture, **said[i], true=truth)
+            true = Found(name, picture, **_truth(task, truths[i])) if with_truth else None
+            yield Found(name, picture, **said[i], true=true)
         number += len(images)
 
 
-def _objects(task: DetectionTask, truth: dict[str, Any]) -> tuple[Detection, ...]:
-    """The objects of a target as detections with score 1."""
+def _truth(task: nn.Module, truth: Any) -> dict[str, Any]:
+    """The mask, or the objects of a target as detections with score 1."""
+    if not isinstance(task, DetectionTask):
+        return {"mask": truth.cpu().numpy()}
     own = truth_in_original_pixels(truth)
     found = {name: own[name].as_subclass(Tensor) for name in ("boxes", "labels")}
     found["scores"] = torch.ones(len(found["labels"]), device=found["labels"].device)
     if isinstance(task, InstanceTask):
         found["masks"] = own["masks"].as_subclass(Tensor)[:, None].float()
-    return tuple(task.decode([found], 0.0)[0])
+    return {"detections": tuple(task.decode([found], 0.0)[0])}
 
 
 def examples_of(

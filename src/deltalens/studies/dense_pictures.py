@@ -71,7 +71,7 @@ def _with_legend(image: Image.Image, mask: np.ndarray, class_names: Sequence[str
     shown = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
     font = _font(image)
     size, margin = int(font.size), int(font.size) // 2
-    words = [f"{class_names[i]} {counts[i] / known:.0%}" for i in shown]
+    words = [f"{class_names[i]} {_per_cent(counts[i] / known)}" for i in shown]
     places, x, y = [], margin, margin
     for text in words:
         width = round(1.4 * size + font.getlength(text))
@@ -87,6 +87,10 @@ def _with_legend(image: Image.Image, mask: np.ndarray, class_names: Sequence[str
         draw.rectangle((x, top + 2, x + size - 2, top + size), fill=colours[label])
         draw.text((x + 1.4 * size, top), text, fill=INK, font=font)
     return page
+
+
+def _per_cent(share: float) -> str:
+    return "<1%" if share < 0.005 else f"{share:.0%}"
 
 
 # ------------------------------------------------------------------ objects
