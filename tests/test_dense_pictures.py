@@ -25,7 +25,7 @@ A, B, C = [0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]
 
 
 def test_confusion_of_boxes():
-    confusion = BoxConfusion(2)
+    confusion = BoxConfusion(2, threshold=0.5)
     confusion.update(
         [found([A, A, B, C, C], [0, 1, 1, 0, 0], [0.9, 0.8, 0.7, 0.6, 0.4])],
         [truth([A, B], [0, 0])],
@@ -69,6 +69,8 @@ def test_boxes_have_names_where_there_is_room():
     assert tuple(pixels[45, 51]) == colour  # behind the name
     tiny = np.asarray(drawn_objects(picture, [Detection("b", 0.9, (50.0, 60.0, 54.0, 64.0))], ["a", "b"]))
     assert (tiny[30:58] == 100).all()
+    assert len(tiny) > 320  # its name is below the picture
+    assert len(pixels) == 320
 
 
 def test_instances_have_masks_of_their_own_colours():

@@ -85,13 +85,14 @@ def _report(
 
     count = results["parameters"]
     methods = " + ".join(entry["method"] for entry in options["method"])
+    epochs = f"{options['epochs']} epoch{'s' if options['epochs'] > 1 else ''}"
     conditions = {
         "Model": f"{options['model']} under {options['head']}",
         "Method": f"{methods}: {count['adapter']:,} parameters, {count['percent']:.2f} % of the backbone's "
         f"{count['backbone']:,}; the head's {count['head']:,} are trained, too",
         "Data": f"{options['data']}: {results['data']['train']:,} training, {results['data']['val']:,} validation, "
         f"{results['data']['test']:,} test images",
-        "Training": f"{options['epochs']} epochs, batches of {options['batch_size']}, learning rate {options['lr']:g}, "
+        "Training": f"{epochs}, batches of {options['batch_size']}, learning rate {options['lr']:g}, "
         f"seed {options['seed']}, {results['seconds']['training']:,.0f} s on {results['machine']}",
         "Command": f"deltalens train --config {output.config} --output ANOTHER",
     }

@@ -21,6 +21,7 @@ from deltalens.training.loaders import evaluation_loader
 
 NOTHING = "nothing"
 COUNTS = ("objects", "pixels")
+THRESHOLD = 0.3  # least score of what counts in the confusion and is drawn
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Measured:
 
 @torch.inference_mode()
 def measure(
-    task: nn.Module, files: DenseImages, batch_size: int, workers: int, device: Any, threshold: float = 0.5
+    task: nn.Module, files: DenseImages, batch_size: int, workers: int, device: Any, threshold: float = THRESHOLD
 ) -> Measured:
     """Everything that is measured of a task, on the device that it is on. files: with the transform of the test.
     threshold: the least score of a detection in the confusion."""
@@ -120,7 +121,12 @@ class Found:
 
 @torch.inference_mode()
 def found_in(
-    task: nn.Module, files: DenseImages, batch_size: int, device: Any, threshold: float = 0.5, with_truth: bool = False
+    task: nn.Module,
+    files: DenseImages,
+    batch_size: int,
+    device: Any,
+    threshold: float = THRESHOLD,
+    with_truth: bool = False,
 ) -> Iterator[Found]:
     """What the task says of each picture, in order. files: with the transform of the test."""
     task.eval()
@@ -155,7 +161,7 @@ def _truth(task: nn.Module, truth: Any) -> dict[str, Any]:
 
 
 def examples_of(
-    task: nn.Module, files: DenseImages, count: int = 6, device: Any = "cpu", threshold: float = 0.5
+    task: nn.Module, files: DenseImages, count: int = 6, device: Any = "cpu", threshold: float = THRESHOLD
 ) -> list[Found]:
     """What the task says of a few pictures, evenly spaced, with the truth."""
     chosen = files.subset(shown_indices(len(files), count))
