@@ -24,10 +24,31 @@ MASK_RCNN = {**SMALL["mask_rcnn"], "strides": [8, 16], "detections_per_image": 5
 RETINANET = {**SMALL["retinanet"], "strides": [8, 16], "detections_per_image": 5, "score_threshold": 0.0}
 RUNS = {
     "segmentation": [*TRAIN, "--data", "masks", "--head", "fcn", "--head.channels", "8", "--head.convs", "1"],
-    "detection": [*TRAIN, "--data", "voc", "--head-options", json.dumps(RETINANET), "--method", "bitfit"],
+    "detection": [
+        *TRAIN,
+        "--data",
+        "voc",
+        "--head",
+        "retinanet",
+        "--head-options",
+        json.dumps(RETINANET),
+        "--method",
+        "bitfit",
+    ],
     "instance": [*TRAIN, "--data", "coco", "--task", "instance", "--head-options", json.dumps(MASK_RCNN)],
 }
-RUNS["segmentation"] += ["--method", "lora", "--method.r", "2", "--crop-size", "16", "--epochs", "2"]
+RUNS["segmentation"] += [
+    "--head.pyramid_channels",
+    "8",
+    "--method",
+    "lora",
+    "--method.r",
+    "2",
+    "--crop-size",
+    "16",
+    "--epochs",
+    "2",
+]
 RUNS["instance"] += ["--method", "linear"]
 CLASSES = {"segmentation": ["0", "1", "2"], "detection": ["cat", "dog"], "instance": ["ship", "tree"]}
 
@@ -124,17 +145,32 @@ WRONG = {
     ("--data", "masks", "--label-smoothing", "0.1"): "--label-smoothing has no meaning for segmentation",
     ("--data", "masks", "--templates", "a {}"): "--templates has no meaning for segmentation",
     ("--data", "masks", "--cache-features", "kept"): "--cache-features has no meaning for segmentation",
-    ("--data", "masks", "--head", "retinanet"): "'retinanet' is no head for segmentation (it is for detection), which "
-    "has upernet, fcn",
+    ("--data", "masks", "--head", "retinanet"): "masks is not laid out for detection; it is laid out for segmentation",
+    (
+        "--data",
+        "masks",
+        "--task",
+        "segmentation",
+        "--head",
+        "retinanet",
+    ): "'retinanet' is no head for segmentation (it is for detection), which has upernet, fcn",
     ("--data", "masks", "--head", "upernett"): "did you mean upernet?",
     ("--data", "masks", "--head.chanels", "8"): "has no option 'chanels'",
-    ("--data", "masks", "--short-sides", "[160]"): "--short-sides is for detection and instance",
+    ("--data", "masks", "--short-sides", "[160]"): "--short-sides is for detection, instance",
     ("--data", "masks", "--scale", "[2.0, 0.5]"): "--scale is two numbers, [smallest, largest]",
     ("--data", "masks", "--stride", "4"): "a stride of 4 needs a window",
     ("--data", "masks", "--task", "detection"): "masks is not laid out for detection; it is laid out for segmentation",
     ("--data", "coco"): "serves detection, instance: say which task (--task detection)",
     ("--data", "voc", "--task", "instance"): "is not laid out for instance",
-    ("--data", "voc", "--crop-size", "64"): "--crop-size is for segmentation, and the task is detection",
+    ("--data", "voc", "--crop-size", "64"): "--crop-size is for segmentation, and the task is classification",
+    (
+        "--data",
+        "voc",
+        "--task",
+        "detection",
+        "--crop-size",
+        "64",
+    ): "--crop-size is for segmentation, and the task is detection",
     ("--data", "nowhere", "--task", "detection"): "no data folder at nowhere",
     ("--data", "masks", "--model", "deltalens/clip-mini"): "needs a timm network that gives maps",
 }

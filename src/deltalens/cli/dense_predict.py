@@ -193,7 +193,8 @@ def as_coco(found: Iterator[Found], names: list[str]) -> str:
     are what COCO's tools call results."""
     import json
 
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, each in enumerate(found, 1):
         width, height = each.picture.size
         images.append({"id": number, "file_name": each.name, "width": width, "height": height})

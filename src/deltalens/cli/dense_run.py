@@ -14,7 +14,7 @@ REPORT = "report.html"
 
 
 def run_dense(
-    options: dict[str, Any], methods: list, data: Splits, output: Output, resume: bool, overwrite: bool
+    options: dict[str, Any], methods: list[Any], data: Splits, output: Output, resume: bool, overwrite: bool
 ) -> None:
     """Train on data that were read, print what came out, and leave adapter, results and report in the folder."""
     from deltalens.cli.dense_training import build_dense_task, fitted_to_data, measured_part
@@ -78,7 +78,13 @@ def _device(options: dict[str, Any]) -> str:
 
 
 def _report(
-    task: nn.Module, data: Splits, part: Any, options: dict[str, Any], results: dict, measured: Any, output: Output
+    task: nn.Module,
+    data: Splits,
+    part: Any,
+    options: dict[str, Any],
+    results: dict[str, Any],
+    measured: Any,
+    output: Output,
 ) -> None:
     from deltalens.studies.dense_measure import examples_of
     from deltalens.studies.dense_report import DenseReport, write_dense_report
