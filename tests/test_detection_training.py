@@ -17,7 +17,7 @@ import deltalens as dl
 from deltalens.data import Splits, scenes
 from deltalens.data.dense_transforms import DenseAugmentation
 from deltalens.data.inputs import Augmentation, set_inputs
-from deltalens.tasks import DetectionTask, InstanceTask, task_class
+from deltalens.tasks import DetectionTask, task_class
 from deltalens.training import TrainingSettings, fit
 from deltalens.training.feature_cache import FeaturesCannotBeKept
 from deltalens.training.loaders import collate_of, evaluation_loader, preparation_loader, training_loader
@@ -63,24 +63,6 @@ def test_from_fit_to_from_pretrained(tmp_path):
             assert all(torch.equal(one[name], other[name]) for name in one)
     found = DetectionTask(again, info["class_names"]).eval().decode(again(images), threshold=0.0, topk=2)
     assert all(len(each) == 2 and each[0].name in NAMES for each in found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("head", "kind"), [("retinanet", DetectionTask), ("fcos", DetectionTask), ("mask_rcnn", InstanceTask)]
-)
-def test_rectangles_are_found(head, kind):
-    """A random frozen backbone with Mona: after 250 steps half of the rectangles of unseen pictures, or more."""
-    torch.manual_seed(0)
-    narrow = {"channels": 32} | ({"group_norm": True} if head == "retinanet" else {})
-    options = {**SMALL[head], **narrow}
-    model = dl.create_backbone(SWIN, num_classes=3, pretrained=False, head=head, head_options=options, **SIZES)
-    data = Splits(Rectangles(32), None, NAMES, Rectangles(12, 2), task=kind.name)
-    task = kind(dl.attach(model, dl.MonaConfig(bottleneck=8)), NAMES)
-    results = fit(task, data, TrainingSettings(epochs=32, lr=3e-3, **QUIET))
-    assert results["test"]["map50"] > 0.45
-    if kind is InstanceTask:
-        assert results["test"]["mask_map50"] > 0.45
 
 
 def small_task(config):
