@@ -36,25 +36,41 @@ def classifier(kind):
     return model.eval()
 
 
-def test_a_fresh_process_rebuilds_the_network(tmp_path):
+def saved_network(folder):
+    """A network of a shipped backbone, saved, with its answer to some images."""
     options = {"head": "fcn", "head_options": HEAD_OPTIONS, "img_size": 96}
     model = dl.create_backbone("deltalens/vit-mini", num_classes=3, **options)
     dl.attach(model, METHODS["mona"])
     randomize_adapter(model)
     x = pictures(45, 67)
-    torch.save({"x": x, "out": model.eval()(x)["out"].detach()}, tmp_path / "expected.pt")
-    dl.save_pretrained(model, tmp_path / "adapter")
+    torch.save({"x": x, "out": model.eval()(x)["out"].detach()}, folder / "expected.pt")
+    dl.save_pretrained(model, folder / "adapter")
+    return options
+
+
+CHECK = """
+import sys, torch, deltalens as dl
+known = torch.load(f"{sys.argv[1]}/expected.pt", weights_only=True)
+model = dl.from_pretrained(f"{sys.argv[1]}/adapter")
+assert torch.equal(model(known["x"])["out"], known["out"])
+assert dl.preprocessing(model)["input_size"] == [3, 96, 96]
+assert not model.training
+"""
+
+
+def test_the_network_is_rebuilt(tmp_path, monkeypatch):
+    options = saved_network(tmp_path)
     base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model"]
     assert base["kwargs"] == options
     assert base["input_size"] == [3, 96, 96]
-    code = (
-        "import sys, torch, deltalens as dl; folder = sys.argv[1]; "
-        "known = torch.load(f'{folder}/expected.pt', weights_only=True); "
-        "model = dl.from_pretrained(f'{folder}/adapter'); "
-        "assert torch.equal(model(known['x'])['out'], known['out']); "
-        "assert dl.preprocessing(model)['input_size'] == [3, 96, 96]"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
+    exec(CHECK, {})
+
+
+@pytest.mark.slow
+def test_the_network_is_rebuilt_in_a_fresh_process(tmp_path):
+    saved_network(tmp_path)
+    subprocess.run([sys.executable, "-c", CHECK, str(tmp_path)], check=True, timeout=300)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -129,3 +145,14 @@ def test_another_backbone_is_refused(tmp_path):
     model = randomize(network("swin", "fcn"), seed=5)
     with pytest.raises(ValueError, match="trained on a backbone with other weights"):
         dl.load_adapter(model, tmp_path)
+
+
+def test_tables_interpolated_for_another_image_size_are_no_other_backbone(tmp_path):
+    """Windows of the shipped Swin are cut to its small maps: at 128 px its tables are larger ones."""
+    plain = dl.attach(dl.create_backbone("deltalens/swin-mini", num_classes=3), METHODS["lora"])
+    dl.save_pretrained(plain, tmp_path)
+    options = {"head": "fcn", "head_options": {"channels": 8}, "img_size": 128}
+    model = dl.create_backbone("deltalens/swin-mini", num_classes=3, **options)
+    assert model.maps.backbone.layers_3.blocks[1].window_size == (4, 4)
+    dl.load_adapter(model, tmp_path)
+    assert dl.active_adapters(model) == ("default",)

@@ -34,7 +34,7 @@ def sizes(data) -> tuple[int, ...]:
 def test_voc_boxes(tmp_path):
     data = read_data(voc(tmp_path, VOC_LISTS, {"a1": []}, folder="ImageSets"))
     assert (data.task, data.class_names, sizes(data)) == ("detection", ["cat", "dog"], (4, 2, 2))
-    assert data.origin == {"format": "voc", "task": "detection", "objects": 14}
+    assert data.origin == {"format": "voc", "task": "detection", "objects": 14, "metrics": "voc07"}
     image, target = data.train[0]
     assert (image.size, image.mode) == ((WIDTH, HEIGHT), "RGB")
     assert target["boxes"].tolist() == [[1, 2, 7, 9], [4, 4, 14, 11]]

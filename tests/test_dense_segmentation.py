@@ -1,14 +1,17 @@
 """Segmentation networks: outputs, heads as in their papers, what is refused."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from dense_models import BACKBONES, CLASSES, body, loss_of, network, pictures
 from torch import nn
 
 import deltalens as dl
+from deltalens.backbones.dense.body import Body
 from deltalens.backbones.dense.fcn import build as build_fcn
 from deltalens.backbones.dense.segmentation import to_pixels
+from deltalens.backbones.dense.setr_pup import build as build_setr_pup
 
 PAIRS = [(kind, head) for kind in BACKBONES for head in ("upernet", "fcn")] + [("vit", "dpt"), ("vit", "setr_pup")]
 AUXILIARY = {"upernet": 1, "fcn": 0, "dpt": 0, "setr_pup": 3}
@@ -92,8 +95,19 @@ def test_setr_upsamples_four_times_and_has_three_auxiliary_heads():
     assert model.maps.taken == [0, 0, 1, 2]
     scales = [layer.scale_factor for layer in model.head.steps if isinstance(layer, nn.Upsample)]
     assert scales == [2, 2, 2, 2]
-    assert [layer.scale_factor for head in model.auxiliary for layer in head.steps[1:]] == [4, 4, 4]
+    assert [layer.scale_factor for head in model.auxiliary for layer in head.steps[1::2]] == [4, 4] * 3
     assert len(network("vit", "setr_pup", auxiliary=False).maps.indices) == 1
+
+
+def test_setr_is_as_large_as_in_vpts_paper():
+    """ViT-L, 150 classes: 13.18 M with the head alone in VPT's table."""
+    with torch.device("meta"):
+        vit = timm.create_model("vit_large_patch16_224", depth=4)
+        found = Body("ViT", vit, True, (1024,) * 4, (16,) * 4, None, 16, (224, 224))
+        model = build_setr_pup(found, 150)
+    backbone = sum(p.numel() for p in model.maps.backbone.parameters())
+    expected = 13_143_640 - 2 * 1024  # two of the four maps are of one block here, and share a norm
+    assert sum(p.numel() for p in model.parameters()) - backbone == expected
 
 
 def test_gradients_reach_every_parameter():

@@ -104,7 +104,7 @@ def test_methods_add_their_losses():
     model = dl.attach(small_detector("retinanet"), Penalised(), backbone="backbone.pyramid.backbone")
     result = DetectionTask(model, NAMES).train()(Rectangles(2).batch())
     assert set(result["losses"]) == {"classification", "bbox_regression", "penalised.size"}
-    assert float(result["loss"]) == pytest.approx(sum(map(float, result["losses"].values())))
+    assert result["loss"].item() == pytest.approx(sum(map(float, result["losses"].values())))
 
 
 def test_wrong_targets_and_models_are_named():
@@ -254,6 +254,20 @@ def test_mask_ap_reads_masks():
     assert per_class["red"] == per_class["green"] == 0
     found["masks"] = target_of(boxes, labels)["masks"].float()[:, None] * 0.5  # not above one half
     assert measured(task, [found, nothing], targets)[0]["mask_map"] == 0
+
+
+# ------------------------------------------------------------------ with the readers' transforms
+def test_metrics_are_in_pixels_of_the_picture_as_it_was():
+    """A picture shrunk by half: what is found in it is doubled before it is compared, and its mask, too."""
+    before = target_of([[0, 0, 40, 40], [10, 44, 60, 60]], [0, 1])
+    target = target_of([[0, 0, 20, 20], [5, 22, 30, 30]], [0, 1], (32, 32), area=before["area"])
+    target |= {f"orig_{name}": before[name] for name in ("boxes", "masks")}
+    target |= {"orig_size": torch.tensor([64, 64]), "scale": torch.tensor([0.5, 0.5])}
+    found = found_of(target["boxes"].tolist(), [0, 1], [0.9, 0.8], (32, 32))
+    values, _ = measured(InstanceTask(nn.Identity(), NAMES), [found], [target])
+    assert values["map"] == pytest.approx(1)
+    assert values["map_medium"] == values["map_small"] == pytest.approx(1)  # 1600 and 800 pixels, not 400 and 200
+    assert values["mask_map50"] == pytest.approx(1)
 
 
 # ------------------------------------------------------------------ decoding, names

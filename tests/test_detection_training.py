@@ -14,8 +14,10 @@ from torch.utils.data import ConcatDataset, Subset
 from torchmetrics import MeanMetric, MetricCollection
 
 import deltalens as dl
-from deltalens.data import Splits
-from deltalens.tasks import DetectionTask
+from deltalens.data import Splits, scenes
+from deltalens.data.dense_transforms import DenseAugmentation
+from deltalens.data.inputs import Augmentation, set_inputs
+from deltalens.tasks import DetectionTask, task_class
 from deltalens.training import TrainingSettings, fit
 from deltalens.training.feature_cache import FeaturesCannotBeKept
 from deltalens.training.loaders import collate_of, evaluation_loader, preparation_loader, training_loader
@@ -86,6 +88,26 @@ def test_methods_that_prepare_see_lists_of_images():
 def test_features_of_lists_are_not_kept(tmp_path):
     with pytest.raises(FeaturesCannotBeKept, match="images of several sizes"):
         fit(small_task(dl.LinearConfig()), splits(), TrainingSettings(epochs=1, **QUIET), cache_features=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "head"), [("detection", "fcos"), ("instance", "mask_rcnn")])
+def test_scenes_as_the_readers_give_them(name, head, monkeypatch):
+    """Targets on tv_tensors, resized pictures, the transforms of training and of the test."""
+    monkeypatch.setattr(scenes, "VAL_SCENES", 2)
+    monkeypatch.setattr(scenes, "TEST_SCENES", 2)
+    data = scenes.make_scenes(4, 96, 0, name)
+    preprocessing = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "test_size": (64, 64)}
+    set_inputs(data.train, preprocessing, Augmentation(dense=DenseAugmentation(short_sides=(48, 64), long_side=80)))
+    for part in (data.val, data.test):
+        set_inputs(part, preprocessing)
+    model = small_detector(head, len(data.class_names), score_threshold=0.0)
+    task = task_class(data.task)(dl.attach(model, dl.BitFitConfig()), data.class_names)
+    results = fit(task, data, TrainingSettings(epochs=1, lr=1e-3, **QUIET))
+    assert math.isfinite(results["history"][0]["train_loss"])
+    assert 0 <= results["test"][task.main_metric] <= 1
+    images, targets = collate_of(data.val)([data.val[0], data.val[1]])
+    assert images[0].shape == (3, 64, 64)
+    assert targets[0]["orig_size"].tolist() == [96, 96]
 
 
 # ------------------------------------------------------------------ loaders

@@ -48,8 +48,10 @@ def test_smoothing_and_gradients_of_what_is_unknown():
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"labels have shape \(4,\), expected \(4, 3\): 1, 0 or -1"):
         task()((torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)))
-    with pytest.raises(ValueError, match="unknown task 'detection'; there are classification, multilabel"):
-        task_class("detection")
+    with pytest.raises(
+        ValueError, match="unknown task 'depth'; there are classification, multilabel, detection, instance"
+    ):
+        task_class("depth")
     assert (task_class(None), task_class("multilabel")) == (ClassificationTask, MultiLabelTask)
 
 

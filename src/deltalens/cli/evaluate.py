@@ -1,4 +1,5 @@
-"""Measure a trained adapter, or a zero-shot model, on a folder of images or point clouds.
+"""Measure a trained adapter, or a zero-shot model, on a folder of images or point clouds, or of pictures with masks or
+boxes.
 
 The folder has train, val or test folders as in training, or only class folders: then --split test means the part that
 the training run kept for test, and --split all every image. Other layouts are read as in training.
@@ -6,13 +7,15 @@ the training run kept for test, and --split all every image. Other layouts are r
 Classes that are texts may be those of the data (--class-names data), which other data needs. A model with an image and
 a text tower is measured zero-shot with --model in place of the adapter.
 
-Of clouds --votes averages the logits of several random views of each, once.
+Of clouds --votes averages the logits of several random views of each, once. Of segmentation, detection and instances
+every class has its row, and --report writes a page with confusion and example pictures.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from deltalens.cli.dense_models import NOT_CLASSES, add_inference_arguments, dense_task_of_adapter, refuse
 from deltalens.cli.trained import Classifier, add_model_arguments, load_classifier, room_for_model
 
 if TYPE_CHECKING:
@@ -57,7 +60,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="of clouds: average the logits of so many random subsets, scaled and shifted; 0 for the plain test",
     )
     add("--seed", type=int, default=0, help="of the votes' random views")
-    add("--batch-size", type=int, default=64, help="images or clouds at a time")
+    add_inference_arguments(parser)
+    add("--threshold", type=float, default=0.5, help="of objects: least score that counts in the confusion")
+    add("--report", type=str | None, default=None, metavar="FILE", help="of dense tasks: an HTML page for the results")
+    add(
+        "--batch-size",
+        type=int | None,
+        default=None,
+        help="images or clouds at a time, by default 64, with masks or boxes 4",
+    )
     add("--workers", type=int | None, default=None, help="loader processes; by default by the number of cores")
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
     add("--output", type=str | None, default=None, help="JSON file for the results")
@@ -65,6 +76,18 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     """Evaluate, print and optionally write the metrics."""
+    dense = dense_task_of_adapter(args.adapter)
+    if dense is not None:
+        from deltalens.cli.dense_evaluate import run_dense
+
+        run_dense(args, dense)
+        return
+    refuse(args, "classification", {**NOT_CLASSES, "report": None})
+    args.batch_size = args.batch_size or 64
+    _run_classes(args)
+
+
+def _run_classes(args: Namespace) -> None:
     import json
 
     import torch

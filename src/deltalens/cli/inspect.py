@@ -1,6 +1,7 @@
 """Show what a method would do to a model, before training and without downloading weights.
 
-Of a repository on the Hugging Face Hub the configuration is fetched, which is small.
+Of a repository on the Hugging Face Hub the configuration is fetched, which is small. With --head the backbone is shown
+under a dense head (upernet, retinanet, mask_rcnn...), which is trained and counted as head.
 
 For every block: the slots that are used and the tensors that go there, with shapes; then the counts with and without
 head. With --templates the classes are texts, and image tower and text tower are shown with what goes around them.
@@ -12,7 +13,8 @@ import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from deltalens.cli.method_options import MODEL_HELP, add_method_argument, translate
+from deltalens.cli import dense_options, method_options
+from deltalens.cli.method_options import MODEL_HELP, add_method_argument
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
     from deltalens.sites.anatomy import Anatomy, Site, Tower
 
-__all__ = ["add_arguments", "run", "translate"]
+
+def translate(argv: list[str]) -> list[str]:
+    """Gather the --method words and those of --head."""
+    return dense_options.translate(method_options.translate(argv))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,8 +46,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--num-classes",
         type=int | None,
         default=None,
-        help="classes of the head, by default the model's own; with --templates as many names, by default 2",
+        help="classes of the head, by default the model's own; with --templates as many names, by default 2; with "
+        "--head by default 20, without the background",
     )
+    add("--head", type=str | None, default=None, help="a dense head; its settings follow as --head.SETTING VALUE")
+    add("--head-options", type=dict | None, default=None, help="the head's settings as one mapping")
     add("--img-size", type=int | None, default=None, help="input size in pixels, where the model allows another")
     add("--tensors", type=bool, default=False, help="also list every trained tensor with its shape")
 
@@ -55,7 +63,11 @@ def run(args: Namespace) -> None:
     from deltalens.cli.sized_backbone import create_sized_backbone
 
     methods = read_methods(args.method)
-    if args.templates is None:
+    if args.head is not None:
+        model, preprocessing = _dense(args)
+    elif args.head_options:
+        raise ValueError("--head-options were given without --head: name one, such as --head upernet")
+    elif args.templates is None:
         model, preprocessing = create_sized_backbone(args.model, args.num_classes, args.img_size, pretrained=False)
     else:
         names = [f"class {i + 1}" for i in range(2 if args.num_classes is None else args.num_classes)]
@@ -81,6 +93,18 @@ def run(args: Namespace) -> None:
         for row in dl.parameter_table(model):
             print(f"  {row.kind:<9} {row.numel:>11,}  {row.name} {row.shape}")
     _print_counts(model)
+
+
+def _dense(args: Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """(network for dense prediction, its preprocessing)."""
+    import deltalens as dl
+    from deltalens.cli.dense_training import create_network
+
+    if args.templates is not None:
+        raise ValueError("--templates make the classes texts, which a dense head does not have: leave them out")
+    named = {"model": args.model, "img_size": args.img_size, "head": args.head, "head_options": args.head_options}
+    model = create_network({**named, "pretrained": False}, 20 if args.num_classes is None else args.num_classes)
+    return model, dl.preprocessing(model)
 
 
 def _print_tower(tower: Tower) -> None:

@@ -1,16 +1,21 @@
-"""Classify images or clouds with a trained adapter, or zero-shot with a model that has an image and a text tower.
+"""Classify images or clouds with a trained adapter, or zero-shot with a model that has an image and a text tower; find
+objects in images, or the class of every pixel, with an adapter that was trained for it.
 
 An adapter whose classes are texts takes other ones by --classes; a zero-shot model (--model) has no others.
 Images, or of an adapter for points clouds (.npy, .npz, .ply, .off, .xyz, .txt, .pts), are files, folders (every one
 under them) or globs ("photos/**/*.jpg"). The result is a table, CSV or JSON, of clouds also a figure (--output x.svg),
 with the most probable classes and their probabilities for each image; of a multi-label adapter all classes above
 --threshold.
+
+Objects and masks: --output x.png, .svg or .pdf draws all images on a sheet, --format pictures --output DIR each in a
+file; --format coco writes COCO's JSON of boxes and instances above --threshold, --format masks PNGs of class numbers.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from deltalens.cli.dense_models import NOT_CLASSES, add_inference_arguments, dense_task_of_adapter, refuse
 from deltalens.cli.trained import Classifier, add_model_arguments, load_classifier, room_for_model
 
 if TYPE_CHECKING:
@@ -46,26 +51,47 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="multilabel asks for each class by itself; for SigLIP. By default what the adapter was trained for",
     )
-    add("--format", type=Literal["table", "csv", "json"], default="table", help="of the result")
+    add(
+        "--format",
+        type=Literal["table", "csv", "json", "coco", "masks", "pictures"],
+        default="table",
+        help="of the result; coco, masks and pictures are of objects and masks",
+    )
     add(
         "--output",
         type=str | None,
         default=None,
-        help="file for the result, instead of the terminal; of clouds .svg, .png and .pdf draw them",
+        help="file for the result, instead of the terminal; .svg, .png and .pdf draw clouds, objects and masks",
     )
     add("--topk", type=int, default=1, help="classes per image, most probable first")
-    add("--threshold", type=float, default=0.5, help="least probability of a class, of several labels")
+    add("--threshold", type=float, default=0.5, help="least probability of a class, of several labels; least score")
+    add_inference_arguments(parser)
     add("--skip-broken", type=bool, default=False, help="leave out images or clouds that cannot be read")
-    add("--batch-size", type=int, default=64, help="images or clouds at a time")
+    add(
+        "--batch-size",
+        type=int | None,
+        default=None,
+        help="images or clouds at a time, by default 64, with masks or boxes 1",
+    )
     add("--device", type=str | None, default=None, help="cpu, cuda, mps; by default the fastest there is")
 
 
 def run(args: Namespace) -> None:
-    """Classify and print, write or draw."""
+    """Predict and print, write or draw."""
     from pathlib import Path
 
     from deltalens.studies.figure import KINDS
 
+    dense = dense_task_of_adapter(args.adapter)
+    if dense is not None:
+        from deltalens.cli.dense_predict import run_dense
+
+        run_dense(args, dense)
+        return
+    refuse(args, "classification", NOT_CLASSES)
+    if args.format in ("coco", "masks", "pictures"):
+        raise ValueError(f"--format {args.format} is of objects and masks: a classifier has table, csv and json")
+    args.batch_size = args.batch_size or 64
     if args.topk < 1:
         raise ValueError(f"topk must be at least 1, got {args.topk}")
     rows, files = _predict(args)

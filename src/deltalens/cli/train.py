@@ -1,8 +1,9 @@
-"""Adapt a backbone to a folder of images, or of point clouds.
+"""Adapt a backbone to a folder of images, or of point clouds; for classes of images, pixels or objects.
 
 The data folder holds train/<class>/*.jpg (and val, test), or <class>/*.jpg, which is then split by seed, or what
 --format says: a table of labels, VTAB-1k, FGVC, VOC 2007, a set of torchvision or of the Hugging Face hub; or clouds
-in one of the formats of theirs, for a model that takes points. The output
+in one of the formats of theirs, for a model that takes points. With masks or boxes (VOC, COCO, YOLO, mask folders,
+ADE20K, Cityscapes) --task segmentation, detection or instance trains a dense head and the adapter below it. The output
 folder gets the adapter (adapter_config.json, adapter_model.safetensors, README.md), config.yaml, which reproduces the
 run with `deltalens train --config OUTPUT/config.yaml --output ANOTHER`, metrics.csv and results.json.
 """
@@ -11,22 +12,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from deltalens.cli import method_options, recipes
+from deltalens.cli import dense_options, method_options, recipes
 from deltalens.cli.method_options import MODEL_HELP, add_method_argument
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+BATCH_SIZE = 64
 # What a resumed run may change. Everything else decides what is trained, and on what.
 CHANGEABLE = {
     "output", "lr", "weight_decay", "clip_grad", "workers", "precision", "compile", "devices",
-    "accelerator", "checkpoint_every_steps", "deterministic", "cache_features",
+    "accelerator", "checkpoint_every_steps", "deterministic", "cache_features", "report",
 }  # fmt: skip
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options; every one may also stand in a YAML file."""
     add_shared_arguments(parser)
+    dense_options.add_arguments(parser)
     add = parser.add_argument
     add(
         "--cache-features",
@@ -143,7 +146,12 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     )
     add("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
     add("--epochs", type=int, default=20, help="passes over the training data")
-    add("--batch-size", type=int, default=64, help="images or clouds a step, over all devices together")
+    add(
+        "--batch-size",
+        type=int | None,
+        default=None,
+        help="images or clouds a step, over all devices together; by default 64, in segmentation 8, of objects 4",
+    )
     add("--lr", type=float | None, default=None, help="peak learning rate; by default the method's own")
     add("--base-lr", type=float | None, default=None, help="instead of --lr: the rate for 256 images a step")
     add("--weight-decay", type=float, default=1e-4, help="on matrices of linear and convolution layers only")
@@ -177,7 +185,7 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
 
 def translate(argv: list[str]) -> list[str]:
     """Gather the --method words, put a recipe's file in the place of its name, let --resume read the run's config."""
-    return _with_config_of_the_run(translate_words(argv))
+    return _with_config_of_the_run(dense_options.translate(translate_words(argv)))
 
 
 def translate_words(argv: list[str]) -> list[str]:
@@ -199,13 +207,16 @@ def _with_config_of_the_run(argv: list[str]) -> list[str]:
 def run(args: Namespace) -> None:
     """Train, and print what came out."""
     from deltalens.cli.method_options import read_methods
+    from deltalens.cli.training_words import print_results, print_start
     from deltalens.training import fit
     from deltalens.training.output import Output, is_main_process
 
     methods = read_methods(args.method)
     ours = ("config", "recipe", "resume", "overwrite")
-    options = settled({key: value for key, value in vars(args).items() if key not in ours}, methods)
-    settings = settings_of(options)
+    options = {key: value for key, value in vars(args).items() if key not in ours}
+    dense = dense_options.dense_task_of(options)
+    dense_options.check_meaning(dense, options)
+    options = settled(dense_options.settled(dense, options), methods)
     output = Output(args.output)
     if is_main_process():
         output.check(args.resume, args.overwrite)
@@ -215,16 +226,21 @@ def run(args: Namespace) -> None:
             print(f"{output.folder} holds a finished run; there is nothing to resume")
             if is_main_process():
                 output.tidy()
-            _print_results(output.read_results(), output)
+            print_results(output.read_results(), output)
             return
     data = read_images(options)
+    if dense is not None:
+        from deltalens.cli.dense_run import run_dense
+
+        run_dense(options, methods, data, output, args.resume, args.overwrite)
+        return
     task = build_task(options, methods, data)
     if is_main_process():
-        _print_start(task, data, options)
+        print_start(task, data, options)
     results = fit(
         task,
         data,
-        settings,
+        settings_of(options),
         output.folder,
         resume=args.resume,
         overwrite=args.overwrite,
@@ -232,7 +248,7 @@ def run(args: Namespace) -> None:
         cache_features=args.cache_features,
     )
     if is_main_process():
-        _print_results(results, output)
+        print_results(results, output)
 
 
 # ------------------------------------------------------------------ building
@@ -242,6 +258,8 @@ def settled(options: dict[str, Any], methods: list) -> dict[str, Any]:
     from deltalens.training.loaders import default_workers
 
     workers = options.get("workers")
+    if options["batch_size"] is None:
+        options = options | {"batch_size": dense_options.BATCH_SIZE.get(options.get("task"), BATCH_SIZE)}
     return options | {
         "method": method_entries(methods),
         "lr": settled_rate(options, methods),
@@ -262,8 +280,9 @@ def settled_rate(options: dict[str, Any], methods: list) -> float:
             f"say --lr or --base-lr, not both: got {lr:g} and {base_lr:g} (--lr null takes a recipe's back)"
         )
     if base_lr is not None:
-        return rate_of(base_lr, options["batch_size"])
-    return default_learning_rate(methods) if lr is None else lr
+        return rate_of(base_lr, options["batch_size"] or BATCH_SIZE)
+    usual = min(default_learning_rate(methods), dense_options.LEARNING_RATE.get(options.get("task"), float("inf")))
+    return usual if lr is None else lr
 
 
 def split_seed(options: dict[str, Any]) -> int:
@@ -339,35 +358,3 @@ def _check_same_run(output, options: dict[str, Any]) -> None:
             f"a resumed run keeps its settings, and these differ from {output.config}: {'; '.join(changed)}. "
             f"deltalens train --output {output.folder} --resume takes them from there"
         )
-
-
-# ------------------------------------------------------------------ printing
-def _print_start(task, data, options: dict[str, Any]) -> None:
-    import deltalens as dl
-    from deltalens.data.inputs import IMAGES, kind_of
-    from deltalens.training.optim import trains_nothing
-
-    inputs = "images" if kind_of(dl.preprocessing(task.model)) == IMAGES else "clouds"
-    count = dl.count_parameters(task.model)
-    names = " + ".join(entry["method"] for entry in options["method"])
-    val, test = (
-        f"no {name}" if part is None else f"{len(part)} {name}"
-        for name, part in (("validation", data.val), ("test", data.test))
-    )
-    print(
-        f"{names} on {options['model']}: {count.adapter:,} parameters, {count.percent:.2f} % of the backbone's "
-        f"{count.backbone:,}, and {count.head:,} in the head"
-    )
-    print(f"{len(data.class_names)} classes, {len(data.train)} training, {val}, {test} {inputs}")
-    if trains_nothing(task):
-        print("nothing is trained: the adapter is made of the training images, without epochs")
-
-
-def _print_results(results: dict[str, Any], output) -> None:
-    for part in ("val", "test"):
-        if results[part]:
-            print(f"{part:<5}" + "  ".join(f"{name} {value:.4f}" for name, value in results[part].items()))
-    for method, values in results.get("chosen", {}).items():
-        print(f"{method} chose " + ", ".join(f"{name} {value:g}" for name, value in values.items()))
-    files = "adapter, results.json and metrics.csv" if results["history"] else "adapter and results.json"
-    print(f"{files} are in {output.folder}")

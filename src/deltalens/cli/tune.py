@@ -48,15 +48,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Search, and print what was found."""
     from deltalens.cli.method_options import method_entries, read_methods
+    from deltalens.data.dense_formats import DENSE_TASKS
     from deltalens.studies.search_space import DEFAULT, read_space
     from deltalens.studies.tune import Search, trials_table, write_tables
     from deltalens.tasks import main_metric_of
 
     own = ("config", "recipe", "space", "trials", "metric", "prune", "output")
     options = {key: value for key, value in vars(args).items() if key not in own}
+    options["batch_size"] = options["batch_size"] or train.BATCH_SIZE
     methods = read_methods(args.method)
     space = DEFAULT if args.space is None else read_space(_space_file(args.space))
     data = train.read_images(options)
+    if data.task in DENSE_TASKS:
+        raise ValueError(f"{args.data} is data for {data.task}, which tune does not search for: give train other --lr")
     if data.val is None:
         raise ValueError("a search needs validation images: the data has none, or --protocol trainval trains on them")
     search = Search(
@@ -67,7 +71,7 @@ def run(args: Namespace) -> None:
         seed=args.seed,
         prune=args.prune,
         default_lr=train.settled_rate(options, methods),
-        batch_size=args.batch_size,
+        batch_size=options["batch_size"],
     )
     _check_same_options(search, options | {"method": method_entries(methods)})
     build = _builder(options, methods, data)

@@ -79,8 +79,8 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
         for picture, file, number in pictures:
             objects, stated = read_files[file]
             parts[part].append(Annotated(picture, partial(_objects, objects, names, file), str(file), number, stated))
-    years = {"years": [kit.name for kit in kits]} if len(kits) > 1 else {}
-    return object_splits(parts, names, options, masks=False, origin=years)
+    facts: dict[str, Any] = {"metrics": "voc07"} | ({"years": [kit.name for kit in kits]} if len(kits) > 1 else {})
+    return object_splits(parts, names, options, masks=False, origin=facts)
 
 
 def devkits(root: Path) -> list[Path]:

@@ -9,6 +9,7 @@ head as it is, and a warning of the logger says that the file's was passed over.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def without_head(model: nn.Module, name: str, config: dict[str, Any], tensors: d
     return {**kept, **own}
 
 
-def beyond(model: nn.Module, name: str):
+def beyond(model: nn.Module, name: str) -> Callable[[str], bool]:
     """Whether a file's tensor belongs to a part of the plain classifier that this network does not have."""
     anatomy, own = anatomy_of(model), adapter_tensors(model, name).keys()
     names = {anatomy.canonical(path) for path, _ in anatomy.backbone_parameters()}

@@ -89,8 +89,8 @@ class VocAveragePrecision(Metric):
         "map50_voc07"  mean over r in 0, 0.1 ... 1 of the largest P(k) with R(k) >= r            (VOC 2007)
         "map50_voc"    sum over k of (R(k) - R(k-1)) max of P(j) over j >= k                     (VOC 2010 and later)
 
-    Both are means over the classes that have an object; NaN where there is none. Coordinates are continuous; the
-    challenge's tools, whose boxes end at the last pixel's index, add 1 to widths, which gives the same.
+    Both are means over the classes that have an object; NaN where there is none. Widths are right minus
+    left; the challenge's tools, whose boxes end at the last pixel's index, add 1.
     """
 
     full_state_update = False

@@ -37,9 +37,10 @@ class DetectionTask(nn.Module):
 
     The loss is the sum of the model's own losses and, in training, of the loss terms of the active adapters' methods.
     In eval mode the model detects, and there is no loss. Labels are indices into class_names, without a background.
-    Targets may have "iscrowd", "difficult" (n,) and "area" (n,): crowds, and difficult boxes unless train_difficult,
-    are left out of training, as mmdetection does with its settings for VOC, and passed over by the metrics. An image
-    may have no object, and a batch none at all.
+    Targets may have "iscrowd", "difficult" (n,) and "area" (n,). The metrics pass over crowds and difficult objects.
+    Crowds are never trained on; difficult objects are where the data give them (the readers' training transforms leave
+    them out, as mmdetection does for VOC) and train_difficult is not False. An image may have no object, and a batch
+    none at all.
 
     metrics: which one is `main_metric`: "coco" (AP over IoU 0.5 to 0.95), "voc07" (AP at IoU 0.5 over eleven recalls)
     or "voc" (area under that curve). All are measured.
@@ -55,7 +56,7 @@ class DetectionTask(nn.Module):
     has_evaluation_loss = False
 
     def __init__(
-        self, model: nn.Module, class_names: Sequence[str], metrics: str = "coco", train_difficult: bool = False
+        self, model: nn.Module, class_names: Sequence[str], metrics: str = "coco", train_difficult: bool = True
     ):
         super().__init__()
         if metrics not in self.main_metrics:
@@ -128,8 +129,15 @@ class DetectionTask(nn.Module):
         return MetricCollection(metrics, compute_groups=False)
 
     def update_metrics(self, metrics: MetricCollection, result: dict[str, Any], batch: Sequence[Any]) -> None:
-        """Add one batch's result to metrics made by `new_metrics`."""
-        metrics.update(result["output"], batch[1])
+        """Add one batch's result to metrics made by `new_metrics`: in pixels of the pictures as they were read, where
+        the targets say how they were resized."""
+        from deltalens.data.dense_transforms import in_original_pixels, truth_in_original_pixels
+
+        found = [
+            in_original_pixels(each, target) if "orig_size" in target else each
+            for each, target in zip(result["output"], batch[1], strict=True)
+        ]
+        metrics.update(found, [truth_in_original_pixels(target) for target in batch[1]])
 
     def per_class(self, metrics: MetricCollection) -> dict[str, float]:
         """Class name -> average precision as the main metric has it; NaN for a class that no image has."""

@@ -112,7 +112,7 @@ def _plan(name: str, given: _Options, size: tuple[int, int] | None) -> _Plan:
     if not plain:
         strides = tuple(trial.feature_info.reduction())
     multiple = max(strides)
-    own = _pair(options.get("img_size")) or tuple(input_size(plain_form)[1:])
+    own = _pair(options.get("img_size")) or input_size(plain_form)[1:]
     rounded = (_up(own[0], multiple), _up(own[1], multiple))
     maps = _maps(trial, own, plain, len(strides)) or _maps(trial, rounded, plain, len(strides))
     if maps is None or len(maps) != len(strides) or any(m.dim() != 4 for m in maps):
@@ -123,7 +123,7 @@ def _plan(name: str, given: _Options, size: tuple[int, int] | None) -> _Plan:
     return _Plan(type(plain_form).__name__, plain, options, channels, strides, None if anything else own, multiple, own)
 
 
-def _on_meta(name: str, options: Mapping[str, Any]) -> nn.Module:
+def _on_meta(name: str, options: Mapping[str, Any]) -> Any:
     with torch.device("meta"), _Uninitialised(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return named.create(name, None, False, None, dict(options))[0]
@@ -147,7 +147,7 @@ def _constructor_options(model: nn.Module) -> set[str]:
     for cls in type(model).__mro__:
         if cls is nn.Module:
             break
-        parameters = inspect.signature(cls.__init__).parameters
+        parameters = inspect.signature(cls).parameters
         taken |= set(parameters)
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             break
@@ -161,19 +161,21 @@ def _same_tensors(one: nn.Module, other: nn.Module) -> bool:
 
 def _strides(model: nn.Module) -> tuple[int, ...]:
     """The stride of each map that timm says a model has."""
-    info = getattr(model, "feature_info", None) or ()
+    info: Any = getattr(model, "feature_info", None) or ()
     found = info.reduction() if hasattr(info, "reduction") else [each.get("reduction") for each in info]
     return tuple(found) if all(isinstance(stride, int) for stride in found) else ()
 
 
-def _maps(model: nn.Module, size: tuple[int, int], plain: bool, count: int) -> Sequence[Tensor] | None:
+def _maps(model: Any, size: tuple[int, int], plain: bool, count: int) -> Sequence[Tensor] | None:
     """What a model on the meta device gives for images of a size; None where it refuses them."""
     images = torch.empty(1, 3, *size, device="meta")
     try:
         with torch.no_grad(), torch.device("meta"):
             if plain:
-                return model.forward_intermediates(images, indices=list(range(count)), intermediates_only=True)
-            return model(images)
+                maps = model.forward_intermediates(images, indices=list(range(count)), intermediates_only=True)
+            else:
+                maps = model(images)
+            return list(maps)
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError):
         return None
 

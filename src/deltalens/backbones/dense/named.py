@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -52,7 +52,7 @@ def create(
     return network, full_name
 
 
-def head_builder(head: str):
+def head_builder(head: str) -> Callable[..., nn.Module]:
     """The function that builds a network with this head; ValueError for an unknown one."""
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}; the dense heads are {', '.join(HEADS)}")
@@ -60,7 +60,9 @@ def head_builder(head: str):
     return getattr(importlib.import_module(module), function)
 
 
-def checked_options(head: str, build, head_options: Mapping[str, Any] | None) -> dict[str, Any]:
+def checked_options(
+    head: str, build: Callable[..., nn.Module], head_options: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The head's options as a dictionary; ValueError for those that it does not have. A builder with **options checks
     them itself."""
     found = dict(head_options or {})

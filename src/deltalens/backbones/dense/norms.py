@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from timm.layers import LayerNorm2d, RmsNorm, RmsNorm2d
+from timm.layers.norm import LayerNorm2d, RmsNorm, RmsNorm2d
 from torch import nn
 
 _OF_CHANNELS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d)

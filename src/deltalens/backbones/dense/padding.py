@@ -8,6 +8,11 @@ from torch import Tensor
 Size = tuple[int, int]
 
 
+def size_of(images: Tensor) -> Size:
+    """(H, W) of images."""
+    return images.shape[-2], images.shape[-1]
+
+
 def up_to_multiple(length: int, *multiples: int) -> int:
     """The length rounded up to a multiple of the first number, then of the second..."""
     for multiple in multiples:
@@ -17,7 +22,7 @@ def up_to_multiple(length: int, *multiples: int) -> int:
 
 def padded(images: Tensor, size: Size) -> Tensor:
     """Images (B, 3, H, W) with zeros (the mean colour of normalised images) at the right and the bottom."""
-    height, width = images.shape[-2:]
+    height, width = size_of(images)
     if (height, width) == size:
         return images
     return F.pad(images, (0, size[1] - width, 0, size[0] - height))
@@ -41,7 +46,7 @@ def checked(images: Tensor, fixed_size: Size | None, network: str) -> Size:
     """(H, W) of images, ValueError where a network of one size cannot take them."""
     if images.dim() != 4:
         raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-    height, width = images.shape[-2:]
+    height, width = size_of(images)
     if fixed_size is not None and (height > fixed_size[0] or width > fixed_size[1]):
         raise ValueError(
             f"{network} takes images of at most {fixed_size[0]}x{fixed_size[1]} pixels and got {height}x{width}: "

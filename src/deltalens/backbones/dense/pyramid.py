@@ -9,12 +9,13 @@ Images are padded to what the network takes (`padded_size`); `padded_maps` gives
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from deltalens.backbones.dense.body import Body, nchw
 from deltalens.backbones.dense.norms import output_norms
-from deltalens.backbones.dense.padding import Size, checked, cut, padded, up_to_multiple
+from deltalens.backbones.dense.padding import Size, checked, cut, padded, size_of, up_to_multiple
 
 STRIDES = (4, 8, 16, 32)
 
@@ -32,7 +33,9 @@ def make_pyramid(
     strides: those that are wanted; a hierarchical network gives which of them it has. norms: `output_norms`. blocks,
     out_channels: of plain networks only, see `SimplePyramid`; the last block and 256 by default.
     """
-    of_plain = {key: value for key, value in (("blocks", blocks), ("out_channels", out_channels)) if value is not None}
+    of_plain: dict[str, Any] = {
+        key: value for key, value in (("blocks", blocks), ("out_channels", out_channels)) if value is not None
+    }
     if body.plain:
         from deltalens.backbones.dense.simple_pyramid import SimplePyramid
 
@@ -51,6 +54,8 @@ class HierarchicalPyramid(nn.Module):
     Images are padded to a multiple of the largest stride, and the maps cut back.
     Raises ValueError where the network has no map of any of the strides.
     """
+
+    backbone: Any
 
     def __init__(self, body: Body, *, strides: Sequence[int] = STRIDES, norms: str | None = "auto"):
         super().__init__()
@@ -81,5 +86,5 @@ class HierarchicalPyramid(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map for each stride."""
-        size = tuple(images.shape[-2:])
+        size = size_of(images)
         return [cut(each, size, stride) for each, stride in zip(self.padded_maps(images), self.strides, strict=True)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltalens.backbones.dense.checkpointing import set_grad_checkpointing
-from deltalens.backbones.dense.padding import Size
+from deltalens.backbones.dense.padding import Size, size_of
 
 
 class Segmenter(nn.Module):
@@ -20,6 +21,7 @@ class Segmenter(nn.Module):
     Logits are resized to the padded image's pixels bilinearly (align_corners=False); what was padded is cut off.
     """
 
+    maps: Any
     adapted = "maps.backbone"
 
     def __init__(self, maps: nn.Module, head: nn.Module, num_classes: int, auxiliary: Sequence[nn.Module] = ()):
@@ -28,7 +30,7 @@ class Segmenter(nn.Module):
         self.auxiliary = nn.ModuleList(auxiliary)
 
     def forward(self, images: Tensor) -> dict[str, Tensor | list[Tensor]]:
-        size = tuple(images.shape[-2:])
+        size = size_of(images)
         maps, frame = self.maps.padded_maps(images), self.maps.padded_size(size)
         found: dict[str, Tensor | list[Tensor]] = {"out": to_pixels(self.head(maps), frame, size)}
         if self.training and len(self.auxiliary):

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from deltalens.backbones.dense.body import Body
-from deltalens.backbones.dense.padding import Size, cut, up_to_multiple
+from deltalens.backbones.dense.padding import Size, cut, size_of, up_to_multiple
 from deltalens.backbones.dense.token_maps import TokenMaps
 
 
@@ -56,14 +56,14 @@ class SimplePyramid(TokenMaps):
 
     def padded_maps(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map for each stride, of the padded image."""
-        size = self.padded_size(tuple(images.shape[-2:]))
+        size = self.padded_size(size_of(images))
         maps = [self._on_grid(each) for each in super().padded_maps(images)]
         found = zip(self.levels, maps, self.strides, strict=True)
         return [cut(level(each), size, stride) for level, each, stride in found]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map for each stride."""
-        size = tuple(images.shape[-2:])
+        size = size_of(images)
         return [cut(each, size, stride) for each, stride in zip(self.padded_maps(images), self.strides, strict=True)]
 
     def _on_grid(self, feature_map: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ class TokenMaps(nn.Module):
     blocks: counted from 0, negative ones from the end. multiples: sides of images are rounded up to a multiple of the
     first, then of the next, and at last of the patch. norms: see `output_norms`, one for each block taken.
     """
+
+    backbone: Any
 
     def __init__(self, body: Body, blocks: Sequence[int], norms: str | None = "auto", multiples: Sequence[int] = ()):
         super().__init__()

@@ -1,0 +1,225 @@
+"""`deltalens predict` for segmentation, detection and instances: tables, drawn pictures, COCO JSON, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+    from PIL import Image
+
+    from deltalens.studies.dense_measure import Found
+
+BATCH = 1
+FORMATS = ("table", "csv", "json", "coco", "masks", "pictures")
+
+
+def run_dense(args: Namespace, name: str) -> None:
+    """Predict and print, write or draw. name: of the task."""
+    from deltalens.cli.dense_models import load_dense, refuse
+    from deltalens.cli.predict import find_images
+    from deltalens.studies.figure import KINDS
+
+    refuse(args, name, {"model": None, "checkpoint": None, "classes": None, "templates": None, "task": None, "topk": 1})
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold is a score between 0 and 1, got {args.threshold:g}")
+    is_sheet = args.output is not None and Path(args.output).suffix.lower() in KINDS
+    _check_output(args, name, is_sheet)
+    paths = find_images(args.images)
+    task, _, device = load_dense(args, name)
+    files = _files(paths, task, name, args.skip_broken)
+    found = _found(args, task, files, device)
+    names: list[str] = list(task.class_names)  # type: ignore[arg-type]
+    if is_sheet:
+        _sheet(found, names, args.output)
+    elif args.format in ("masks", "pictures"):
+        _write_images(found, names, Path(args.output), args.format == "masks")
+    else:
+        from deltalens.lifecycle.atomic import write_text
+
+        text = {"table": as_table, "csv": as_csv, "json": as_json, "coco": as_coco}[args.format](found, names)
+        if args.output is None:
+            print(text, end="")
+        else:
+            write_text(args.output, text)
+            print(f"what was found in {len(files)} images is in {args.output}")
+
+
+def _check_output(args: Namespace, name: str, is_sheet: bool) -> None:
+    """ValueError for a format that the task does not have, or that is written elsewhere."""
+    if args.format == "coco" and name == "segmentation":
+        raise ValueError("--format coco is for boxes and instances: segmentation is written by --format masks")
+    if args.format == "masks" and name != "segmentation":
+        raise ValueError(f"--format masks is for segmentation: {name} is written by --format coco")
+    if args.format in ("masks", "pictures"):
+        if args.output is None:
+            raise ValueError(f"--format {args.format} writes a file for each image: give a folder, --output DIR")
+        if is_sheet or Path(args.output).is_file():
+            raise ValueError(f"--format {args.format} needs a folder, and --output {args.output} is a file")
+    elif is_sheet and args.format != "table":
+        raise ValueError(f"{args.output} would be a drawing: write --format {args.format} to a .{args.format} file")
+
+
+def _files(paths: Sequence[Path], task: Any, name: str, skip_broken: bool) -> Any:
+    """The images as a dataset with empty truths, with the transform of the test."""
+    import numpy as np
+
+    import deltalens as dl
+    from deltalens.data.dense_checks import look_at_all, sound
+    from deltalens.data.dense_items import MaskedImages, ObjectImages, Objects
+    from deltalens.data.inputs import set_inputs
+
+    looked = look_at_all(paths)
+    kept = sound(paths, looked, skip_broken)
+    if not kept:
+        raise ValueError(f"none of the {len(paths)} images can be read")
+    chosen, sizes, classes = [paths[i] for i in kept], [looked[i].upright for i in kept], len(task.class_names)
+    files: MaskedImages | ObjectImages
+    if name == "segmentation":
+        empty = [np.broadcast_to(np.uint8(255), size) for size in sizes]
+        files = MaskedImages(chosen, empty, np.full(256, 255, np.uint8), np.zeros((len(chosen), classes)))
+    else:
+        nothing = [Objects.of([], []) for _ in chosen]
+        files = ObjectImages(chosen, nothing, range(1, len(chosen) + 1), sizes, classes)
+    set_inputs(files, dl.preprocessing(task.model))
+    return files
+
+
+def _found(args: Namespace, task: Any, files: Any, device: Any) -> Iterator[Found]:
+    from deltalens.studies.dense_measure import found_in
+
+    return found_in(task, files, args.batch_size or BATCH, device, args.threshold)
+
+
+# ------------------------------------------------------------------ pictures
+def _sheet(found: Iterator[Found], names: list[str], output: str) -> None:
+    from deltalens.studies.dense_pictures import drawn, plot_sheet
+
+    pictures: list[tuple[str, Image.Image]] = [(Path(each.name).name, drawn(each, names)) for each in found]
+    plot_sheet(pictures, output)
+    print(f"{len(pictures)} images are drawn in {output}")
+
+
+def _write_images(found: Iterator[Found], names: list[str], folder: Path, as_masks: bool) -> None:
+    """A PNG for each image, called as it is; of two with one name the later ones get a number."""
+    import numpy as np
+    from PIL import Image
+
+    from deltalens.lifecycle.atomic import atomic_path, write_text
+    from deltalens.studies.dense_pictures import drawn, palette
+
+    folder.mkdir(parents=True, exist_ok=True)
+    used: dict[str, int] = {}
+    for each in found:
+        stem = Path(each.name).stem
+        used[stem] = used.get(stem, 0) + 1
+        stem = stem if used[stem] == 1 else f"{stem}-{used[stem]}"
+        if as_masks:
+            assert each.mask is not None
+            image = Image.fromarray(each.mask.astype(np.uint8), "L")
+            image = image.convert("P")
+            image.putdata(each.mask.astype(np.uint8).reshape(-1).tolist())
+            image.putpalette(palette(len(names)))
+        else:
+            image = drawn(each, names)
+        with atomic_path(folder / f"{stem}.png") as temporary:
+            image.save(temporary, "PNG")
+    if as_masks:
+        write_text(folder / "classes.txt", "".join(f"{name}\n" for name in names))
+    print(f"{sum(used.values())} {'masks' if as_masks else 'drawn pictures'} are in {folder}")
+
+
+# ------------------------------------------------------------------ formats
+def _shares(each: Found, names: list[str]) -> list[tuple[str, float]]:
+    """(class, share of the pixels), largest first."""
+    import numpy as np
+
+    assert each.mask is not None
+    counts = np.bincount(each.mask.reshape(-1), minlength=len(names))
+    return [(names[i], counts[i] / each.mask.size) for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
+
+
+def as_table(found: Iterator[Found], names: list[str]) -> str:
+    """Image by image: the classes with their shares of it, or what was found, with score and box in pixels."""
+    lines = []
+    for each in found:
+        if each.mask is not None:
+            lines.append(f"{each.name}  " + "  ".join(f"{name} {share:.1%}" for name, share in _shares(each, names)))
+            continue
+        lines.append(f"{each.name}  {len(each.detections) or 'nothing'} found")
+        for one in each.detections:
+            lines.append(f"  {one.name:<16} {one.score:6.1%}  " + " ".join(f"{side:7.1f}" for side in one.box))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def as_csv(found: Iterator[Found], names: list[str]) -> str:
+    """One line per image and class (image, class, share), or per object (image, class, score, left, top, right,
+    bottom)."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for number, each in enumerate(found):
+        if number == 0:
+            of_objects = ("class", "score", "left", "top", "right", "bottom")
+            writer.writerow(("image", *(of_objects if each.mask is None else ("class", "share"))))
+        if each.mask is not None:
+            writer.writerows((each.name, name, f"{share:.6f}") for name, share in _shares(each, names))
+        for one in each.detections:
+            writer.writerow((each.name, one.name, f"{one.score:.6f}", *(f"{side:.2f}" for side in one.box)))
+    return text.getvalue()
+
+
+def as_json(found: Iterator[Found], names: list[str]) -> str:
+    """[{"image": ..., "classes": [{"class", "share"}]}, ...], or with "objects": [{"class", "score", "box"}]."""
+    import json
+
+    entries: list[dict[str, Any]] = []
+    for each in found:
+        if each.mask is not None:
+            said = [{"class": name, "share": float(share)} for name, share in _shares(each, names)]
+            entries.append({"image": each.name, "classes": said})
+        else:
+            objects = [{"class": one.name, "score": one.score, "box": list(one.box)} for one in each.detections]
+            entries.append({"image": each.name, "objects": objects})
+    return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_coco(found: Iterator[Found], names: list[str]) -> str:
+    """COCO's JSON: "images", "categories" (ids from 1 in the order of the classes), and "annotations" with "bbox"
+    (left, top, width, height), "area", "score" and of instances "segmentation" (run lengths). Its "annotations" alone
+    are what COCO's tools call results."""
+    import json
+
+    images, annotations = [], []
+    for number, each in enumerate(found, 1):
+        width, height = each.picture.size
+        images.append({"id": number, "file_name": each.name, "width": width, "height": height})
+        for one in each.detections:
+            annotations.append({"id": len(annotations) + 1, "image_id": number, **_annotation(one, names)})
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+    whole = {"images": images, "categories": categories, "annotations": annotations}
+    return json.dumps(whole, ensure_ascii=False) + "\n"
+
+
+def _annotation(one: Any, names: list[str]) -> dict[str, Any]:
+    left, top, right, bottom = one.box
+    said: dict[str, Any] = {
+        "category_id": names.index(one.name) + 1,
+        "bbox": [left, top, right - left, bottom - top],
+        "score": one.score,
+        "iscrowd": 0,
+    }
+    if one.mask is None:
+        return said | {"area": (right - left) * (bottom - top)}
+    import numpy as np
+    from faster_coco_eval import mask as coco_mask
+
+    mask = np.asfortranarray(one.mask.cpu().numpy().astype(np.uint8))
+    runs = coco_mask.encode(mask)
+    counts = runs["counts"]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    return said | {"area": float(mask.sum()), "segmentation": {"size": list(map(int, runs["size"])), "counts": text}}

@@ -1,0 +1,105 @@
+"""The network, the transforms and the task of a dense training run, from the options of `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deltalens.data.splits import Splits
+
+LARGEST_CROP, MULTIPLE, LOOKED_AT = 512, 32, 50
+
+
+def fitted_to_data(options: dict[str, Any], data: Splits) -> dict[str, Any]:
+    """The options with the crop size written out: the short side of most of the first training pictures, rounded up to
+    a multiple of 32, at most 512."""
+    if options["task"] != "segmentation" or options["crop_size"] is not None:
+        return options
+    import statistics
+
+    train: Any = data.train
+    sides = [min(train.image(index).size) for index in range(min(LOOKED_AT, len(train)))]
+    side = min(LARGEST_CROP, -(-int(statistics.median_low(sides)) // MULTIPLE) * MULTIPLE)
+    return options | {"crop_size": side}
+
+
+def build_dense_task(options: dict[str, Any], methods: list, data: Splits) -> nn.Module:
+    """The task with its adapted network. The data get their transforms. Everything that can be wrong with the options
+    is found here, before anything is written."""
+    import torch
+
+    import deltalens as dl
+    from deltalens.data.inputs import Augmentation, set_inputs
+
+    if data.task != options["task"]:
+        raise ValueError(f"{options['data']} is data for {data.task}, not for {options['task']}")
+    torch.manual_seed(options["seed"])
+    network = create_network(options, len(data.class_names))
+    dl.attach(network, methods)
+    info = dl.adapter_info(network)
+    info["preprocessing"] = dl.preprocessing(network)
+    if options["test_size"] is not None:
+        info["preprocessing"]["test_size"] = list(options["test_size"])
+    if options.get("window") is not None:
+        info["inference"] = {"window": options["window"], "stride": options["stride"]}
+    info["split"] = dict(data.origin)
+    tuples = {name: tuple(value) for name, value in options.items() if isinstance(value, list) and name != "method"}
+    set_inputs(data.train, info["preprocessing"], Augmentation.among({**options, **tuples}))
+    for part in (part for part in (data.val, data.test) if part is not None):
+        set_inputs(part, info["preprocessing"])
+    further = {name: options[name] for name in ("auxiliary_weight",) if name in options}
+    return make_task(
+        network, data.class_names, options["task"], info, train_difficult=options.get("difficult"), **further
+    )
+
+
+def create_network(options: dict[str, Any], num_classes: int) -> nn.Module:
+    """The network that --model, --head, --head-options, --img-size and --checkpoint describe."""
+    import deltalens as dl
+
+    size = options.get("img_size")
+    if size is not None and size < 1:
+        raise ValueError(f"--img-size must be positive, got {size}")
+    said: dict[str, Any] = {
+        "num_classes": num_classes,
+        "head": options["head"],
+        "head_options": options["head_options"],
+        "pretrained": options["pretrained"],
+        "checkpoint": options.get("checkpoint"),
+    }
+    try:
+        return dl.create_backbone(options["model"], **said, **({} if size is None else {"img_size": size}))
+    except TypeError as error:
+        if size is None or "img_size" not in str(error):
+            raise
+        return dl.create_backbone(options["model"], **said)  # a network that takes images of any size
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"{options['model']} cannot be built for --img-size {size}: {error}") from error
+
+
+def make_task(
+    network: nn.Module,
+    class_names: list[str],
+    task: str,
+    info: dict[str, Any],
+    train_difficult: Any = None,
+    **said: Any,
+) -> nn.Module:
+    """The task of that name on an adapted network. info: the adapter's, which says what metrics the data have and how
+    whole images are segmented."""
+    from deltalens.tasks import Inference, SegmentationTask, task_class
+
+    kind: Callable[..., nn.Module] = task_class(task)
+    if kind is SegmentationTask:
+        inference = said.pop("inference", None) or Inference(**info.get("inference", {}))
+        return kind(network, class_names, inference=inference, **said)
+    metrics = (info.get("split") or {}).get("metrics") or "coco"
+    return kind(network, class_names, metrics=metrics, train_difficult=bool(train_difficult))
+
+
+def measured_part(data: Splits) -> str | None:
+    """The part that reports are about: "test", "val" where there is none, None where nothing is kept from training."""
+    return next((part for part in ("test", "val") if getattr(data, part) is not None), None)

@@ -1,0 +1,208 @@
+"""Masks, boxes and instances drawn into pictures, with names and scores."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from deltalens.studies.dense_measure import Found
+from deltalens.studies.figure import check_kind, page_colours, save_figure
+from deltalens.tasks import Detection
+
+Colour = tuple[int, int, int]
+FIRST: tuple[Colour, ...] = (  # told apart on photographs, and by most who see few colours
+    (230, 75, 53), (0, 130, 200), (60, 180, 75), (245, 200, 30), (145, 30, 180), (70, 220, 230),
+    (245, 130, 48), (240, 50, 230), (0, 128, 128), (170, 110, 40), (128, 0, 0), (128, 128, 0),
+)  # fmt: skip
+IGNORED = 255
+LEAST_SIDE, MOST_SIDE = 480, 1600  # of the long side of drawn pictures: small ones are enlarged so that words fit
+MOST = 500  # pictures of a sheet
+PANEL = 3.4  # inches
+INK, PAPER = (34, 36, 42), (255, 255, 255)
+
+
+def class_colours(count: int) -> list[Colour]:
+    """A colour for each class; beyond the first dozen hues go around by the golden angle."""
+    colours = list(FIRST[:count])
+    for number in range(len(colours), count):
+        light = (0.95, 0.7, 0.85)[number % 3]
+        rgb = colorsys.hsv_to_rgb(number * 0.61803398875 % 1, (0.75, 0.9, 0.5)[number // 3 % 3], light)
+        colours.append(tuple(round(255 * part) for part in rgb))  # type: ignore[arg-type]
+    return colours
+
+
+def drawn(found: Found, class_names: Sequence[str]) -> Image.Image:
+    """The picture with what was found in it."""
+    if found.mask is not None:
+        return drawn_mask(found.picture, found.mask, class_names)
+    return drawn_objects(found.picture, found.detections, class_names)
+
+
+# ------------------------------------------------------------------ segmentation
+def drawn_mask(picture: Image.Image, mask: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+    """Classes as colours over the picture, ignored pixels as they are, and below it the names of the classes there,
+    with their shares."""
+    large = _enlarged(picture)
+    classes = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(large.size, Image.Resampling.NEAREST))
+    colours = np.array([*class_colours(len(class_names)), *[(0, 0, 0)] * (256 - len(class_names))], np.float32)
+    weight = np.where(classes < len(class_names), 0.55, 0.0)[..., None]
+    pixels = (1 - weight) * np.asarray(large, np.float32) + weight * colours[classes]
+    edges = _edges(classes)
+    pixels[edges] = 0.35 * pixels[edges] + 0.65 * 255
+    return _with_legend(Image.fromarray(pixels.round().astype(np.uint8)), mask, class_names)
+
+
+def _edges(classes: np.ndarray) -> np.ndarray:
+    """Where the class at the right or below is another."""
+    edges = np.zeros(classes.shape, bool)
+    edges[:, :-1] |= classes[:, :-1] != classes[:, 1:]
+    edges[:-1] |= classes[:-1] != classes[1:]
+    return edges
+
+
+def _with_legend(image: Image.Image, mask: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+    counts = np.bincount(mask.reshape(-1).astype(np.int64), minlength=256)[: len(class_names)]
+    known = max(1, counts.sum())
+    shown = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
+    font = _font(image)
+    size, margin = int(font.size), int(font.size) // 2
+    words = [f"{class_names[i]} {counts[i] / known:.0%}" for i in shown]
+    places, x, y = [], margin, margin
+    for text in words:
+        width = round(1.4 * size + font.getlength(text))
+        if x > margin and x + width > image.width - margin:
+            x, y = margin, y + round(1.5 * size)
+        places.append((x, y))
+        x += width + size
+    page = Image.new("RGB", (image.width, image.height + (y + round(1.5 * size) + margin if words else 0)), PAPER)
+    page.paste(image)
+    draw, colours = ImageDraw.Draw(page), class_colours(len(class_names))
+    for label, text, (x, y) in zip(shown, words, places, strict=True):
+        top = image.height + y
+        draw.rectangle((x, top + 2, x + size - 2, top + size), fill=colours[label])
+        draw.text((x + 1.4 * size, top), text, fill=INK, font=font)
+    return page
+
+
+# ------------------------------------------------------------------ objects
+def drawn_objects(
+    picture: Image.Image, detections: Sequence[Detection], class_names: Sequence[str], most_words: int = 40
+) -> Image.Image:
+    """Boxes, and of instances masks, with names and scores where there is room for them; the better ones first.
+
+    Boxes have the colours of their classes; masks of one class each a colour of their own.
+    """
+    large = _enlarged(picture)
+    scale = large.width / picture.width
+    by_class = class_colours(len(class_names))
+    masks = any(each.mask is not None for each in detections)
+    own = masks and len({each.name for each in detections}) < 2
+    several = class_colours(len(detections)) if own else []
+    colours = [several[i] if own else by_class[list(class_names).index(each.name)] for i, each in enumerate(detections)]
+    if masks:
+        large = _with_masks(large, detections, colours)
+    draw, font = ImageDraw.Draw(large), _font(large)
+    boxes = [tuple(scale * side for side in each.box) for each in detections]
+    line = max(2, round(font.size / 7))
+    for box, colour in zip(boxes, colours, strict=True):
+        draw.rectangle(box, outline=colour, width=line if not masks else max(1, line // 2))
+    taken: list[tuple[float, float, float, float]] = []
+    for each, box, colour in list(zip(detections, boxes, colours, strict=True))[:most_words]:
+        text = f"{each.name} {each.score:.2f}" if each.score < 1 else each.name
+        place = _place(box, font.getlength(text) + 6, font.size + 4, large.size, taken)
+        if place is not None:
+            taken.append(place)
+            draw.rectangle(place, fill=colour)
+            draw.text((place[0] + 3, place[1] + 1), text, fill=_readable(colour), font=font)
+    return large
+
+
+def _with_masks(image: Image.Image, detections: Sequence[Detection], colours: Sequence[Colour]) -> Image.Image:
+    pixels = np.asarray(image, np.float32).copy()
+    for each, colour in reversed(list(zip(detections, colours, strict=True))):  # the best on top
+        if each.mask is None:
+            continue
+        mask = Image.fromarray(each.mask.cpu().numpy().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+        inside = np.asarray(mask) > 0
+        pixels[inside] = 0.55 * pixels[inside] + 0.45 * np.array(colour, np.float32)
+        edge = _edges(np.asarray(mask))
+        pixels[edge] = colour
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _place(
+    box: Sequence[float], width: float, height: float, size: tuple[int, int], taken: Sequence[tuple]
+) -> tuple[float, float, float, float] | None:
+    """A free place for a word above the box, inside of it or below; None where there is none."""
+    if width > 3 * (box[2] - box[0]) + 20:  # a word much wider than its box says nothing about which one it is of
+        return None
+    left = min(max(0.0, box[0]), max(0.0, size[0] - width))
+    for top in (box[1] - height, box[1], box[3]):
+        place = (left, top, left + width, top + height)
+        inside = top >= 0 and top + height <= size[1]
+        if inside and not any(
+            place[0] < t[2] and t[0] < place[2] and place[1] < t[3] and t[1] < place[3] for t in taken
+        ):
+            return place
+    return None
+
+
+# ------------------------------------------------------------------ sheets
+def plot_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str | os.PathLike) -> None:
+    """Drawn pictures with their names side by side, as SVG, PNG or PDF. ValueError for more than 500."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    check_kind(path)
+    if not 0 < len(pictures) <= MOST:
+        raise ValueError(
+            f"a sheet holds 1 to {MOST} pictures, and these are {len(pictures)}: --format pictures draws each in a file"
+        )
+    columns = min(3, len(pictures))
+    rows = -(-len(pictures) // columns)
+    tallest = max(image.height / image.width for _, image in pictures)
+    figure = Figure(
+        figsize=(PANEL * columns, (PANEL * min(1.6, tallest) + 0.35) * rows), dpi=160, layout="constrained",
+        facecolor="white",
+    )  # fmt: skip
+    FigureCanvasAgg(figure)
+    ink = page_colours()["ink"]
+    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False).ravel()):
+        axis.set_axis_off()
+        axis.set_anchor("N")
+        if number < len(pictures):
+            name, image = pictures[number]
+            axis.imshow(image, interpolation="antialiased")
+            title = axis.set_title(name, fontsize=8.5, color=ink, loc="left")
+            title.set_parse_math(False)
+    save_figure(figure, path)
+
+
+def palette(count: int) -> list[int]:
+    """Of a PNG with class numbers: the classes' colours, then black, and white for 255."""
+    colours = [*class_colours(count), *[(0, 0, 0)] * (255 - count), (255, 255, 255)]
+    return [part for colour in colours for part in colour]
+
+
+# ------------------------------------------------------------------ words
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """In colours, with a long side that words fit into."""
+    longest = max(picture.size)
+    factor = LEAST_SIDE / longest if longest < LEAST_SIDE else MOST_SIDE / longest if longest > MOST_SIDE else 1.0
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+def _font(image: Image.Image) -> Any:
+    return ImageFont.load_default(size=max(13, round(max(image.size) / 42)))
+
+
+def _readable(colour: Colour) -> Colour:
+    """Ink or paper, whichever is told apart better from the colour behind it."""
+    light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    return INK if light > 140 else PAPER
