@@ -5,7 +5,7 @@ Contenders run in turns (A B C D, A B C D, ...) on random weights with dropout 0
 of the ratios within a round. A training step is forward and backward; "saved MB" is what autograd keeps for backward,
 each storage once, without parameters. On a GPU the peak memory of a step is shown too. Targets are checked for the
 models they are stated for: VPT-deep and Adapter-X on ViT-B/16, Mona on Swin-T, attaching and files on ViT-L, MMA on
-CLIP ViT-B/16, patches on Point-MAE.
+CLIP ViT-B/16, patches on Point-MAE, Mona in dense prediction on Swin-T and Swin-B at 512 pixels.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 PARTS = ("vpt", "mona", "lifecycle")  # those that run where none is named
-FURTHER = ("clip", "prompts", "points", "adapter-x")
+FURTHER = ("clip", "prompts", "points", "adapter-x", "dense")
 
 
 HELP = (
     "what to measure; vpt, mona and lifecycle where none is named; clip is MMA, CoOp and CoCoOp on a two-tower model, "
     "which needs open_clip; prompts is VPT's cost table over prompt lengths; points is the making of patches of point "
-    "clouds; adapter-x is its pool of experts beside AdaptFormer, and sorted by expert"
+    "clouds; adapter-x is its pool of experts beside AdaptFormer, and sorted by expert; dense is Mona on Swin under "
+    "RetinaNet and UPerNet"
 )
 
 
@@ -34,8 +35,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("parts", nargs="*", type=Literal[(*PARTS, *FURTHER)], default=list(PARTS), help=HELP)
     add("--model", type=str | None, help="instead of a part's own model; vpt needs a ViT with a class token")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
-    add("--batch-size", type=int | None, help="images in a batch; null for 4, in clip 16, in points 32")
+    add("--batch-size", type=int | None, help="images in a batch; null for 4, in clip 16, in points 32, in dense 2")
     add("--classes", type=int | None, help="classes of clip, each a text; null for 100")
+    add("--head", type=Literal["retinanet", "upernet"] | None, help="of dense; null for both")
     add("--rounds", type=int, default=7, help="interleaved rounds of training steps, twice as many of inference")
     add("--threads", type=int | None, help="processor threads; null for torch's choice")
     add("--device", type=str | None, help="cpu, cuda, cuda:1...; null for a GPU where there is one")
@@ -62,6 +64,7 @@ def run(args: Namespace) -> int:
         bench_report,
         benchmarks,
         clip_bench,
+        dense_bench,
         expert_bench,
         lifecycle_bench,
         point_bench,
@@ -74,7 +77,7 @@ def run(args: Namespace) -> int:
             f"--device {device} was asked for, but torch finds no GPU here; leave it out to use the processor"
         )
     options = benchmarks.Options(
-        args.model, args.img_size, args.batch_size, args.rounds, device, args.clock, args.quick, args.classes
+        args.model, args.img_size, args.batch_size, args.rounds, device, args.clock, args.quick, args.classes, args.head
     )
     benches = {
         "vpt": benchmarks.bench_vpt,
@@ -83,6 +86,7 @@ def run(args: Namespace) -> int:
         "clip": clip_bench.bench_clip,
         "prompts": prompt_bench.bench_prompts,
         "points": point_bench.bench_points,
+        "dense": dense_bench.bench_dense,
         "adapter-x": expert_bench.bench_adapter_x,
     }
     reports = []

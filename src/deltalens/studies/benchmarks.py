@@ -31,7 +31,7 @@ class Options:
     """How a benchmark runs.
 
     model, img_size, batch_size: None for the benchmark's own. quick: the small shipped backbones, batch 2 and 3 rounds
-    at most. classes: texts of the part clip.
+    at most. classes: texts of the part clip. head: of the part dense, None for all of its heads.
     """
 
     model: str | None = None
@@ -42,6 +42,7 @@ class Options:
     clock: Clock = "wall"
     quick: bool = False
     classes: int | None = None
+    head: str | None = None
 
     def settled(self, own_model: str, quick_model: str, own_batch: int = 4) -> Options:
         """With the benchmark's own model and batch filled in, and everything made small where quick."""
