@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from deltalens.data.splits import Splits
     from deltalens.training.output import Output
 
-REPORT = "report.html"
-
 
 def run_dense(
     options: dict[str, Any], methods: list[Any], data: Splits, output: Output, resume: bool, overwrite: bool
@@ -88,6 +86,7 @@ def _report(
 ) -> None:
     from deltalens.studies.dense_measure import examples_of
     from deltalens.studies.dense_report import DenseReport, write_dense_report
+    from deltalens.training.output import REPORT
 
     count = results["parameters"]
     methods = " + ".join(entry["method"] for entry in options["method"])
