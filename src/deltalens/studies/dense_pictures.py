@@ -160,14 +160,12 @@ def plot_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str | os.PathL
         )
     columns = min(3, len(pictures))
     rows = -(-len(pictures) // columns)
-    tallest = max(image.height / image.width for _, image in pictures)
-    figure = Figure(
-        figsize=(PANEL * columns, (PANEL * min(1.6, tallest) + 0.35) * rows), dpi=160, layout="constrained",
-        facecolor="white",
-    )  # fmt: skip
+    shapes = [min(1.6, image.height / image.width) for _, image in pictures]
+    heights = [PANEL * max(shapes[columns * row :][:columns]) + 0.35 for row in range(rows)]
+    figure = Figure(figsize=(PANEL * columns, sum(heights)), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     ink = page_colours()["ink"]
-    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False).ravel()):
+    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()):
         axis.set_axis_off()
         axis.set_anchor("N")
         if number < len(pictures):
