@@ -10,15 +10,16 @@ import torch.multiprocessing as mp
 from models import METHODS, MODELS, PAIRS, assert_same, backward, images, randomize_adapter
 
 import deltalens as dl
-from deltalens.methods import FullConfig
+from deltalens.methods import AdapterXConfig, FullConfig
 
-CASES = [pair for pair in PAIRS if pair[1] != "bitfit"] + [("vit", "bitfit"), ("resnet", "full")]
+OTHERS = {"full": FullConfig(), "adapter_x": AdapterXConfig(experts=4, bottleneck=4, dropout=0.0)}
+CASES = [pair for pair in PAIRS if pair[1] != "bitfit"] + [("vit", "bitfit"), ("resnet", "full"), ("vit", "adapter_x")]
 
 
 def case(family, method):
     """(adapted model, two images) of a case. Float64: the order of sums must not matter."""
     torch.manual_seed(0)
-    model = dl.attach(MODELS[family](), METHODS.get(method, FullConfig()))
+    model = dl.attach(MODELS[family](), METHODS.get(method) or OTHERS[method])
     if family == "resnet":
         model.eval()  # batch statistics of half a batch are other numbers
     return randomize_adapter(model).double(), images(family).double()

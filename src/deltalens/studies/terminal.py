@@ -16,11 +16,11 @@ from deltalens.studies.clip_demo_results import ClipComparison, share_text
 from deltalens.studies.results import Comparison, bytes_text, percent_text, seconds_text
 
 COLUMNS = (
-    "accuracy",
+    "test",
     "trained",
     "with\nhead",
     "% of\nbackbone",
-    "seconds",
+    "time\nin s",
     "saved for\nbackward",
     "adapter\nfile",
 )
@@ -102,7 +102,7 @@ class _Follow:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """The report's table, for rich; 80 columns wide at most for short method names."""
+    """The report's table, for rich; at most 80 columns wide where method names have up to 11 letters."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True, vertical="bottom")
     for name in COLUMNS:
