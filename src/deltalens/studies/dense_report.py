@@ -182,15 +182,16 @@ def _examples(examples: Sequence[Found], class_names: Sequence[str]) -> str:
         for said, each in (*pair, ("found", found)):
             assert each is not None
             caption = f"{name}: {said}"
-            source, said = _data_url(drawn(each, class_names)), escape(caption, quote=True)
+            source, said = data_url(drawn(each, class_names)), escape(caption, quote=True)
             image = f'<img src="{source}" alt="{said}" style="width:100%">'
             figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>")
     return '<section>\n<h2>Examples</h2>\n<div class="plots">\n' + "\n".join(figures) + "\n</div>\n</section>"
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image, longest: int = LONGEST) -> str:
+    """A picture inside a page, with a long side of at most so many pixels."""
     image = image.copy()
-    image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
