@@ -16,16 +16,12 @@ from PIL import Image
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.dense_measure import COUNTS, Found, Measured
 from deltalens.studies.dense_pictures import drawn
+from deltalens.studies.dense_words import SAID
 from deltalens.studies.plots import Curve, curves
 from deltalens.studies.report import conditions_section, head, page, plots_section
 
 LONGEST = 560  # pixels of an example's longer side
 LARGEST_MATRIX, SHOWN_PAIRS = 24, 20
-SAID = {
-    "miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy", "map": "box AP (COCO)",
-    "map50": "box AP50", "map75": "box AP75", "map50_voc07": "AP50, VOC 2007", "map50_voc": "AP50, VOC 2010",
-    "mask_map": "mask AP (COCO)", "mask_map50": "mask AP50", "mask_map75": "mask AP75",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
