@@ -1,4 +1,4 @@
-"""`deltalens compare` for dense tasks: a study of scenes in a folder, its tables with the right metric, and bad input."""
+"""`deltalens compare` for dense tasks: a study of scenes in a folder, tables with the right metric, bad input."""
 
 import csv
 import json

@@ -51,7 +51,7 @@ DEFAULTS_OF = {  # where a task has others
 for _task in ("segmentation", "detection"):
     DEFAULTS_OF[_task] = {
         "model": "deltalens/swin-mini",
-        "img_size": 96,
+        "img_size": 64,
         "methods": ["linear", "lora", "adaptformer", "mona", "full"],
         "epochs": 8,
         "train_images": 100,

@@ -87,7 +87,7 @@ class DenseSettings(DemoSettings):
     epochs: int = 8
     train_images: int = 100
     task: str = "segmentation"
-    size: int = 96
+    size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -71,7 +71,8 @@ def outcome_text(grid: Grid, run: Run) -> str:
     part = "test" if results["test"] else "val"
     candidate = None if run.stage == "search" else grid.chosen(run.cell)
     chosen = "" if candidate is None else f", {values_text(candidate.shown)}"
-    return f"{part} {100 * score(results[part], results.get('main_metric')):.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
+    value = score(results[part], results.get("main_metric"))
+    return f"{part} {100 * value:.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
 
 
 def duration_text(seconds: float) -> str:
