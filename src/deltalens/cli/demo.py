@@ -11,6 +11,7 @@ report.html, results.json and one adapter for each method.
 from __future__ import annotations
 
 import shlex
+import warnings
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,7 +54,7 @@ for _task in ("segmentation", "detection"):
         "model": "deltalens/swin-mini",
         "img_size": 64,
         "methods": ["linear", "lora", "adaptformer", "mona", "full"],
-        "epochs": 8,
+        "epochs": 6,
         "train_images": 100,
     }
 
@@ -181,7 +182,9 @@ def _dense(args: Namespace, console: Console) -> Table:
 
     def make(num_classes: int, head: str, head_options: dict[str, Any]) -> nn.Module:
         options = {"model": args.model, "img_size": size, "head": head, "head_options": head_options}
-        return create_network(options | {"pretrained": True}, num_classes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's remarks on how timm resizes tables of positions
+            return create_network(options | {"pretrained": True}, num_classes)
 
     return comparison_table(run_dense_demo(settings, make, args.output, command_line(args), console))
 
