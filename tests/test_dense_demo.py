@@ -46,10 +46,23 @@ def test_a_run_leaves_table_report_results_and_adapters(task, metric, tmp_path, 
         model = dl.from_pretrained(output / run["folder"])
         info = dl.adapter_info(model)
         assert info["task"] == task
-        assert len(info["class_names"]) == (7 if task == "segmentation" else 6)
+        assert info["class_names"] == (["ground", "shape"] if task == "segmentation" else ["shape"])
         assert list(info["metrics"].values())[1] == pytest.approx(run[metric])
         with torch.no_grad():
             assert model.eval()([torch.zeros(3, 64, 64)] if task == "detection" else torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_scenes_have_shapes_of_one_class(task):
+    six = scenes.make_scenes(2, 64, 0, task)
+    one = dense_demo.shapes_alone(six)
+    if task == "segmentation":
+        assert one.class_names == ["ground", "shape"]
+        assert torch.equal(one.test.truth(0), (six.test.truth(0) > 0).long())
+    else:
+        assert one.class_names == ["shape"]
+        assert torch.equal(one.test.truth(0)["boxes"], six.test.truth(0)["boxes"])
+        assert not one.test.truth(0)["labels"].any()
 
 
 def test_settings_of_a_method():
