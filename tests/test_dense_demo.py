@@ -1,4 +1,4 @@
-"""`deltalens demo --task segmentation` and `detection` on a tiny budget: what a run leaves, and what its report says."""
+"""`deltalens demo --task segmentation` and `detection` on a tiny budget: what a run leaves, what its report says."""
 
 import json
 
