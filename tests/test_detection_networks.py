@@ -128,8 +128,13 @@ METHODS = {
 }
 
 
+FURTHER = ("partial", "fact", "ssf", "repadapter", "convpass", "adapter_x")
+
+
 @pytest.mark.parametrize("body", list(BODIES))
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] if name in FURTHER else []) for name in METHODS]
+)
 def test_every_method(method, body, tmp_path):
     """Trains, is saved and loaded, merged and detached under a RetinaNet."""
     model = network("retinanet", body)

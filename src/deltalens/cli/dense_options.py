@@ -75,7 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--task",
         type=Literal["classification", "multilabel", "segmentation", "detection", "instance"] | None,
         default=None,
-        help="what is learned; by default what the data are laid out for",
+        help="what is learned; by default what --head is for, or what the data are laid out for",
     )
     for option in (*OPTIONS, REPORT):
         parser.add_argument(option.flag, type=option.type, default=option.default, help=option.help)
@@ -102,7 +102,7 @@ def translate(argv: list[str]) -> list[str]:
 
 
 def dense_task_of(options: dict[str, Any]) -> str | None:
-    """The dense task that is asked for, or that the data are laid out for; None for any other."""
+    """The dense task that is asked for, or that the head is for, or the data are laid out for; None for any other."""
     from pathlib import Path
 
     from deltalens.data.dense_formats import DENSE_FORMATS, dense_task
@@ -111,6 +111,9 @@ def dense_task_of(options: dict[str, Any]) -> str | None:
     asked = options.get("task")
     if asked is not None:
         return asked if asked in TASKS else None
+    of_head = [task for task, heads in HEADS.items() if options.get("head") in heads]
+    if of_head:
+        return of_head[0]
     root, format = Path(options["data"]).expanduser(), options["format"]
     if format == "auto":
         format = recognise(root) or "folder" if root.exists() else "folder"
@@ -124,8 +127,8 @@ def check_meaning(task: str | None, options: dict[str, Any]) -> None:
         said = option.name in options and options[option.name] != option.default
         if said and task not in option.tasks:
             raise ValueError(
-                f"{option.flag} is for {' and '.join(option.tasks)}, and the task is {task or 'classification'}: leave "
-                "it out, or say --task"
+                f"{option.flag} is for {', '.join(option.tasks)}, and the task is {task or 'classification'}: leave it "
+                "out, or say --task"
             )
     if task is None:
         return
@@ -146,7 +149,7 @@ def settled(task: str | None, options: dict[str, Any]) -> dict[str, Any]:
         other = next((each for each, names in HEADS.items() if head in names), None)
         near = difflib.get_close_matches(head, heads, 1)
         hint = f"it is for {other}" if other else f"did you mean {near[0]}?" if near else "there is no such head"
-        raise ValueError(f"{head!r} is no head for {task}: {hint}; it has {', '.join(heads)}")
+        raise ValueError(f"{head!r} is no head for {task} ({hint}), which has {', '.join(heads)}")
     pairs = {"test_size": "short, long", "scale": "smallest, largest"}
     for name, said in pairs.items():
         if kept.get(name) is not None and (len(kept[name]) != 2 or kept[name][0] > kept[name][1]):

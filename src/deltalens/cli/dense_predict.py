@@ -118,17 +118,16 @@ def _write_images(found: Iterator[Found], names: list[str], folder: Path, as_mas
         stem = stem if used[stem] == 1 else f"{stem}-{used[stem]}"
         if as_masks:
             assert each.mask is not None
-            image = Image.fromarray(each.mask.astype(np.uint8), "L")
-            image = image.convert("P")
-            image.putdata(each.mask.astype(np.uint8).reshape(-1).tolist())
-            image.putpalette(palette(len(names)))
+            image = Image.fromarray(each.mask.astype(np.uint8))
+            image.putpalette(palette(len(names)))  # which makes it a palette image
         else:
             image = drawn(each, names)
         with atomic_path(folder / f"{stem}.png") as temporary:
             image.save(temporary, "PNG")
     if as_masks:
         write_text(folder / "classes.txt", "".join(f"{name}\n" for name in names))
-    print(f"{sum(used.values())} {'masks' if as_masks else 'drawn pictures'} are in {folder}")
+    count, kind = sum(used.values()), "mask" if as_masks else "drawn picture"
+    print(f"{count} {kind}{'s are' if count > 1 else ' is'} in {folder}")
 
 
 # ------------------------------------------------------------------ formats
@@ -194,7 +193,8 @@ def as_coco(found: Iterator[Found], names: list[str]) -> str:
     are what COCO's tools call results."""
     import json
 
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, each in enumerate(found, 1):
         width, height = each.picture.size
         images.append({"id": number, "file_name": each.name, "width": width, "height": height})

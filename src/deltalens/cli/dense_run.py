@@ -10,11 +10,9 @@ if TYPE_CHECKING:
     from deltalens.data.splits import Splits
     from deltalens.training.output import Output
 
-REPORT = "report.html"
-
 
 def run_dense(
-    options: dict[str, Any], methods: list, data: Splits, output: Output, resume: bool, overwrite: bool
+    options: dict[str, Any], methods: list[Any], data: Splits, output: Output, resume: bool, overwrite: bool
 ) -> None:
     """Train on data that were read, print what came out, and leave adapter, results and report in the folder."""
     from deltalens.cli.dense_training import build_dense_task, fitted_to_data, measured_part
@@ -78,20 +76,28 @@ def _device(options: dict[str, Any]) -> str:
 
 
 def _report(
-    task: nn.Module, data: Splits, part: Any, options: dict[str, Any], results: dict, measured: Any, output: Output
+    task: nn.Module,
+    data: Splits,
+    part: Any,
+    options: dict[str, Any],
+    results: dict[str, Any],
+    measured: Any,
+    output: Output,
 ) -> None:
     from deltalens.studies.dense_measure import examples_of
     from deltalens.studies.dense_report import DenseReport, write_dense_report
+    from deltalens.training.output import REPORT
 
     count = results["parameters"]
     methods = " + ".join(entry["method"] for entry in options["method"])
+    epochs = f"{options['epochs']} epoch{'s' if options['epochs'] > 1 else ''}"
     conditions = {
         "Model": f"{options['model']} under {options['head']}",
         "Method": f"{methods}: {count['adapter']:,} parameters, {count['percent']:.2f} % of the backbone's "
         f"{count['backbone']:,}; the head's {count['head']:,} are trained, too",
         "Data": f"{options['data']}: {results['data']['train']:,} training, {results['data']['val']:,} validation, "
         f"{results['data']['test']:,} test images",
-        "Training": f"{options['epochs']} epochs, batches of {options['batch_size']}, learning rate {options['lr']:g}, "
+        "Training": f"{epochs}, batches of {options['batch_size']}, learning rate {options['lr']:g}, "
         f"seed {options['seed']}, {results['seconds']['training']:,.0f} s on {results['machine']}",
         "Command": f"deltalens train --config {output.config} --output ANOTHER",
     }

@@ -25,13 +25,14 @@ def fitted_to_data(options: dict[str, Any], data: Splits) -> dict[str, Any]:
     return options | {"crop_size": side}
 
 
-def build_dense_task(options: dict[str, Any], methods: list, data: Splits) -> nn.Module:
+def build_dense_task(options: dict[str, Any], methods: list[Any], data: Splits) -> nn.Module:
     """The task with its adapted network. The data get their transforms. Everything that can be wrong with the options
     is found here, before anything is written."""
     import torch
 
     import deltalens as dl
     from deltalens.data.inputs import Augmentation, set_inputs
+    from deltalens.tasks import Inference
     from deltalens.tasks.made import make_task
 
     if data.task != options["task"]:
@@ -43,17 +44,17 @@ def build_dense_task(options: dict[str, Any], methods: list, data: Splits) -> nn
     info["preprocessing"] = dl.preprocessing(network)
     if options["test_size"] is not None:
         info["preprocessing"]["test_size"] = list(options["test_size"])
-    if options.get("window") is not None:
-        info["inference"] = {"window": options["window"], "stride": options["stride"]}
+    said = {name: options[name] for name in ("window", "stride") if options.get(name) is not None}
+    if said:
+        Inference(**said)  # which says what is wrong
+        info["inference"] = said
     info["split"] = dict(data.origin)
     tuples = {name: tuple(value) for name, value in options.items() if isinstance(value, list) and name != "method"}
     set_inputs(data.train, info["preprocessing"], Augmentation.among({**options, **tuples}))
     for part in (part for part in (data.val, data.test) if part is not None):
         set_inputs(part, info["preprocessing"])
     further = {name: options[name] for name in ("auxiliary_weight",) if name in options}
-    return make_task(
-        network, data.class_names, options["task"], info, train_difficult=options.get("difficult"), **further
-    )
+    return make_task(network, data.class_names, options["task"], info, **further)
 
 
 def create_network(options: dict[str, Any], num_classes: int) -> nn.Module:

@@ -61,7 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="of the votes' random views")
     add_inference_arguments(parser)
-    add("--threshold", type=float, default=0.5, help="of objects: least score that counts in the confusion")
+    add("--threshold", type=float, default=0.3, help="of objects: least score in the confusion and the report")
     add("--report", type=str | None, default=None, metavar="FILE", help="of dense tasks: an HTML page for the results")
     add(
         "--batch-size",

@@ -21,6 +21,7 @@ from deltalens.training.loaders import evaluation_loader
 
 NOTHING = "nothing"
 COUNTS = ("objects", "pixels")
+THRESHOLD = 0.3  # least score of what counts in the confusion and is drawn
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Measured:
 
 @torch.inference_mode()
 def measure(
-    task: nn.Module, files: DenseImages, batch_size: int, workers: int, device: Any, threshold: float = 0.5
+    task: nn.Module, files: DenseImages, batch_size: int, workers: int, device: Any, threshold: float = THRESHOLD
 ) -> Measured:
     """Everything that is measured of a task, on the device that it is on. files: with the transform of the test.
     threshold: the least score of a detection in the confusion."""
@@ -120,7 +121,12 @@ class Found:
 
 @torch.inference_mode()
 def found_in(
-    task: nn.Module, files: DenseImages, batch_size: int, device: Any, threshold: float = 0.5, with_truth: bool = False
+    task: nn.Module,
+    files: DenseImages,
+    batch_size: int,
+    device: Any,
+    threshold: float = THRESHOLD,
+    with_truth: bool = False,
 ) -> Iterator[Found]:
     """What the task says of each picture, in order. files: with the transform of the test."""
     task.eval()
@@ -130,32 +136,32 @@ def found_in(
         if isinstance(task, SegmentationTask):
             logits = task.segment(images, [picture.size[::-1] for picture in pictures])
             said: list[dict[str, Any]] = [{"mask": each.mask.cpu().numpy()} for each in task.decode(logits)]
-            true: list[dict[str, Any]] = [{"mask": truth.cpu().numpy()} for truth in truths]
         else:
             assert isinstance(task, DetectionTask)
             output = task.model(images)
             moved = [in_original_pixels(each, truth) for each, truth in zip(output, truths, strict=True)]
             said = [{"detections": tuple(each)} for each in task.decode(moved, threshold)]
-            true = [{"detections": _objects(task, truth)} for truth in truths]
         for i, picture in enumerate(pictures):
             name = files.name(number + i)
-            truth = Found(name, picture, **true[i]) if with_truth else None
-            yield Found(name, picture, **said[i], true=truth)
+            true = Found(name, picture, **_truth(task, truths[i])) if with_truth else None
+            yield Found(name, picture, **said[i], true=true)
         number += len(images)
 
 
-def _objects(task: DetectionTask, truth: dict[str, Any]) -> tuple[Detection, ...]:
-    """The objects of a target as detections with score 1."""
+def _truth(task: nn.Module, truth: Any) -> dict[str, Any]:
+    """The mask, or the objects of a target as detections with score 1."""
+    if not isinstance(task, DetectionTask):
+        return {"mask": truth.cpu().numpy()}
     own = truth_in_original_pixels(truth)
     found = {name: own[name].as_subclass(Tensor) for name in ("boxes", "labels")}
     found["scores"] = torch.ones(len(found["labels"]), device=found["labels"].device)
     if isinstance(task, InstanceTask):
         found["masks"] = own["masks"].as_subclass(Tensor)[:, None].float()
-    return tuple(task.decode([found], 0.0)[0])
+    return {"detections": tuple(task.decode([found], 0.0)[0])}
 
 
 def examples_of(
-    task: nn.Module, files: DenseImages, count: int = 6, device: Any = "cpu", threshold: float = 0.5
+    task: nn.Module, files: DenseImages, count: int = 6, device: Any = "cpu", threshold: float = THRESHOLD
 ) -> list[Found]:
     """What the task says of a few pictures, evenly spaced, with the truth."""
     chosen = files.subset(shown_indices(len(files), count))

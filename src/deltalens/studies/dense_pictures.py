@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ def drawn_mask(picture: Image.Image, mask: np.ndarray, class_names: Sequence[str
     pixels = (1 - weight) * np.asarray(large, np.float32) + weight * colours[classes]
     edges = _edges(classes)
     pixels[edges] = 0.35 * pixels[edges] + 0.65 * 255
-    return _with_legend(Image.fromarray(pixels.round().astype(np.uint8)), mask, class_names)
+    return _with_legend(Image.fromarray(pixels.round().astype(np.uint8)), _shares(mask, class_names))
 
 
 def _edges(classes: np.ndarray) -> np.ndarray:
@@ -65,35 +66,23 @@ def _edges(classes: np.ndarray) -> np.ndarray:
     return edges
 
 
-def _with_legend(image: Image.Image, mask: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+def _shares(mask: np.ndarray, class_names: Sequence[str]) -> list[tuple[Colour, str]]:
     counts = np.bincount(mask.reshape(-1).astype(np.int64), minlength=256)[: len(class_names)]
-    known = max(1, counts.sum())
-    shown = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
-    font = _font(image)
-    size, margin = int(font.size), int(font.size) // 2
-    words = [f"{class_names[i]} {counts[i] / known:.0%}" for i in shown]
-    places, x, y = [], margin, margin
-    for text in words:
-        width = round(1.4 * size + font.getlength(text))
-        if x > margin and x + width > image.width - margin:
-            x, y = margin, y + round(1.5 * size)
-        places.append((x, y))
-        x += width + size
-    page = Image.new("RGB", (image.width, image.height + (y + round(1.5 * size) + margin if words else 0)), PAPER)
-    page.paste(image)
-    draw, colours = ImageDraw.Draw(page), class_colours(len(class_names))
-    for label, text, (x, y) in zip(shown, words, places, strict=True):
-        top = image.height + y
-        draw.rectangle((x, top + 2, x + size - 2, top + size), fill=colours[label])
-        draw.text((x + 1.4 * size, top), text, fill=INK, font=font)
-    return page
+    known, colours = max(1, counts.sum()), class_colours(len(class_names))
+    order = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
+    return [(colours[i], f"{class_names[i]} {_per_cent(counts[i] / known)}") for i in order]
+
+
+def _per_cent(share: float) -> str:
+    return "<1%" if share < 0.005 else f"{share:.0%}"
 
 
 # ------------------------------------------------------------------ objects
 def drawn_objects(
     picture: Image.Image, detections: Sequence[Detection], class_names: Sequence[str], most_words: int = 40
 ) -> Image.Image:
-    """Boxes, and of instances masks, with names and scores where there is room for them; the better ones first.
+    """Boxes, and of instances masks, with names and scores where there is room for them, the better ones first; below,
+    where some have no name, how many there are of each class.
 
     Boxes have the colours of their classes; masks of one class each a colour of their own.
     """
@@ -119,7 +108,13 @@ def drawn_objects(
             taken.append(place)
             draw.rectangle(place, fill=colour)
             draw.text((place[0] + 3, place[1] + 1), text, fill=_readable(colour), font=font)
-    return large
+    if len(taken) == len(detections):
+        return large
+    counts = Counter(each.name for each in detections)
+    said = [
+        (None if own else by_class[list(class_names).index(name)], f"{n} {name}") for name, n in counts.most_common()
+    ]
+    return _with_legend(large, said)
 
 
 def _with_masks(image: Image.Image, detections: Sequence[Detection], colours: Sequence[Colour]) -> Image.Image:
@@ -139,7 +134,7 @@ def _place(
     box: Sequence[float], width: float, height: float, size: tuple[int, int], taken: Sequence[tuple]
 ) -> tuple[float, float, float, float] | None:
     """A free place for a word above the box, inside of it or below; None where there is none."""
-    if width > 3 * (box[2] - box[0]) + 20:  # a word much wider than its box says nothing about which one it is of
+    if width > 1.6 * (box[2] - box[0]):  # a word much wider than its box hides others, and which one it is of
         return None
     left = min(max(0.0, box[0]), max(0.0, size[0] - width))
     for top in (box[1] - height, box[1], box[3]):
@@ -165,14 +160,12 @@ def plot_sheet(pictures: Sequence[tuple[str, Image.Image]], path: str | os.PathL
         )
     columns = min(3, len(pictures))
     rows = -(-len(pictures) // columns)
-    tallest = max(image.height / image.width for _, image in pictures)
-    figure = Figure(
-        figsize=(PANEL * columns, (PANEL * min(1.6, tallest) + 0.35) * rows), dpi=160, layout="constrained",
-        facecolor="white",
-    )  # fmt: skip
+    shapes = [min(1.6, image.height / image.width) for _, image in pictures]
+    heights = [PANEL * max(shapes[columns * row :][:columns]) + 0.35 for row in range(rows)]
+    figure = Figure(figsize=(PANEL * columns, sum(heights)), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     ink = page_colours()["ink"]
-    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False).ravel()):
+    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()):
         axis.set_axis_off()
         axis.set_anchor("N")
         if number < len(pictures):
@@ -190,6 +183,28 @@ def palette(count: int) -> list[int]:
 
 
 # ------------------------------------------------------------------ words
+def _with_legend(image: Image.Image, entries: Sequence[tuple[Colour | None, str]]) -> Image.Image:
+    """Words below a picture, each behind a square of its colour, if it has one."""
+    font = _font(image)
+    size, margin = int(font.size), int(font.size) // 2
+    places, x, y = [], margin, margin
+    for colour, text in entries:
+        width = round((1.4 * size if colour else 0) + font.getlength(text))
+        if x > margin and x + width > image.width - margin:
+            x, y = margin, y + round(1.5 * size)
+        places.append((x, y))
+        x += width + size
+    page = Image.new("RGB", (image.width, image.height + (y + round(1.5 * size) + margin if entries else 0)), PAPER)
+    page.paste(image)
+    draw = ImageDraw.Draw(page)
+    for (colour, text), (x, y) in zip(entries, places, strict=True):
+        top = image.height + y
+        if colour:
+            draw.rectangle((x, top + 2, x + size - 2, top + size), fill=colour)
+        draw.text((x + (1.4 * size if colour else 0), top), text, fill=INK, font=font)
+    return page
+
+
 def _enlarged(picture: Image.Image) -> Image.Image:
     """In colours, with a long side that words fit into."""
     longest = max(picture.size)

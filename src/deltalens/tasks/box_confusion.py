@@ -20,7 +20,7 @@ class BoxConfusion:
     nor are detections that overlap one of them so much.
     """
 
-    def __init__(self, classes: int, threshold: float = 0.5, iou: float = 0.5):
+    def __init__(self, classes: int, threshold: float = 0.3, iou: float = 0.5):
         self.classes, self.threshold, self.iou = classes, threshold, iou
         self.counts = torch.zeros(classes + 1, classes + 1, dtype=torch.int64)
 

@@ -10,6 +10,7 @@ from typing import Any
 from deltalens.lifecycle.atomic import is_leftover, remove_leftovers, write_text
 
 CONFIG, CHECKPOINT, METRICS, RESULTS = "config.yaml", "last.ckpt", "metrics.csv", "results.json"
+REPORT = "report.html"  # of dense tasks
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -54,7 +55,14 @@ class Output:
         """`check`, then make the folder ready. overwrite removes the files of the earlier run, and nothing else."""
         self.check(resume, overwrite)
         if overwrite:
-            for name in (RESULTS, CHECKPOINT, CONFIG, METRICS, *ADAPTER):  # results first: no half-removed finished run
+            for name in (
+                RESULTS,
+                CHECKPOINT,
+                CONFIG,
+                METRICS,
+                REPORT,
+                *ADAPTER,
+            ):  # results first: no half-removed finished run
                 (self.folder / name).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tidy()
