@@ -34,7 +34,7 @@ DEFAULTS = {
     "tune": False,
     "open": False,
 }
-DEFAULTS_OF = {  # where a task has others
+DEFAULTS_OF: dict[str, dict[str, Any]] = {  # where a task has others
     "clip": {
         "model": "deltalens/clip-mini",
         "img_size": None,
@@ -172,7 +172,7 @@ def _dense(args: Namespace, console: Console) -> Table:
     from deltalens.studies.dense_demo import DenseSettings, run_dense_demo
     from deltalens.studies.terminal import comparison_table
 
-    size = DEFAULTS_OF[args.task]["img_size"] if args.img_size is None else args.img_size
+    size = args.img_size or 64
     amounts = (args.epochs, args.train_images, args.seed, args.tune)
     settings = DenseSettings(args.model, tuple(args.methods), *amounts, task=args.task, size=size)
     console.print(

@@ -47,7 +47,7 @@ BATCH_SIZE = 4  # small, so that few scenes and epochs give enough steps
 PICTURES = 4
 SHAPE = "shape"
 METRICS = {"segmentation": ("miou", "mIoU"), "detection": ("map50", "AP50")}  # task -> the metric and its name
-HEADS = {
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "segmentation": ("upernet", {"channels": 64, "auxiliary": False}),
     "detection": ("retinanet", {"channels": 64, "group_norm": True, "anchor_scale": 2.0}),
 }
@@ -113,7 +113,7 @@ class DenseContest:
     def __init__(self, settings: DenseSettings, make_network: MakeNetwork, bars: MethodBars):
         self.settings, self.make_network, self.bars = settings, make_network, bars
         self.metric, self.metric_name = METRICS[settings.task]
-        self.scenes = shapes_alone(make_scenes(settings.train_images, settings.size, 0, settings.task))
+        self.scenes: Any = shapes_alone(make_scenes(settings.train_images, settings.size, 0, settings.task))
 
     def run(self, each: Contender, folder: Path) -> tuple[RunResult, list[Found]]:
         """Train a method, save its adapter, and say how it went and what it finds in a few test scenes."""
@@ -157,9 +157,10 @@ class DenseContest:
                 found[rate] = results["val"][self.metric]
         return max(found, key=lambda rate: (found[rate], -rate))
 
-    def fit(self, each: Contender, rate: float, test: bool, prefix: str = "") -> tuple[nn.Module, dict[str, Any]]:
+    def fit(self, each: Contender, rate: float, test: bool, prefix: str = "") -> tuple[Any, dict[str, Any]]:
         """A trained task, and the runner's results."""
         settings, scenes = self.settings, self.scenes
+        train_scenes, val_scenes = settings.epochs * len(scenes.train), len(scenes.val)
         torch.manual_seed(settings.seed)  # the same head, and the same adapter, whatever ran before
         head, options = HEADS[settings.task]
         network = dl.attach(self.make_network(len(scenes.class_names), head, options), each.config)
@@ -174,7 +175,7 @@ class DenseContest:
             progress=False,
         )
         data = Splits(scenes.train, scenes.val, scenes.class_names, scenes.test if test else None, task=settings.task)
-        with self.bars.watch(each.label, task, settings.epochs * len(data.train), len(data.val), prefix):
+        with self.bars.watch(each.label, task, train_scenes, val_scenes, prefix):
             return task, fit(task, data, training)
 
     def _prepare(self, preprocessing: dict[str, Any]) -> None:
@@ -197,7 +198,7 @@ class DenseContest:
 
 
 def run_dense_demo(
-    settings: DenseSettings, make_network: MakeNetwork, output: str | os.PathLike, command: str, console: Console
+    settings: DenseSettings, make_network: MakeNetwork, output: str | os.PathLike[str], command: str, console: Console
 ) -> Comparison:
     """Train every method on scenes, and leave `report.html`, `results.json` and one folder per adapter in `output`.
 
@@ -227,7 +228,7 @@ def run_dense_demo(
     return comparison
 
 
-def _intro(settings: DenseSettings, runs: list[RunResult], scenes: Splits, metric: str) -> str:
+def _intro(settings: DenseSettings, runs: list[RunResult], scenes: Any, metric: str) -> str:
     what = "which pixels show shapes" if settings.task == "segmentation" else "where shapes are"
     head, _ = HEADS[settings.task]
     best = max(runs, key=lambda run: run.accuracy)
@@ -240,7 +241,7 @@ def _intro(settings: DenseSettings, runs: list[RunResult], scenes: Splits, metri
     )
 
 
-def _conditions(settings: DenseSettings, scenes: Splits, command: str) -> dict[str, str]:
+def _conditions(settings: DenseSettings, scenes: Any, command: str) -> dict[str, str]:
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     chosen = (
         "usual ones, for each method the same, smaller for full fine-tuning; not searched: deltalens demo --task "

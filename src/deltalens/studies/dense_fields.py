@@ -35,7 +35,7 @@ def read_dense(document: Document, top: Mapping[str, Any]) -> tuple[str | None, 
 def dense_training(document: Document, value: Any, place: Place) -> dict[str, Any]:
     """`training: dense:`, checked as far as `DenseAugmentation` does; lists become tuples."""
     found = document.mapping(value or {}, place, FIELDS)
-    said = {name: tuple(each) if isinstance(each, list) else each for name, each in found.items()}
+    said: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in found.items()}
     try:
         DenseAugmentation(**{name: each for name, each in said.items() if name in AUGMENTATION})
     except (TypeError, ValueError) as error:

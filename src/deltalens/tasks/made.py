@@ -10,14 +10,7 @@ from torch import nn
 from deltalens.tasks import Inference, SegmentationTask, task_class
 
 
-def make_task(
-    network: nn.Module,
-    class_names: list[str],
-    task: str,
-    info: dict[str, Any],
-    train_difficult: Any = None,
-    **said: Any,
-) -> nn.Module:
+def make_task(network: nn.Module, class_names: list[str], task: str, info: dict[str, Any], **said: Any) -> nn.Module:
     """The task of that name on an adapted network. info: the adapter's, which says what metrics the data have and how
     whole images are segmented."""
     kind: Callable[..., nn.Module] = task_class(task)
@@ -25,4 +18,4 @@ def make_task(
         inference = said.pop("inference", None) or Inference(**info.get("inference", {}))
         return kind(network, class_names, inference=inference, **said)
     metrics = (info.get("split") or {}).get("metrics") or "coco"
-    return kind(network, class_names, metrics=metrics, train_difficult=bool(train_difficult))
+    return kind(network, class_names, metrics=metrics)
