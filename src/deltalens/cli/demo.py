@@ -3,13 +3,15 @@
 Linear probing, LoRA, VPT-deep, Mona and full fine-tuning teach the same small backbone scikit-learn's digit scans,
 with the same images, epochs and search for the learning rate. With --task clip, few-shot methods teach a small CLIP
 half of the classes of drawn shapes, and are tested on these and on the other half. With --task points, methods teach a
-small point transformer ten kinds of generated solids. Nothing is downloaded. The result is a table, and a folder with
+small point transformer ten kinds of generated solids. With --task segmentation or detection, methods teach a small
+Swin under a dense head the shapes in generated scenes. Nothing is downloaded. The result is a table, and a folder with
 report.html, results.json and one adapter for each method.
 """
 
 from __future__ import annotations
 
 import shlex
+import warnings
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +34,7 @@ DEFAULTS = {
     "tune": False,
     "open": False,
 }
-DEFAULTS_OF = {  # where a task has others
+DEFAULTS_OF: dict[str, dict[str, Any]] = {  # where a task has others
     "clip": {
         "model": "deltalens/clip-mini",
         "img_size": None,
@@ -47,6 +49,14 @@ DEFAULTS_OF = {  # where a task has others
         "train_images": 150,
     },
 }
+for _task in ("segmentation", "detection"):
+    DEFAULTS_OF[_task] = {
+        "model": "deltalens/swin-mini",
+        "img_size": 64,
+        "methods": ["linear", "lora", "adaptformer", "mona", "full"],
+        "epochs": 6,
+        "train_images": 100,
+    }
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -55,13 +65,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     def add(option: str, **kwargs: Any) -> None:
         parser.add_argument(option, default=DEFAULTS[option.removeprefix("--").replace("-", "_")], **kwargs)
 
-    add("--task", type=Literal[tuple(TASKS)], help="digits, base-to-novel with texts, or solids as clouds")
+    add("--task", type=Literal[tuple(TASKS)], help="digits, base-to-novel with texts, solids as clouds, or scenes")
     add("--output", type=str, help="folder for the report and the adapters")
     add("--model", type=str, help="the backbone (deltalens list models)")
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
     add("--methods", type=str, nargs="+", help="which methods, in which order (deltalens list methods)")
     add("--epochs", type=int, help="passes over the training images")
-    add("--train-images", type=int, help="images, or clouds, to train on, at least 10; with --task clip see --shots")
+    add(
+        "--train-images",
+        type=int,
+        help="images, clouds or scenes to train on, at least 10; with --task clip see --shots",
+    )
     add("--shots", type=int, help="with --task clip: training pictures of each base class")
     add("--seed", type=int, help="of initialisation, order and dropout; the split of the images stays the same")
     add(
@@ -153,7 +167,35 @@ def _points(args: Namespace, console: Console) -> Table:
     return comparison_table(run_points_demo(settings, make, args.output, command_line(args), console))
 
 
-TASKS = {"classification": _classification, "clip": _clip, "points": _points}
+def _dense(args: Namespace, console: Console) -> Table:
+    from deltalens.cli.dense_training import create_network
+    from deltalens.studies.dense_demo import DenseSettings, run_dense_demo
+    from deltalens.studies.terminal import comparison_table
+
+    size = args.img_size or 64
+    amounts = (args.epochs, args.train_images, args.seed, args.tune)
+    settings = DenseSettings(args.model, tuple(args.methods), *amounts, task=args.task, size=size)
+    console.print(
+        f"{args.model} learns {args.task} of generated scenes: {args.train_images} scenes, {args.epochs} epochs\n",
+        highlight=False,
+    )
+
+    def make(num_classes: int, head: str, head_options: dict[str, Any]) -> nn.Module:
+        options = {"model": args.model, "img_size": size, "head": head, "head_options": head_options}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's remarks on how timm resizes tables of positions
+            return create_network(options | {"pretrained": True}, num_classes)
+
+    return comparison_table(run_dense_demo(settings, make, args.output, command_line(args), console))
+
+
+TASKS = {
+    "classification": _classification,
+    "clip": _clip,
+    "points": _points,
+    "segmentation": _dense,
+    "detection": _dense,
+}
 
 
 def command_line(args: Namespace) -> str:

@@ -46,9 +46,9 @@ def load_dense(args: Namespace, task: str) -> tuple[nn.Module, dict[str, Any], t
     Raises as `deltalens.from_pretrained`, ValueError for wrong windows or scales, and for those of another task.
     """
     import deltalens as dl
-    from deltalens.cli.dense_training import make_task
     from deltalens.cli.trained import load_trained
     from deltalens.tasks import Inference
+    from deltalens.tasks.made import make_task
 
     said = {name: getattr(args, name) for name in NOT_CLASSES}
     inference = None

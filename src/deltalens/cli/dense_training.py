@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ def build_dense_task(options: dict[str, Any], methods: list[Any], data: Splits) 
     import deltalens as dl
     from deltalens.data.inputs import Augmentation, set_inputs
     from deltalens.tasks import Inference
+    from deltalens.tasks.made import make_task
 
     if data.task != options["task"]:
         raise ValueError(f"{options['data']} is data for {data.task}, not for {options['task']}")
@@ -79,19 +79,6 @@ def create_network(options: dict[str, Any], num_classes: int) -> nn.Module:
         return dl.create_backbone(options["model"], **said)  # a network that takes images of any size
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"{options['model']} cannot be built for --img-size {size}: {error}") from error
-
-
-def make_task(network: nn.Module, class_names: list[str], task: str, info: dict[str, Any], **said: Any) -> nn.Module:
-    """The task of that name on an adapted network. info: the adapter's, which says what metrics the data have and how
-    whole images are segmented."""
-    from deltalens.tasks import Inference, SegmentationTask, task_class
-
-    kind: Callable[..., nn.Module] = task_class(task)
-    if kind is SegmentationTask:
-        inference = said.pop("inference", None) or Inference(**info.get("inference", {}))
-        return kind(network, class_names, inference=inference, **said)
-    metrics = (info.get("split") or {}).get("metrics") or "coco"
-    return kind(network, class_names, metrics=metrics)
 
 
 def measured_part(data: Splits) -> str | None:

@@ -16,18 +16,12 @@ from PIL import Image
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.dense_measure import COUNTS, Found, Measured
 from deltalens.studies.dense_pictures import drawn
+from deltalens.studies.dense_words import SAID
 from deltalens.studies.plots import Curve, curves
 from deltalens.studies.report import conditions_section, head, page, plots_section
 
 LONGEST = 560  # pixels of an example's longer side
 LARGEST_MATRIX, SHOWN_PAIRS = 24, 20
-SAID = {
-    "miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy", "map": "box AP (COCO)",
-    "map50": "box AP50", "map75": "box AP75", "map50_voc07": "AP50, VOC 2007", "map50_voc": "AP50, VOC 2010",
-    "map_small": "box AP, small", "map_medium": "box AP, medium", "map_large": "box AP, large",
-    "mask_map_small": "mask AP, small", "mask_map_medium": "mask AP, medium", "mask_map_large": "mask AP, large",
-    "mask_map": "mask AP (COCO)", "mask_map50": "mask AP50", "mask_map75": "mask AP75",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,15 +178,16 @@ def _examples(examples: Sequence[Found], class_names: Sequence[str]) -> str:
         for said, each in (*pair, ("found", found)):
             assert each is not None
             caption = f"{name}: {said}"
-            source, said = _data_url(drawn(each, class_names)), escape(caption, quote=True)
+            source, said = data_url(drawn(each, class_names)), escape(caption, quote=True)
             image = f'<img src="{source}" alt="{said}" style="width:100%">'
             figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>")
     return '<section>\n<h2>Examples</h2>\n<div class="plots">\n' + "\n".join(figures) + "\n</div>\n</section>"
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image, longest: int = LONGEST) -> str:
+    """A picture inside a page, with a long side of at most so many pixels."""
     image = image.copy()
-    image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from deltalens.studies.candidates import Candidate, short_name, value_text
+from deltalens.studies.main_metrics import score
 from deltalens.studies.search_space import METHOD, has_setting
 from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Training, Variant, folder_name
-from deltalens.studies.trial import Run, run_config, score
+from deltalens.studies.trial import Run, run_config
 
 RUNS = "runs"
 
@@ -97,7 +98,8 @@ class Grid:
             return None
         changed = run.output.results.stat().st_mtime_ns
         if self._scores.get(run.folder, (None,))[0] != changed:
-            self._scores[run.folder] = (changed, score(run.results()["val"]))
+            results = run.results()
+            self._scores[run.folder] = (changed, score(results["val"], results.get("main_metric")))
         return self._scores[run.folder][1]
 
     def check_unchanged(self) -> None:

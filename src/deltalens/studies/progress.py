@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 from deltalens.studies.candidates import values_text
 from deltalens.studies.grid import Grid
+from deltalens.studies.main_metrics import score
 from deltalens.studies.results import seconds_text
-from deltalens.studies.trial import Run, score
+from deltalens.studies.trial import Run
 
 
 class Progress:
@@ -70,7 +71,8 @@ def outcome_text(grid: Grid, run: Run) -> str:
     part = "test" if results["test"] else "val"
     candidate = None if run.stage == "search" else grid.chosen(run.cell)
     chosen = "" if candidate is None else f", {values_text(candidate.shown)}"
-    return f"{part} {100 * score(results[part]):.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
+    value = score(results[part], results.get("main_metric"))
+    return f"{part} {100 * value:.1f} %{chosen}, {seconds_text(results['seconds']['total'])}"
 
 
 def duration_text(seconds: float) -> str:

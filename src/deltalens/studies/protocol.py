@@ -27,9 +27,20 @@ def protocol_text(study: Study) -> str:
             *([f"With settings of their own: {'; '.join(own)}."] if own else []),
             _data_text(study),
             *_classes_text(study),
-            "Top-1 accuracy in per cent: mean ± sample standard deviation over seeds.",
+            f"{_measured(study)} in per cent: mean ± sample standard deviation over seeds.",
         ]
     )
+
+
+def _measured(study: Study) -> str:
+    """What the table's numbers are, and under which head."""
+    head = ", ".join(dict.fromkeys(str(backbone.options.get("head")) for backbone in study.backbones))
+    of_dense = {
+        "segmentation": f"Segmentation under {head}, which every method trains. Mean IoU",
+        "detection": f"Detection under {head}, which every method trains. Average precision",
+        "instance": f"Instances under {head}, which every method trains. Average precision of masks",
+    }
+    return of_dense.get(study.task or "", "Top-1 accuracy")
 
 
 def searches_rates_only(study: Study) -> bool:

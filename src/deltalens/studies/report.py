@@ -14,6 +14,7 @@ import numpy as np
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.plots import Curve, Point, colour, curves, scatter
 from deltalens.studies.results import (
+    ACCURACY,
     Comparison,
     Picture,
     Prediction,
@@ -28,7 +29,6 @@ from deltalens.studies.results import (
 STYLE = Path(__file__).with_name("report.css")
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 COLUMNS = (
-    "Test accuracy",
     "Trained parameters",
     "with head",
     "% of backbone",
@@ -39,18 +39,19 @@ COLUMNS = (
 SMALLEST_PICTURE = 128  # edge in pixels below which a picture is enlarged, so that browsers do not blur it
 
 
-def write_report(comparison: Comparison, path: str | os.PathLike) -> None:
+def write_report(comparison: Comparison, path: str | os.PathLike, answers: str = "") -> None:
     """Write the page: table, accuracy against parameters and memory, training curves, example predictions, what was
-    run."""
-    write_text(path, render_report(comparison))
+    run. answers: a further section, as HTML."""
+    write_text(path, render_report(comparison, answers))
 
 
-def render_report(comparison: Comparison) -> str:
+def render_report(comparison: Comparison, answers: str = "") -> str:
     """The page as text. Raises ValueError for a comparison without runs."""
     if not comparison.runs:
         raise ValueError("a report needs at least one run")
-    sections = [head(comparison.title, comparison.intro), _table(comparison), _plots(comparison.runs)]
+    sections = [head(comparison.title, comparison.intro), _table(comparison), _plots(comparison)]
     sections += [_pictures(comparison)] if comparison.pictures else []
+    sections += [answers]
     sections += [_adapters(comparison.runs), conditions_section(comparison.conditions)]
     return page(comparison.title, sections)
 
@@ -76,20 +77,27 @@ def head(title: str, intro: str) -> str:
 
 
 def _table(comparison: Comparison) -> str:
-    header = "".join(f"<th>{escape(name)}</th>" for name in ("Method", *COLUMNS))
-    rows = "\n".join(_row(run, number) for number, run in enumerate(comparison.runs))
-    half_width = max(100 * accuracy_interval(run.accuracy, comparison.test_images) for run in comparison.runs)
+    header = "".join(f"<th>{escape(name)}</th>" for name in ("Method", f"Test {comparison.metric}", *COLUMNS))
+    rows = "\n".join(_row(run, number, comparison.metric) for number, run in enumerate(comparison.runs))
+    measured = f"{_capital(comparison.metric)} on {comparison.test_images:,} test {comparison.inputs}"
+    if comparison.metric == ACCURACY:  # a share of independent images
+        half_width = max(100 * accuracy_interval(run.accuracy, comparison.test_images) for run in comparison.runs)
+        measured += f"; with that many, differences of less than about {half_width:.1f} points may be chance"
     return (
         "<section>\n<h2>Results</h2>\n"
-        f'<p class="note">Accuracy on {comparison.test_images:,} test {comparison.inputs}; with that many, differences '
-        f"of less than about {half_width:.1f} points may be chance. Trained parameters and their share of the "
+        f'<p class="note">{escape(measured)}. Trained parameters and their share of the '
         "backbone are without the head, which every method trains. Saved for backward: activations that one training "
         "step keeps in memory.</p>\n"
         f"<table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</section>"
     )
 
 
-def _row(run: RunResult, number: int) -> str:
+def _capital(text: str) -> str:
+    """With a capital where the word has none of its own."""
+    return text.capitalize() if text.islower() else text
+
+
+def _row(run: RunResult, number: int, metric: str) -> str:
     deviation = "" if run.accuracy_std is None else f" ± {100 * run.accuracy_std:.1f}"
     bar = f'<span class="bar"><i style="width:{100 * run.accuracy:.1f}%"></i></span>'
     cells = (
@@ -103,31 +111,30 @@ def _row(run: RunResult, number: int) -> str:
     return (
         f'<tr class="{colour(number)}"><td><span class="method">{escape(run.method)}</span>'
         f'<span class="settings">{escape(settings_text(run.settings))}</span></td>'
-        f'<td class="accuracy" data-label="{COLUMNS[0]}">{100 * run.accuracy:.1f}{deviation} %{bar}</td>'
-        + "".join(
-            f'<td data-label="{escape(label)}">{cell}</td>' for label, cell in zip(COLUMNS[1:], cells, strict=True)
-        )
+        f'<td class="accuracy" data-label="Test {escape(metric)}">{100 * run.accuracy:.1f}{deviation} %{bar}</td>'
+        + "".join(f'<td data-label="{escape(label)}">{cell}</td>' for label, cell in zip(COLUMNS, cells, strict=True))
         + "</tr>"
     )
 
 
-def _plots(runs: list[RunResult]) -> str:
+def _plots(comparison: Comparison) -> str:
+    runs, metric = comparison.runs, comparison.metric
     figures = [
         (
-            "Accuracy against trained parameters",
+            f"{_capital(metric)} against trained parameters",
             scatter(
                 [Point(r.method, max(1, r.trained_parameters), r.accuracy, r.accuracy_std) for r in runs],
                 "trained parameters, head included",
-                "test accuracy, %",
+                f"test {metric}, %",
                 count_text,
             ),
         ),
         (
-            "Accuracy against memory for training",
+            f"{_capital(metric)} against memory for training",
             scatter(
                 [Point(r.method, max(1, r.saved_bytes), r.accuracy, r.accuracy_std) for r in runs],
                 "activations saved for backward",
-                "test accuracy, %",
+                f"test {metric}, %",
                 bytes_text,
             ),
         ),
@@ -137,10 +144,10 @@ def _plots(runs: list[RunResult]) -> str:
         accuracy = [Curve(r.method, [e.val_accuracy for e in r.epochs], number) for number, r in trained]
         loss = [Curve(r.method, [e.train_loss for e in r.epochs], number) for number, r in trained]
         figures.append(
-            ("Validation accuracy during training", curves(accuracy, "validation accuracy, %", as_percent=True))
+            (f"Validation {metric} during training", curves(accuracy, f"validation {metric}, %", as_percent=True))
         )
         figures.append(("Training loss", curves(loss, "mean loss of the epoch", as_percent=False)))
-    return plots_section("Accuracy, cost and training", figures)
+    return plots_section(f"{_capital(metric)}, cost and training", figures)
 
 
 def plots_section(title: str, figures: Iterable[tuple[str, str]]) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+ACCURACY = "accuracy"
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -75,7 +77,8 @@ class Comparison:
 
     title, intro: text; the intro's paragraphs are separated by blank lines. pictures: test images that every run has
     predicted. pictures_note: how they were chosen. conditions: what was run, name -> value (command, data, versions,
-    machine, date). test_images: how many the accuracies are measured on. inputs: what they are, "images" or "clouds".
+    machine, date). test_images: how many the accuracies are measured on. inputs: what they are, "images", "clouds" or
+    "scenes". metric: what `accuracy` is in all runs, as people call it, such as "mIoU".
 
     Raises ValueError where a run has another number of predictions than there are pictures, or two runs share a name.
     """
@@ -88,6 +91,7 @@ class Comparison:
     pictures_note: str = ""
     conditions: Mapping[str, str] = field(default_factory=dict)
     inputs: str = "images"
+    metric: str = ACCURACY
 
     def __post_init__(self) -> None:
         names = [run.method for run in self.runs]
@@ -100,15 +104,24 @@ class Comparison:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, without the pixels."""
+        """JSON-able, without the pixels; the metric under its own name."""
         return {
             "title": self.title,
             "test_images": self.test_images,
             "inputs": self.inputs,
-            "runs": [asdict(run) | {"settings": dict(run.settings), "percent": run.percent} for run in self.runs],
+            "metric": self.metric,
+            "runs": [self._named(asdict(run)) | {"percent": run.percent} for run in self.runs],
             "pictures": [picture.true_name for picture in self.pictures],
             "conditions": dict(self.conditions),
         }
+
+    def _named(self, run: dict[str, Any]) -> dict[str, Any]:
+        """A run's values with "accuracy" renamed to what it is."""
+        if self.metric == ACCURACY:
+            return run
+        renamed = {name.replace(ACCURACY, self.metric): value for name, value in run.items()}
+        epochs = [{name.replace(ACCURACY, self.metric): value for name, value in row.items()} for row in run["epochs"]]
+        return renamed | {"epochs": epochs}
 
 
 # ------------------------------------------------------------------ numbers as people read them

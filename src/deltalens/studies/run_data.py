@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset
 
 from deltalens.data.formats import read_data
-from deltalens.data.inputs import Augmentation, kept_inputs
+from deltalens.data.inputs import kept_inputs
 from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits
 from deltalens.studies.published import NOVEL
@@ -60,6 +60,7 @@ class RunData:
                 shots=shots,
                 shots_seed=seed,
                 subset=classes,
+                task=self.study.task,
             )
             self._read[key] = read_data(dataset.path, dataset.format, options=options)
         return self._read[key]
@@ -69,7 +70,7 @@ class RunData:
         """A run's data with the transforms for its backbone, and train and val together where the run asks for it."""
         splits, drawn = self.splits(run), run.seed if run.dataset.shots else None
         splits = run.dataset.subset.take(splits.joined() if run.joined else splits)
-        augmentation = Augmentation.among(vars(training))
+        augmentation = training.augmentation
         here = self._kept(run)
 
         def train() -> Dataset:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from deltalens.data.inputs import Augmentation
 from deltalens.data.subsets import TrainingSubset
 from deltalens.methods import FullConfig, Method
 from deltalens.studies.candidates import Candidate, SearchPlan, Values, draw_candidates
@@ -109,7 +110,7 @@ class Variant:
 @dataclass(frozen=True)
 class Training:
     """What is the same for every run. The first ones as in `TrainingSettings`, the last ones as in `deltalens
-    train`."""
+    train`. dense: of dense tasks, fields of `DenseAugmentation`, and test_size, auxiliary_weight, window, stride."""
 
     epochs: int = 20
     batch_size: int = 64
@@ -128,6 +129,12 @@ class Training:
     hflip: float = 0.5
     rand_augment: int = 0
     cloud_augment: str = "scale+shift"
+    dense: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """Of training inputs; of dense tasks by what `dense` says."""
+        return Augmentation.among({**vars(self), **self.dense})
 
     def settings(self, lr: float, seed: int, workers: int = 0) -> TrainingSettings:
         """The runner's settings of one run."""
@@ -157,7 +164,7 @@ class Study:
     of the report's plot of two tasks; without them the first two. published: numbers of papers, to be shown beside.
     base_to_novel: train on the first half of the classes, and test on the second half, too. targets: further datasets
     that every trained model is tested on, with their classes. left_out: datasets of the file that no folder was given
-    for.
+    for. task: the dense task, whose head stands among the backbones' options; None for labels.
     """
 
     title: str
@@ -179,6 +186,7 @@ class Study:
     base_to_novel: bool = False
     targets: tuple[DatasetEntry, ...] = ()
     left_out: tuple[str, ...] = ()
+    task: str | None = None
 
     @property
     def reference_label(self) -> str:

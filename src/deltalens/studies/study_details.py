@@ -10,7 +10,8 @@ from typing import Any
 
 from deltalens.studies.examples import Examples, picture_file
 from deltalens.studies.grid import Grid
-from deltalens.studies.trial import Run, score
+from deltalens.studies.main_metrics import score
+from deltalens.studies.trial import Run
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def read_details(grid: Grid) -> Details:
         days.add(_day(run, results))
         _count(machines, results.get("machine"))
         _count(versions, ", ".join(f"{name} {number}" for name, number in (results.get("versions") or {}).items()))
-        epochs = [_validation(row) for row in results.get("history") or []]
+        epochs = [_validation(row, results.get("main_metric")) for row in results.get("history") or []]
         if run.stage == "final" and epochs and None not in epochs:
             curves.setdefault(run.cell, []).append(epochs)
         if run.stage == "final" and run.seed == grid.study.seeds[0] and results.get("examples"):
@@ -78,8 +79,8 @@ def _pictures(grid: Grid, examples: Mapping[tuple[str, str, str], Examples]) -> 
     return {key: file for key, file in files.items() if file.is_file()}
 
 
-def _validation(row: Mapping[str, float]) -> float | None:
-    return score({name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")})
+def _validation(row: Mapping[str, float], wanted: str | None) -> float | None:
+    return score({name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}, wanted)
 
 
 def _day(run: Run, results: Mapping[str, Any]) -> str:

@@ -7,12 +7,14 @@ from dataclasses import fields
 from typing import Any
 
 from deltalens.data.cloud_transforms import augmentation_words
+from deltalens.studies.dense_fields import dense_training
 from deltalens.studies.study import Training, folder_name
 from deltalens.studies.study_yaml import Document, Place
 
+DENSE = "dense"
 SHARES = ("min_crop", "hflip")
 NUMBERS_OR_NULL = ("warmup_lr",)
-TRAINING = {each.name: each.default for each in fields(Training)}
+TRAINING = {each.name: getattr(Training(), each.name) for each in fields(Training)}
 
 
 def plain_fields(document: Document, value: Any, place: Place, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +39,10 @@ def plain_field(document: Document, value: Any, place: Place, default: Any) -> A
 
 def training_fields(document: Document, value: Any, place: Place) -> dict[str, Any]:
     """Fields of a `Training`."""
-    return plain_fields(document, value, place, TRAINING)
+    found = document.mapping(value, place, TRAINING)
+    plain = {key: each for key, each in found.items() if key != DENSE}
+    dense = {DENSE: dense_training(document, found[DENSE], (*place, DENSE))} if DENSE in found else {}
+    return plain_fields(document, plain, place, TRAINING) | dense
 
 
 def check_training(document: Document, training: Training, said: Mapping[str, Any], place: Place) -> None:

@@ -13,6 +13,7 @@ from deltalens.data.splits import stratified_split
 from deltalens.methods import Method, make_config
 from deltalens.studies.candidates import SearchPlan
 from deltalens.studies.dataset_reader import read_datasets
+from deltalens.studies.dense_fields import TOP, read_dense
 from deltalens.studies.published import read_published
 from deltalens.studies.search_reader import check_rows, read_search, relative_search
 from deltalens.studies.search_space import RATES
@@ -31,7 +32,18 @@ from deltalens.studies.training_amounts import AMOUNTS
 
 BACKBONE_FIELDS = ("model", "label", "img_size", "checkpoint", "pretrained", "options")
 FIELDS = ("title", "backbones", "datasets", "methods", "seeds", "training", "split", "lr", "keep_adapters", "x_title")
-FIELDS += ("reference", "scatter", "base_lr", "search", "protocol", "published", "base_to_novel", "targets", *AMOUNTS)
+FIELDS += (
+    "reference",
+    "scatter",
+    "base_lr",
+    "search",
+    "protocol",
+    "published",
+    "base_to_novel",
+    "targets",
+    *AMOUNTS,
+    *TOP,
+)
 # of a row, beside a method and its settings
 ROW_FIELDS = ("x", "curve", *RATES, "training", "search", "backbone", "tower", "datasets")
 OF_BACKBONES = ("img_size", "pretrained", "checkpoint", "model", "num_classes")
@@ -61,10 +73,14 @@ class _Reader:
             if not top.get(name):
                 raise self.document.error((), f"{name} is missing; a study has {', '.join(FIELDS)}")
         said, lr, base_lr = self._training(top, ())
+        task, head = read_dense(self.document, top)
         split = self._split(top.get("split") or {})
         study = Study(
             title=self.document.text(top.get("title", self.document.path.stem), ("title",)),
-            backbones=self._backbones(top["backbones"]),
+            backbones=tuple(
+                replace(each, options={**head, **each.options}) for each in self._backbones(top["backbones"])
+            ),
+            task=task,
             variants=self._variants(top["methods"]),
             seeds=self._seeds(top.get("seeds", [0, 1, 2])),
             training=replace(Training(), **said),

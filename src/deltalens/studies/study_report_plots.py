@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from deltalens.studies.cells import Cell
 from deltalens.studies.labels import short_name
+from deltalens.studies.main_metrics import metric_words
 from deltalens.studies.plots import HEIGHT, WIDTH, Curve, Point, curves, scatter
 from deltalens.studies.plots_compare import RankRow, TwoTasks, rank_plot, task_scatter
 from deltalens.studies.results import count_text
@@ -113,7 +114,7 @@ def curve_figures(table: StudyTable, details: Details, numbers: Numbers) -> list
 def _curve_figure(title: str, series: Sequence[Curve], cells: Sequence[Cell]) -> list[Figure]:
     if not series:
         return []
-    metric = "mAP" if any(cell.metric == "mAP" for cell in cells) else "accuracy"
+    metric = metric_words(cell.metric for cell in cells)
     return [(title, curves(series, f"validation {metric}, %", as_percent=True, to_hundred=False))]
 
 

@@ -13,6 +13,7 @@ from deltalens.data.vtab1k import task_of
 from deltalens.studies.candidates import values_text
 from deltalens.studies.cells import Cell, RunRow
 from deltalens.studies.grid import Grid
+from deltalens.studies.main_metrics import TOP1, metric_of, metric_words, score
 from deltalens.studies.markdown import markdown_table
 from deltalens.studies.protocol import protocol_text
 from deltalens.studies.published import NOVEL, Published, without_halves
@@ -28,7 +29,7 @@ from deltalens.studies.results import percent_text, seconds_text
 from deltalens.studies.storage import storage_parts
 from deltalens.studies.study import Study
 from deltalens.studies.transfer_table import transfer_tables
-from deltalens.studies.trial import Run, score
+from deltalens.studies.trial import Run
 from deltalens.studies.vtab_table import vtab_parts
 
 
@@ -77,7 +78,7 @@ class StudyTable:
             lines = [[label, *(text for text, _ in line)] for label, line in body.items()]
             lines += [[label, *line] for label, line in published_rows(published, overview_columns(pairs))]
             parts += [
-                f"## {'Test' if all(cell.tested for cell in self.cells) else 'Validation'} accuracy, %",
+                f"## {_heading(self.cells)}",
                 markdown_table(["method", *header], lines),
             ]
         for backbone in dict.fromkeys(backbone for backbone, _ in pairs) if self.vtab_tasks else ():
@@ -148,7 +149,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
     candidate = run.candidate or (grid.chosen(run.cell) if state == "finished" else None)
     results = (run.results() if state == "finished" else None) or {}
     test, parameters, seconds = (results.get(key) or {} for key in ("test", "parameters", "seconds"))
-    stored = results.get("bytes") or {}
+    stored, wanted = results.get("bytes") or {}, results.get("main_metric")
     return RunRow(
         stage=run.stage,
         backbone=run.backbone.label,
@@ -157,8 +158,8 @@ def _row(grid: Grid, run: Run) -> RunRow:
         seed=run.seed,
         lr=results["settings"]["lr"] if results else run.rate,
         status=state,
-        val_accuracy=score(results.get("val") or {}),
-        test_accuracy=score(test),
+        val_accuracy=score(results.get("val") or {}, wanted),
+        test_accuracy=score(test, wanted),
         test_mean_class_accuracy=test.get("mean_class_accuracy"),
         adapter_parameters=parameters.get("adapter"),
         head_parameters=parameters.get("head"),
@@ -170,7 +171,7 @@ def _row(grid: Grid, run: Run) -> RunRow:
         curve=run.variant.curve,
         folder=_folder(grid, run),
         message=run.failure() if state == "failed" else None,
-        metric=next((name for name in ("accuracy", "mAP") if name in (test or results.get("val") or {})), None),
+        metric=metric_of(test or results.get("val") or {}, wanted),
         peak_memory_bytes=results.get("peak_memory_bytes"),
         settings=values_text(candidate.shown) if candidate else None,
         training_images=(results.get("data") or {}).get("train"),
@@ -235,12 +236,19 @@ EDGE = "at the edge of what was searched; the best may lie beyond"
 def measured_text(cells: Sequence[Cell]) -> str:
     """What the accuracies of these cells are: "test top-1", "validation mAP"."""
     part = "test" if all(cell.tested for cell in cells) else "validation"
-    return f"{part} {'mAP' if any(cell.metric == 'mAP' for cell in cells) else 'top-1'}"
+    words = metric_words(cell.metric for cell in cells)
+    return f"{part} {'top-1' if words == TOP1 else words}"
 
 
 def accuracy_title(cells: Sequence[Cell]) -> str:
     """The axis of accuracies: "test accuracy, %"."""
     return f"{measured_text(cells).replace('top-1', 'accuracy')}, %"
+
+
+def _heading(cells: Sequence[Cell]) -> str:
+    """The same with a capital: "Test accuracy, %"."""
+    title = accuracy_title(cells)
+    return title[0].upper() + title[1:]
 
 
 def study_text(study: Study) -> str:

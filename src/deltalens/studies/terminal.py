@@ -10,13 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from deltalens.studies.clip_demo_results import ClipComparison, share_text
 from deltalens.studies.results import Comparison, bytes_text, percent_text, seconds_text
 
 COLUMNS = (
-    "test",
     "trained",
     "with\nhead",
     "% of\nbackbone",
@@ -94,7 +93,7 @@ class _Follow:
         if task.training:
             self.trained += len(labels)
             self.judged = self.right = 0
-        elif self.judged < self.val_images:
+        elif self.judged < self.val_images and isinstance(result["output"], Tensor):  # of one label for each image
             self.judged += len(labels)
             self.right += int((result["output"].argmax(1) == labels).sum())
             self.note = f"{self.prefix}val {100 * self.right / self.judged:.1f} %"
@@ -105,7 +104,7 @@ def comparison_table(comparison: Comparison) -> Table:
     """The report's table, for rich; at most 80 columns wide where method names have up to 11 letters."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     table.add_column("method", no_wrap=True, vertical="bottom")
-    for name in COLUMNS:
+    for name in (comparison.metric, *COLUMNS):
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     best = max(run.accuracy for run in comparison.runs)
     for run in comparison.runs:

@@ -14,15 +14,17 @@ import torch
 from torch import nn
 
 import deltalens as dl
+from deltalens.data.dense_formats import DENSE_TASKS
 from deltalens.data.prompts import class_texts
 from deltalens.data.splits import Splits
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.candidates import Candidate, Values, values_text
 from deltalens.studies.examples import examples_of, keep_pictures
 from deltalens.studies.run_data import RunData
-from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Variant
+from deltalens.studies.study import BackboneEntry, DatasetEntry, Study, Training, Variant
 from deltalens.studies.transfer import tested_elsewhere
 from deltalens.tasks import ClassificationTask, task_class
+from deltalens.tasks.made import make_task
 from deltalens.training import TrainingSettings, fit
 from deltalens.training.callbacks import as_csv
 from deltalens.training.frozen_prefix import FeaturesCannotBeKept
@@ -196,7 +198,9 @@ class Workplace:
             overwrite=again,
             config=run_config(self.study, run, values),
             cache_features=features,
-            more_results=lambda: {"values": dict(values)} | self._at_the_end(run, values, task, data, preprocessing),
+            more_results=lambda: (
+                {"values": dict(values)} | _measured_by(task) | self._at_the_end(run, values, task, data, preprocessing)
+            ),
         )
 
     def test_trained(self, run: Run, trained: Run) -> dict[str, Any]:
@@ -231,7 +235,7 @@ class Workplace:
     ) -> dict[str, Any]:
         """What else is measured of a final run: what it says about the example pictures, which are kept beside the
         runs, and how good it is elsewhere."""
-        if run.stage == "search":
+        if run.stage == "search" or data.task in DENSE_TASKS:
             return {}
         keep_pictures(run.study_folder, run.dataset.source, self.data.splits(run))
         examples = examples_of(task.eval(), data)
@@ -265,8 +269,13 @@ class Workplace:
     ) -> tuple[ClassificationTask, Splits]:
         dl.adapter_info(model)["preprocessing"] = preprocessing
         training = self.study.training_of(run.variant, run.dataset, values)
+        if "test_size" in training.dense:
+            preprocessing["test_size"] = list(training.dense["test_size"])
         data = self.data.prepared(run, preprocessing, training)
-        task = task_class(data.task)(model, data.class_names, training.label_smoothing)
+        if data.task in DENSE_TASKS:
+            task = dense_task(model, preprocessing, data, training)
+        else:
+            task = task_class(data.task)(model, data.class_names, training.label_smoothing)
         return task, replace(data, test=None) if run.stage == "search" else data
 
     def _settings(self, run: Run, values: Values) -> TrainingSettings:
@@ -274,9 +283,18 @@ class Workplace:
         return replace(training.settings(values["lr"], run.seed, self.workers), accelerator=self.accelerator)
 
 
-def score(values: dict[str, float]) -> float | None:
-    """What runs are compared by: accuracy, or mAP where images have several labels."""
-    return values.get("accuracy", values.get("mAP"))
+def dense_task(model: nn.Module, preprocessing: dict[str, Any], data: Splits, training: Training) -> nn.Module:
+    """The task of segmentation, detection or instances on an adapted network, measured as its data are."""
+    inference = {name: training.dense[name] for name in ("window", "stride") if name in training.dense}
+    info = dl.adapter_info(model) | {"split": dict(data.origin)} | ({"inference": inference} if inference else {})
+    dl.adapter_info(model).update(info)
+    weight = {name: training.dense[name] for name in ("auxiliary_weight",) if name in training.dense}
+    return make_task(model, data.class_names, str(data.task), info, **weight)
+
+
+def _measured_by(task: nn.Module) -> dict[str, Any]:
+    """What results say of the metric that runs are compared by, where the task alone does not tell it."""
+    return {"main_metric": task.main_metric} if task.name in DENSE_TASKS else {}
 
 
 def run_config(study: Study, run: Run, values: Values) -> dict[str, Any]:
@@ -284,6 +302,7 @@ def run_config(study: Study, run: Run, values: Values) -> dict[str, Any]:
     backbone, training = asdict(run.backbone), study.training_of(run.variant, run.dataset, values)
     return {
         "backbone": backbone | {"options": dict(run.backbone_options)},
+        **({"task": study.task} if study.task else {}),
         "dataset": run.dataset.name,
         **({} if run.dataset.subset.whole else {"training_subset": asdict(run.dataset.subset)}),
         **({"shots": run.dataset.shots} if run.dataset.shots else {}),

@@ -1,0 +1,94 @@
+"""The recipes of dense tasks: settings of the papers' code, their published numbers, and the sizes of every row."""
+
+import pytest
+import torch
+
+import deltalens as dl
+from deltalens.studies.recipe_files import recipe_files
+from deltalens.studies.study_reader import read_study
+
+STUDIES = recipe_files("compare")
+SWIN_L = {  # the reference's table, with the output norms of a detector trained by some of the official rows
+    "Fixed": 0,
+    "Partial-1": 28_339_632,
+    "Adapter": 4_659_456,
+    "LoRA": 4_620_288,
+    "AdaptFormer": 2_329_728,
+    "Mona": 5_267_712,
+}
+
+
+def study_of(name):
+    return read_study(STUDIES[name], {"": "nowhere"})
+
+
+def counted(study, *labels):
+    """Label -> count of parameters, of the recipe's network without memory."""
+    entry = study.backbones[0]
+    found = {}
+    with torch.device("meta"):
+        name = entry.model.removeprefix("timm/").partition(".")[0]
+        network = dl.create_backbone(
+            f"timm/{name}", num_classes=150, pretrained=False, img_size=entry.img_size or 224, **entry.options
+        )
+        for label in labels:
+            row = next(variant for variant in study.variants if variant.label == label)
+            dl.attach(network, list(row.methods))
+            found[label] = dl.count_parameters(network)
+            dl.detach(network)
+    return found
+
+
+@pytest.mark.parametrize("name", ["mona/voc0712", "mona/ade20k", "vpt/ade20k"])
+def test_two_protocols_of_one_comparison(name):
+    fair, paper = study_of(name), study_of(f"{name}-published")
+    assert [row.to_dict() for row in fair.variants] == [row.to_dict() for row in paper.variants]
+    assert fair.published == paper.published
+    assert (fair.task, fair.backbones[0].options["head"]) == (paper.task, paper.backbones[0].options["head"])
+    assert fair.training.dense == paper.training.dense
+    assert not [variant.label for variant in fair.variants if variant.own_fields]
+
+
+def test_monas_ade20k_is_that_of_its_code():
+    study = study_of("mona/ade20k-published")
+    assert study.backbones[0].model == "timm/swin_large_patch4_window7_224.ms_in22k"
+    assert (study.task, study.backbones[0].options["head"]) == ("segmentation", "upernet")
+    for row in study.variants:
+        mona = row.label == "Mona"
+        (candidate,) = study.candidates(row)
+        assert candidate.values["lr"] == (3e-4 if mona else 6e-5)
+        options = {**study.backbones[0].options, **row.backbone}
+        assert options["drop_path_rate"] == (0.2 if mona else 0.3)
+    training = study.training
+    assert (training.weight_decay, training.batch_size) == (0.01, 16)
+    assert training.epochs * 20_210 / 16 == pytest.approx(160_000, rel=0.005)
+    assert training.warmup_epochs * 20_210 / 16 == pytest.approx(1500, rel=0.005)
+    dense = training.augmentation.dense
+    assert (dense.crop_size, dense.short_side, dense.long_side, dense.scale) == (512, 512, 2048, (0.5, 2.0))
+
+
+def test_monas_voc_is_that_of_its_code():
+    study = study_of("mona/voc0712-published")
+    assert (study.task, study.backbones[0].options["head"]) == ("detection", "retinanet")
+    assert study.backbones[0].options["drop_path_rate"] == 0.2
+    assert {study.candidates(row)[0].values["lr"] for row in study.variants} == {1e-4}
+    assert (study.training.epochs, study.training.batch_size, study.training.weight_decay) == (12, 2, 0.05)
+    assert study.training.dense["test_size"] == (600, 1000)
+    assert study.datasets[0].protocol == "trainval"
+
+
+@pytest.mark.slow
+def test_rows_of_mona_have_the_papers_sizes():
+    found = counted(study_of("mona/ade20k"), *SWIN_L)
+    assert {label: count.adapter for label, count in found.items()} == SWIN_L
+
+
+def test_rows_of_vpt_have_the_papers_sizes():
+    """In millions, as its Table 3 prints them; the head has 13.14 here and 13.18 there."""
+    found = counted(study_of("vpt/ade20k"), "Head only", "VPT-deep", "VPT-deep + Bias", "Bias")
+    head = found["Head only"].head
+    assert head == 13_143_640
+    assert found["VPT-deep"].adapter == 24 * 10 * 1024
+    printed = {"Head only": 13.18, "VPT-deep": 13.43, "VPT-deep + Bias": 15.79, "Bias": 13.46}
+    for label, count in found.items():
+        assert (count.adapter + count.head) / 1e6 == pytest.approx(printed[label], abs=0.1), label
