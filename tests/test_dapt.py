@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from family_checks import adapted, assert_same_run
 from models import MODELS
+from published_points import published_shape
 from test_family_points import clouds, make
 from torch import nn
 
@@ -22,16 +23,7 @@ def test_every_published_output_is_reproduced():
     plain, _ = reference.load("pointmae_tiny")
     tensors, metadata = reference.load("dapt_tiny")
     config = ast.literal_eval(metadata["config"])
-    model = PointTransformer(
-        config["cls_dim"],
-        dim=config["trans_dim"],
-        depth=config["depth"],
-        heads=config["num_heads"],
-        num_groups=config["num_group"],
-        group_size=config["group_size"],
-        encoder_dim=config["encoder_dims"],
-        drop_path=config["drop_path_rate"],
-    )
+    model = published_shape(config)
     model.load_state_dict(reference.sub(plain, "state."))
     official = {**reference.sub(plain, "state."), **reference.sub(tensors, "state.")}
     dl.attach(model.eval(), dl.DAPTConfig(bottleneck=config["rank"], dropout=config["drop_adapter_rate"]))

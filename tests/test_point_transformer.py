@@ -5,6 +5,7 @@ import ast
 import pytest
 import reference
 import torch
+from published_points import published_shape
 from torch import nn
 
 from deltalens.models.point_mae import PointMAE
@@ -31,16 +32,7 @@ def published():
     """(tensors of the fixture, model with its weights)."""
     tensors, metadata = reference.load("pointmae_tiny")
     config = ast.literal_eval(metadata["config"].replace("true", "True").replace("false", "False"))
-    model = PointTransformer(
-        config["cls_dim"],
-        dim=config["trans_dim"],
-        depth=config["depth"],
-        heads=config["num_heads"],
-        num_groups=config["num_group"],
-        group_size=config["group_size"],
-        encoder_dim=config["encoder_dims"],
-        drop_path=config["drop_path_rate"],
-    ).eval()
+    model = published_shape(config).eval()
     model.load_state_dict(reference.sub(tensors, "state."))  # strict: the official names, no more and no less
     return tensors, model
 

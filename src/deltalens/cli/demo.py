@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
+    from deltalens.studies.demo import MakeBackbone
+
 DEFAULTS = {
     "task": "classification",
     "output": "./deltalens-demo",
@@ -114,7 +116,6 @@ def run(args: Namespace) -> None:
 
 
 def _classification(args: Namespace, console: Console) -> Table:
-    from deltalens.cli.sized_backbone import create_sized_backbone
     from deltalens.studies.demo import DemoSettings, run_demo
     from deltalens.studies.terminal import comparison_table
 
@@ -123,10 +124,7 @@ def _classification(args: Namespace, console: Console) -> Table:
         f"{args.model} learns handwritten digits: {args.train_images} images, {args.epochs} epochs\n", highlight=False
     )
 
-    def make(num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-        return create_sized_backbone(args.model, num_classes, args.img_size)
-
-    return comparison_table(run_demo(settings, make, args.output, command_line(args), console))
+    return comparison_table(run_demo(settings, _classifiers(args), args.output, command_line(args), console))
 
 
 def _clip(args: Namespace, console: Console) -> Table:
@@ -152,7 +150,6 @@ def _clip(args: Namespace, console: Console) -> Table:
 
 
 def _points(args: Namespace, console: Console) -> Table:
-    from deltalens.cli.sized_backbone import create_sized_backbone
     from deltalens.studies.points_demo import PointsSettings, run_points_demo
     from deltalens.studies.terminal import comparison_table
 
@@ -161,10 +158,13 @@ def _points(args: Namespace, console: Console) -> Table:
         f"{args.model} learns generated solids: {args.train_images} clouds, {args.epochs} epochs\n", highlight=False
     )
 
-    def make(num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-        return create_sized_backbone(args.model, num_classes, args.img_size)
+    return comparison_table(run_points_demo(settings, _classifiers(args), args.output, command_line(args), console))
 
-    return comparison_table(run_points_demo(settings, make, args.output, command_line(args), console))
+
+def _classifiers(args: Namespace) -> MakeBackbone:
+    from deltalens.cli.sized_backbone import create_sized_backbone
+
+    return lambda num_classes: create_sized_backbone(args.model, num_classes, args.img_size)
 
 
 def _dense(args: Namespace, console: Console) -> Table:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from deltalens.data.broken import without_broken_items
 from deltalens.data.cloud_files import checked_cloud, read_cloud
 
 LIMIT = 10**9  # bytes that are kept in memory at most
@@ -108,17 +109,7 @@ def without_broken_clouds(clouds: Clouds, skip_broken: bool) -> Clouds:
     """Read every cloud once; broken ones raise ValueError with their names, or are left out and printed."""
     with ThreadPoolExecutor(4) as pool:
         problems = list(pool.map(lambda index: _problem(clouds, index), range(len(clouds))))
-    broken = [problem for problem in problems if problem]
-    if not broken:
-        return clouds
-    shown = "; ".join(broken[:5]) + (f"; and {len(broken) - 5} more" if len(broken) > 5 else "")
-    if not skip_broken:
-        raise ValueError(
-            f"{len(broken)} of {len(clouds)} clouds cannot be read: {shown}. Repair or remove them, or pass "
-            "skip_broken (--skip-broken true) to leave them out"
-        )
-    print(f"left out {len(broken)} of {len(clouds)} clouds that cannot be read: {shown}")
-    return clouds.subset([i for i, problem in enumerate(problems) if not problem])
+    return without_broken_items(clouds, problems, "clouds", skip_broken)
 
 
 def _problem(clouds: Clouds, index: int) -> str | None:

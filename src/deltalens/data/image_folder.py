@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from deltalens.data.broken import without_broken_items
 from deltalens.data.options import ReadOptions, refuse_variant
 from deltalens.data.splits import Splits, stratified_split
 
@@ -223,17 +224,8 @@ def without_broken(files: ImageFiles, skip_broken: bool) -> ImageFiles:
     """Decode every image once; broken ones raise ValueError with their names, or are left out and printed."""
     with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
         problems = list(pool.map(_problem, files.paths))
-    broken = [f"{path} ({problem})" for path, problem in zip(files.paths, problems, strict=True) if problem]
-    if not broken:
-        return files
-    shown = "; ".join(broken[:5]) + (f"; and {len(broken) - 5} more" if len(broken) > 5 else "")
-    if not skip_broken:
-        raise ValueError(
-            f"{len(broken)} of {len(files)} images cannot be read: {shown}. Repair or remove them, or pass "
-            "skip_broken (--skip-broken true) to leave them out"
-        )
-    print(f"left out {len(broken)} of {len(files)} images that cannot be read: {shown}")
-    return files.subset([i for i, problem in enumerate(problems) if not problem])
+    named = [problem and f"{path} ({problem})" for path, problem in zip(files.paths, problems, strict=True)]
+    return without_broken_items(files, named, "images", skip_broken)
 
 
 # ------------------------------------------------------------------ details

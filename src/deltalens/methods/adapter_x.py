@@ -12,7 +12,7 @@ from deltalens.methods.bottleneck import serial_slots
 from deltalens.methods.expert_use import dead_expert_remarks
 from deltalens.methods.notes import note, notes_of
 from deltalens.methods.smoa import ScaleAndShift, SmallMLP, SMoA, balance
-from deltalens.methods.vpt_prompts import TokenPool
+from deltalens.methods.token_pool import head_pool
 from deltalens.sites.anatomy import Anatomy, Site, Tower, require
 from deltalens.sites.layout import Layout, Patches, Sequence, Tokens
 from deltalens.sites.norms import stream_norms
@@ -239,21 +239,10 @@ class AdapterXConfig(Method):
         return ScaleAndShift(block.width, self.prompt_act)
 
     def _head_pool(self, tower: Tower, anatomy: Anatomy) -> Placement:
-        if tower.classifier is None:
-            raise TypeError(f"pool={self.pool!r} changes what a head reads: {type(anatomy.model).__name__} has none")
-        require(tower.classifier, "pool", f"Adapter-X with pool={self.pool!r}", anatomy.model)
-        own = tower.classifier.width_of("pool")
-        if own != tower.blocks[-1].width:
-            raise TypeError(
-                f"pool={self.pool!r} gives features of {tower.blocks[-1].width} channels, and the head of "
-                f"{type(anatomy.model).__name__} reads {own}: the class tokens and the maximum over the patches; leave "
-                "pool out, or take DAPT, whose head is its own"
-            )
-        if self.pool == "cls" and not tower.class_token:
-            raise ValueError(f"pool='cls' reads the class token, which {type(anatomy.model).__name__} does not have")
+        placement = head_pool(tower, anatomy, self.pool, "Adapter-X")
         if self.pool in ("prompts", "patches+prompts") and not takes_prompts(tower.blocks[-1]):
             raise TypeError(f"pool={self.pool!r} reads prompts, which {type(anatomy.model).__name__} has no place for")
-        return tower.classifier, "pool", TokenPool(self.pool, tower.layout.prefix)
+        return placement
 
 
 def takes_prompts(block: Site) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deltalens.methods.base import Method, Placement, check_choices, register, setting
+from deltalens.methods.token_pool import head_pool
 from deltalens.methods.vpt_pixels import Frame, ImageChannels, PatchPrompts, is_patch_embedding
 from deltalens.methods.vpt_prompts import (
     AddedToken,
@@ -16,7 +17,6 @@ from deltalens.methods.vpt_prompts import (
     PrefixKeysValues,
     Projection,
     Prompts,
-    TokenPool,
     init_bound,
 )
 from deltalens.methods.vpt_prototypes import fill_prompts
@@ -166,7 +166,7 @@ class VPTConfig(Method):
                 yield from self._place_in_blocks(number, tower, anatomy)
         if self.pool is not None:
             for tower in anatomy.towers:
-                yield self._place_pool(tower, anatomy)
+                yield head_pool(tower, anatomy, self.pool, "VPT")
 
     def unfreeze(self, anatomy: Anatomy) -> Iterable[str]:
         if self.location != "concat-channel":
@@ -321,18 +321,3 @@ class VPTConfig(Method):
                 f"{patch[0]}x{patch[1]} do not divide: choose num_tokens so that 2 * num_tokens is a multiple of them, "
                 "or create the model with dynamic_img_pad=True"
             )
-
-    def _place_pool(self, tower: Tower, anatomy: Anatomy) -> Placement:
-        if tower.classifier is None:
-            raise TypeError(f"pool={self.pool!r} changes what a head reads: {type(anatomy.model).__name__} has none")
-        require(tower.classifier, "pool", f"VPT with pool={self.pool!r}", anatomy.model)
-        own = tower.classifier.family.widths(tower.classifier.module).get("pool", tower.blocks[-1].width)
-        if own != tower.blocks[-1].width:
-            raise TypeError(
-                f"pool={self.pool!r} gives features of {tower.blocks[-1].width} channels, and the head of "
-                f"{type(anatomy.model).__name__} reads {own}: the class tokens and the maximum over the patches; leave "
-                "pool out"
-            )
-        if self.pool == "cls" and not tower.class_token:
-            raise ValueError(f"pool='cls' reads the class token, which {type(anatomy.model).__name__} does not have")
-        return tower.classifier, "pool", TokenPool(self.pool, tower.layout.prefix)

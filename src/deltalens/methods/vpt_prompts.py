@@ -1,4 +1,4 @@
-"""The learned tokens of VPT, and which of the final tokens its head reads."""
+"""The learned tokens of VPT."""
 
 from __future__ import annotations
 
@@ -167,27 +167,3 @@ class PrefixKeysValues(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._of(self.keys, x), self._of(self.values, x)
-
-
-class TokenPool(nn.Module):
-    """What the head reads of the final tokens (B, N, C): the class token, or the mean of some of them, (B, C).
-
-    which: "cls", "patches", "prompts", "patches+prompts" (all but the backbone's own prefix tokens) or "all".
-    """
-
-    def __init__(self, which: str, prefix: int):
-        super().__init__()
-        self.which, self.prefix = which, prefix
-
-    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        if self.which == "cls":
-            return tokens[:, 0]
-        if self.which == "patches+prompts":
-            return tokens[:, self.prefix :].mean(1)
-        if self.which == "all":
-            return tokens.mean(1)
-        feature_map, before = layout.split(tokens)
-        return feature_map.flatten(1, 2).mean(1) if self.which == "patches" else before[:, self.prefix :].mean(1)
-
-    def extra_repr(self) -> str:
-        return self.which

@@ -33,6 +33,7 @@ from deltalens.studies.demo import (
     Contest,
     MakeBackbone,
     check_output,
+    contender,
     here_and_now,
     number_of_ways,
     one_thread,
@@ -41,7 +42,6 @@ from deltalens.studies.pictures import choose_pictures
 from deltalens.studies.results import Epoch, Picture, Prediction
 from deltalens.studies.terminal import MethodBars
 from deltalens.tasks import ClassificationTask
-from deltalens.training.optim import default_learning_rate
 
 TEMPLATE = "a photo of a {}."
 ZERO_SHOT, ZERO_SHOT_LABEL = "zero_shot", "Zero-shot CLIP"
@@ -60,15 +60,6 @@ CONTENDERS = {
     "lora": Contender("CLIP-LoRA", LoRAConfig.clip(), 1e-2, {"rank": 2}),
     "mma": Contender("MMA", MMAConfig(start=1, bottleneck=16, alpha=0.1), 3e-2, {"bottleneck": 16, "alpha": 0.1}),
 }
-
-
-def contender(name: str) -> Contender:
-    """The demo's settings of a method; for others their own defaults. ValueError with the nearest names for an unknown
-    one."""
-    if name in CONTENDERS:
-        return CONTENDERS[name]
-    config = dl.make_config(name)
-    return Contender(name, config, default_learning_rate([config]), {})
 
 
 @dataclass(frozen=True)
@@ -104,7 +95,7 @@ def run_clip_demo(
     the report names as the command. One thread, as in `run_demo`. Raises FileExistsError where the folder holds
     something that is not an earlier demo, TypeError for a model without texts.
     """
-    chosen = {name: contender(name) for name in settings.methods if name != ZERO_SHOT}
+    chosen = {name: contender(name, CONTENDERS) for name in settings.methods if name != ZERO_SHOT}
     output = Path(output)
     check_output(output)
     names = [look.name for look in BASE]

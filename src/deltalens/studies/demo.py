@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -66,11 +66,11 @@ CONTENDERS = {
 }
 
 
-def contender(name: str) -> Contender:
-    """The demo's settings of a method; for others their own defaults. ValueError with the nearest names for an
-    unknown one."""
-    if name in CONTENDERS:
-        return CONTENDERS[name]
+def contender(name: str, known: Mapping[str, Contender] = CONTENDERS) -> Contender:
+    """A demo's settings of a method; for others than the known ones their own defaults. ValueError with the nearest
+    names for an unknown one."""
+    if name in known:
+        return known[name]
     config = dl.make_config(name)
     return Contender(name, config, default_learning_rate([config]), {})
 
@@ -112,14 +112,13 @@ def run_demo(
     check_output(output)
     _, preprocessing = make_backbone(len(Digits.class_names))
     digits = load_digits(preprocessing["input_size"][-1], settings.train_images)
-    runs, answers = [], []
     with one_thread(), MethodBars(console, [each.label for each in chosen.values()]) as bars:
-        contest = Contest(settings, make_backbone, preprocessing, digits, bars)
-        for name, each in chosen.items():
-            run, answer = contest.run(each, output / name)
-            runs.append(run)
-            answers.append(answer)
-    comparison = _comparison(settings, runs, answers, digits, command)
+        runs, answers = Contest(settings, make_backbone, preprocessing, digits, bars).run_all(chosen, output)
+    return written(_comparison(settings, runs, answers, digits, command), output)
+
+
+def written(comparison: Comparison, output: Path) -> Comparison:
+    """The comparison, after `results.json` and `report.html` were written."""
     write_text(output / RESULTS, json.dumps(comparison.to_dict(), indent=2) + "\n")
     write_report(comparison, output / REPORT)
     return comparison
@@ -168,6 +167,11 @@ class Contest:
     def _dataset(self, part: Images) -> ArrayDataset:
         """Without augmentation: the images are few, and the methods are to differ, not their training."""
         return ArrayDataset(part.images, part.labels.tolist(), eval_transform(self.preprocessing))
+
+    def run_all(self, chosen: Mapping[str, Contender], output: Path) -> tuple[list[RunResult], list[list[Prediction]]]:
+        """Results and answers of all methods, whose adapters go to folders of their names."""
+        found = [self.run(each, output / name) for name, each in chosen.items()]
+        return [run for run, _ in found], [answers for _, answers in found]
 
     def run(self, each: Contender, folder: Path) -> tuple[RunResult, list[Prediction]]:
         """Train a method, save its adapter, and say how it went and what it answers for every test image."""
@@ -277,9 +281,7 @@ def _comparison(
     settings: DemoSettings, runs: list[RunResult], answers: list[list[Prediction]], digits: Digits, command: str
 ) -> Comparison:
     truth = np.array([digits.class_names[label] for label in digits.test.labels])
-    correct = np.array([[said.name == name for said, name in zip(answer, truth, strict=True)] for answer in answers])
-    shown = choose_pictures(correct, digits.test.labels, PICTURES)
-    easy = sum(correct[:, index].all() for index in shown)
+    shown, choice = shown_answers(answers, truth, np.asarray(digits.test.labels))
     return Comparison(
         title=f"{number_of_ways(len(runs))} to adapt one backbone",
         intro=_intro(settings, runs, digits),
@@ -287,9 +289,19 @@ def _comparison(
         test_images=len(digits.test),
         pictures=[Picture(digits.test.images[index], str(truth[index])) for index in shown],
         pictures_note="Test images as the backbone sees them, each with every method's answer and its probability. "
-        f"{easy} of them every method gets right; the other {len(shown) - easy} are chosen to tell the methods apart, "
-        "so errors are more frequent here than in the table.",
+        + choice,
         conditions=_conditions(settings, digits, command),
+    )
+
+
+def shown_answers(answers: list[list[Prediction]], truth: np.ndarray, labels: np.ndarray) -> tuple[list[int], str]:
+    """(test inputs that the report shows, how they were chosen)."""
+    correct = np.array([[said.name == name for said, name in zip(answer, truth, strict=True)] for answer in answers])
+    shown = choose_pictures(correct, labels, PICTURES)
+    easy = sum(correct[:, index].all() for index in shown)
+    return shown, (
+        f"{easy} of them every method gets right; the other {len(shown) - easy} are chosen to tell the methods apart, "
+        "so errors are more frequent here than in the table."
     )
 
 

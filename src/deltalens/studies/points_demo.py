@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -12,33 +11,28 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-import deltalens as dl
 from deltalens.data.clouds import CloudArrays
 from deltalens.data.inputs import POINTS, kept_inputs, kind_of
 from deltalens.data.solids import CLASS_NAMES, Solids, make_solids
-from deltalens.lifecycle.atomic import write_text
 from deltalens.methods import AdapterXConfig, AdaptFormerConfig, FullConfig, LinearConfig, LoRAConfig, VPTConfig
 from deltalens.studies.cloud_plots import cloud_picture
 from deltalens.studies.demo import (
-    PICTURES,
     RATES,
-    REPORT,
-    RESULTS,
     Contender,
     Contest,
     DemoSettings,
     MakeBackbone,
     check_output,
+    contender,
     finding,
     here_and_now,
     number_of_ways,
     one_thread,
+    shown_answers,
+    written,
 )
-from deltalens.studies.pictures import choose_pictures
-from deltalens.studies.report import write_report
 from deltalens.studies.results import Comparison, Picture, Prediction, RunResult
 from deltalens.studies.terminal import MethodBars
-from deltalens.training.optim import default_learning_rate
 
 BATCH_SIZE = 10  # small, so that few clouds and epochs give enough steps
 
@@ -53,15 +47,6 @@ CONTENDERS = {
     "adapter_x": Contender("Adapter-X", AdapterXConfig(), 1e-2, {"experts": AdapterXConfig().experts}),
     "full": Contender("Full", FullConfig(), 1e-3, {}),
 }
-
-
-def contender(name: str) -> Contender:
-    """The demo's settings of a method; for others their own defaults. ValueError with the nearest names for an unknown
-    one."""
-    if name in CONTENDERS:
-        return CONTENDERS[name]
-    config = dl.make_config(name)
-    return Contender(name, config, default_learning_rate([config]), {})
 
 
 @dataclass(frozen=True)
@@ -99,25 +84,18 @@ def run_points_demo(
 
     As `deltalens.studies.demo.run_demo`. Raises ValueError for a model that takes no clouds.
     """
-    chosen = {name: contender(name) for name in settings.methods}
+    chosen = {name: contender(name, CONTENDERS) for name in settings.methods}
     output = Path(output)
     check_output(output)
     _, preprocessing = make_backbone(len(CLASS_NAMES))
     if kind_of(preprocessing) != POINTS:
         raise ValueError(f"{settings.model} takes images: --task points needs a model of points, deltalens/points-mini")
     solids = make_solids(settings.train_images, preprocessing["num_points"])
-    runs, answers = [], []
     labels = [each.label for each in chosen.values()]
     with one_thread(), tempfile.TemporaryDirectory() as features, MethodBars(console, labels) as bars:
         contest = PointsContest(settings, make_backbone, preprocessing, solids, bars, features=Path(features))
-        for name, each in chosen.items():
-            run, answer = contest.run(each, output / name)
-            runs.append(run)
-            answers.append(answer)
-    comparison = _comparison(settings, runs, answers, solids, command)
-    write_text(output / RESULTS, json.dumps(comparison.to_dict(), indent=2) + "\n")
-    write_report(comparison, output / REPORT)
-    return comparison
+        runs, answers = contest.run_all(chosen, output)
+    return written(_comparison(settings, runs, answers, solids, command), output)
 
 
 def _comparison(
@@ -125,18 +103,14 @@ def _comparison(
 ) -> Comparison:
     labels = np.array(solids.test.labels)
     truth = np.array(solids.class_names)[labels]
-    correct = np.array([[said.name == name for said, name in zip(answer, truth, strict=True)] for answer in answers])
-    shown = choose_pictures(correct, labels, PICTURES)
-    easy = sum(correct[:, index].all() for index in shown)
+    shown, choice = shown_answers(answers, truth, labels)
     return Comparison(
         title=f"{number_of_ways(len(runs))} to adapt one point transformer",
         intro=_intro(settings, runs, solids),
         runs=[replace(run, predictions=[answer[i] for i in shown]) for run, answer in zip(runs, answers, strict=True)],
         test_images=len(solids.test),
         pictures=[Picture(cloud_picture(solids.test.cloud(index)), str(truth[index])) for index in shown],
-        pictures_note="Test clouds, near points dark, each with every method's answer and its probability. "
-        f"{easy} of them every method gets right; the other {len(shown) - easy} are chosen to tell the methods apart, "
-        "so errors are more frequent here than in the table.",
+        pictures_note="Test clouds, near points dark, each with every method's answer and its probability. " + choice,
         conditions=_conditions(settings, solids, command),
         inputs="clouds",
     )

@@ -1,6 +1,5 @@
 """The training loop of `python -m tools.pretrain points`: Point-MAE on surface clouds of voxels."""
 
-import csv
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 from deltalens.backbones.points import mini
 from deltalens.models.point_mae import PointMAE
 
-from .. import checkpoint
+from .. import checkpoint, log
 from ..data import ShuffledBatches
 from ..schedule import Progress, learning_rate
 from .augment import Augment
@@ -113,14 +112,7 @@ class PointTrainer:
             "loss": round(loss, 4),
             "ema_val_loss": round(self.val_loss(), 4),
         }
-        path = self.output / "log.csv"
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        log.append(self.output / "log.csv", row)
 
     def save(self) -> None:
         state = {
