@@ -53,6 +53,9 @@ TABLES = {
             {"parameters": "Test accuracy on shapes against trained parameters"},
             prepare=write_clouds,
         ),
+        Table("dense-segmentation", {"camvid": "camvid"}, "12 min", {}),
+        Table("dense-detection", {"bccd": "det/bccd", "raccoon": "det/raccoon"}, "30 min", {}),
+        Table("dense-instances", {"nuclei": "inst/nuclei", "coco128": "inst/coco128"}, "1 h", {}),
         Adapters(),
     )
 }
