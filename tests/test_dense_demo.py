@@ -9,7 +9,8 @@ import deltalens as dl
 from deltalens.cli.main import main
 from deltalens.data import scenes
 from deltalens.studies import dense_demo
-from deltalens.studies.dense_demo import DenseSettings, contender
+from deltalens.studies.demo import contender
+from deltalens.studies.dense_demo import CONTENDERS, DenseSettings
 from deltalens.studies.results import Comparison, RunResult
 
 TINY = ["--epochs", "1", "--train-images", "8", "--methods", "linear", "lora"]
@@ -66,9 +67,9 @@ def test_scenes_have_shapes_of_one_class(task):
 
 
 def test_settings_of_a_method():
-    rates = {task: contender("mona", task).learning_rate for task in dense_demo.METRICS}
+    rates = {task: contender("mona", CONTENDERS[task]).learning_rate for task in dense_demo.METRICS}
     assert rates == {"segmentation": 1e-3, "detection": 3e-3}
-    assert contender("normtuning", "detection").learning_rate > 0
+    assert contender("normtuning", CONTENDERS["detection"]).learning_rate > 0
     with pytest.raises(ValueError, match="segmentation or detection"):
         DenseSettings(task="instance")
 

@@ -117,10 +117,23 @@ def run_demo(
     return written(_comparison(settings, runs, answers, digits, command), output)
 
 
-def written(comparison: Comparison, output: Path) -> Comparison:
-    """The comparison, after `results.json` and `report.html` were written."""
+def best_rate(trained_with: Callable[[float], float]) -> float:
+    """The learning rate among `RATES` that gives the largest value; the smallest of equals. A rate at which the loss
+    becomes infinite is out; where all are, the last one's error is raised."""
+    found: dict[float, float] = {}
+    for rate in RATES:
+        try:
+            found[rate] = trained_with(rate)
+        except NonFiniteLossError:
+            if rate == RATES[-1] and not found:
+                raise
+    return max(found, key=lambda rate: (found[rate], -rate))
+
+
+def written(comparison: Comparison, output: Path, answers: str = "") -> Comparison:
+    """The comparison, after `results.json` and `report.html` were written. answers: a section of the report."""
     write_text(output / RESULTS, json.dumps(comparison.to_dict(), indent=2) + "\n")
-    write_report(comparison, output / REPORT)
+    write_report(comparison, output / REPORT, answers)
     return comparison
 
 
@@ -197,18 +210,12 @@ class Contest:
         return run, answers
 
     def tuned_rate(self, each: Contender) -> float:
-        """The rate with the best validation accuracy after the last epoch; the smallest of equals. The test images are
-        not seen. A rate at which the loss becomes infinite is out; where all are, the last one's error is raised."""
-        found: dict[float, float] = {}
-        for rate in RATES:
-            try:
-                _, results = self.fit(each, rate, None, prefix=f"rate {rate:g}, ")
-            except NonFiniteLossError:
-                if rate == RATES[-1] and not found:
-                    raise
-            else:
-                found[rate] = results["val"]["accuracy"]
-        return max(found, key=lambda rate: (found[rate], -rate))
+        """The rate with the best validation accuracy after the last epoch. The test images are not seen."""
+
+        def accuracy(rate: float) -> float:
+            return self.fit(each, rate, None, prefix=f"rate {rate:g}, ")[1]["val"]["accuracy"]
+
+        return best_rate(accuracy)
 
     def fit(
         self, each: Contender, rate: float, test: ArrayDataset | None, prefix: str = ""

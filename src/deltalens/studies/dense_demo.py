@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,30 +17,27 @@ from deltalens.data.dense_transforms import DenseAugmentation
 from deltalens.data.inputs import Augmentation, set_inputs
 from deltalens.data.scenes import GROUND, make_scenes
 from deltalens.data.splits import Splits
-from deltalens.lifecycle.atomic import write_text
 from deltalens.lifecycle.files import TENSORS
 from deltalens.methods import AdaptFormerConfig, BitFitConfig, FullConfig, LinearConfig, LoRAConfig, MonaConfig
 from deltalens.studies.demo import (
     RATES,
-    REPORT,
-    RESULTS,
     Contender,
     DemoSettings,
+    best_rate,
     check_output,
+    contender,
     here_and_now,
     number_of_ways,
     one_thread,
+    written,
 )
 from deltalens.studies.dense_answers import answers_section
 from deltalens.studies.dense_measure import Found, examples_of
 from deltalens.studies.measure import saved_bytes
-from deltalens.studies.report import write_report
 from deltalens.studies.results import Comparison, Epoch, RunResult
 from deltalens.studies.terminal import MethodBars
 from deltalens.tasks import task_class
 from deltalens.training import TrainingSettings, fit
-from deltalens.training.callbacks import NonFiniteLossError
-from deltalens.training.optim import default_learning_rate
 
 BATCH_SIZE = 4  # small, so that few scenes and epochs give enough steps
 PICTURES = 4
@@ -55,29 +51,20 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
 
 MakeNetwork = Callable[[int, str, dict[str, Any]], nn.Module]  # classes, head, its settings -> the network
 
-LABELS = {
-    "linear": Contender("Head only", LinearConfig(), 0.0, {}),
-    "bitfit": Contender("BitFit", BitFitConfig(), 0.0, {}),
-    "lora": Contender("LoRA", LoRAConfig(r=8, alpha=8.0), 0.0, {"rank": 8}),
-    "adaptformer": Contender("AdaptFormer", AdaptFormerConfig(bottleneck=16), 0.0, {"bottleneck": 16}),
-    "mona": Contender("Mona", MonaConfig(bottleneck=16), 0.0, {"bottleneck": 16}),
-    "full": Contender("Full", FullConfig(), 0.0, {}),
-}
 # Usual rates, not the best of a search, which `deltalens demo --task segmentation --tune` makes.
-LEARNING_RATES = {
-    "segmentation": {"linear": 1e-3, "bitfit": 1e-3, "lora": 1e-3, "adaptformer": 1e-3, "mona": 1e-3, "full": 3e-4},
-    "detection": {"linear": 3e-3, "bitfit": 3e-3, "lora": 3e-3, "adaptformer": 3e-3, "mona": 3e-3, "full": 1e-3},
+RATE = {"segmentation": 1e-3, "detection": 3e-3}
+RATE_OF_FULL = {"segmentation": 3e-4, "detection": 1e-3}
+CONTENDERS = {
+    task: {
+        "linear": Contender("Head only", LinearConfig(), rate, {}),
+        "bitfit": Contender("BitFit", BitFitConfig(), rate, {}),
+        "lora": Contender("LoRA", LoRAConfig(r=8, alpha=8.0), rate, {"rank": 8}),
+        "adaptformer": Contender("AdaptFormer", AdaptFormerConfig(bottleneck=16), rate, {"bottleneck": 16}),
+        "mona": Contender("Mona", MonaConfig(bottleneck=16), rate, {"bottleneck": 16}),
+        "full": Contender("Full", FullConfig(), RATE_OF_FULL[task], {}),
+    }
+    for task, rate in RATE.items()
 }
-
-
-def contender(name: str, task: str) -> Contender:
-    """The demo's settings of a method; for others their own defaults. ValueError with the nearest names for an unknown
-    one."""
-    if name in LABELS:
-        each = LABELS[name]
-        return Contender(each.label, each.config, LEARNING_RATES[task][name], each.shown)
-    config = dl.make_config(name)
-    return Contender(name, config, default_learning_rate([config]), {})
 
 
 @dataclass(frozen=True)
@@ -144,18 +131,12 @@ class DenseContest:
         return run, examples_of(task, self.scenes.test, PICTURES)
 
     def tuned_rate(self, each: Contender) -> float:
-        """The rate with the best validation metric after the last epoch; the smallest of equals. The test scenes are
-        not seen. A rate at which the loss becomes infinite is out; where all are, the last one's error is raised."""
-        found: dict[float, float] = {}
-        for rate in RATES:
-            try:
-                _, results = self.fit(each, rate, test=False, prefix=f"rate {rate:g}, ")
-            except NonFiniteLossError:
-                if rate == RATES[-1] and not found:
-                    raise
-            else:
-                found[rate] = results["val"][self.metric]
-        return max(found, key=lambda rate: (found[rate], -rate))
+        """The rate with the best validation metric after the last epoch. The test scenes are not seen."""
+
+        def metric(rate: float) -> float:
+            return self.fit(each, rate, test=False, prefix=f"rate {rate:g}, ")[1]["val"][self.metric]
+
+        return best_rate(metric)
 
     def fit(self, each: Contender, rate: float, test: bool, prefix: str = "") -> tuple[Any, dict[str, Any]]:
         """A trained task, and the runner's results."""
@@ -204,7 +185,7 @@ def run_dense_demo(
 
     make_network: builds the pretrained backbone under a head. Otherwise as `deltalens.studies.demo.run_demo`.
     """
-    chosen = {name: contender(name, settings.task) for name in settings.methods}
+    chosen = {name: contender(name, CONTENDERS[settings.task]) for name in settings.methods}
     output = Path(output)
     check_output(output)
     runs: list[RunResult] = []
@@ -223,9 +204,7 @@ def run_dense_demo(
         inputs="scenes",
         metric=contest.metric_name,
     )
-    write_text(output / RESULTS, json.dumps(comparison.to_dict(), indent=2) + "\n")
-    write_report(comparison, output / REPORT, answers_section(answers, contest.scenes.class_names))
-    return comparison
+    return written(comparison, output, answers_section(answers, contest.scenes.class_names))
 
 
 def _intro(settings: DenseSettings, runs: list[RunResult], scenes: Any, metric: str) -> str:
