@@ -49,7 +49,8 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"labels have shape \(4,\), expected \(4, 3\): 1, 0 or -1"):
         task()((torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)))
     with pytest.raises(
-        ValueError, match="unknown task 'depth'; there are classification, multilabel, segmentation, detection, instance"
+        ValueError,
+        match="unknown task 'depth'; there are classification, multilabel, segmentation, detection, instance",
     ):
         task_class("depth")
     assert (task_class(None), task_class("multilabel")) == (ClassificationTask, MultiLabelTask)
