@@ -10,8 +10,9 @@ from deltalens.tasks import DetectionTask, InstanceTask
 STEPS, RATE = 120, 3e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["retinanet", "fcos", "mask_rcnn"])
+@pytest.mark.parametrize(
+    "head", ["retinanet", *(pytest.param(head, marks=pytest.mark.slow) for head in ("fcos", "mask_rcnn"))]
+)
 def test_every_head_learns_rectangles(head):
     """Boxes, and masks, with their classes, of the scenes that it is trained on."""
     task = (InstanceTask if head == "mask_rcnn" else DetectionTask)(small_detector(head), NAMES)
@@ -29,7 +30,6 @@ def test_every_head_learns_rectangles(head):
     with torch.no_grad():
         task.update_metrics(metrics, task(batch), batch)
     values = metrics.compute()
-    print({name: round(float(value), 3) for name, value in values.items()})
     assert values["map50"] > 0.8
     assert head != "mask_rcnn" or values["mask_map50"] > 0.8
 
@@ -41,7 +41,7 @@ def test_narrow_heads_of_retinanet_begin_with_signals_of_the_published_size():
         head = _Head(channels, 1, 8, None).double()
         logits = head.classification_head([torch.randn(2, channels, 12, 12).double()])
         changes = head.regression_head([torch.randn(2, channels, 12, 12).double()])
-        spread[channels] = float(logits.std()), float(changes.std())
+        spread[channels] = float(logits.detach().std()), float(changes.detach().std())
     for channels in (16, 64):
         for narrow, wide in zip(spread[channels], spread[256], strict=True):
-            assert 0.3 < narrow / wide < 3
+            assert 0.2 < narrow / wide < 5  # 1e-3 with 0.01 for all widths
