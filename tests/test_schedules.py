@@ -203,6 +203,7 @@ def test_a_study_says_them(tmp_path):
     for wrong, message in {
         "decay_at: 8": r"line 8, training\.decay_at: expected a list of numbers, got 8",
         "decay: poly": r"line 8, training\.decay: decay must be one of",
+        "decay: steps, decay_at: [21]": r"line 8, training\.decay_at: decay_at must lie within the 20 epochs",
         "schedule: batch": r"line 8, training\.schedule: schedule must be step or epoch",
         "warmup_lr: [1]": r"line 8, training\.warmup_lr: expected a number",
         "schedule: epoch, warmup_epochs: 0.5": r"line 8, training\.warmup_epochs: .*whole number",

@@ -54,7 +54,7 @@ def check_training(document: Document, training: Training, said: Mapping[str, An
         augmentation_words(training.cloud_augment)
         training.settings(lr=1.0, seed=0)
     except ValueError as error:
-        named = next((key for key in said if str(error).startswith(key)), None)
+        named = max((key for key in said if str(error).startswith(key)), key=len, default=None)
         named = "cloud_augment" if named is None and "augmentation of clouds" in str(error) else named
         raise document.error((*place, *([named] if named else [])), str(error)) from error
 
