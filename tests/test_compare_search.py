@@ -252,7 +252,7 @@ def test_a_folder_of_an_earlier_version_is_finished(place, tmp_path, trained):
     for path in [*output.rglob("results.json"), *output.rglob("config.yaml")]:
         content = yaml.safe_load(path.read_text())
         del content["values"]
-        younger = ("min_lr", "no_decay", "schedule", "warmup_lr", "eps")
+        younger = ("min_lr", "no_decay", "schedule", "warmup_lr", "eps", "decay", "decay_at")
         for name in younger if "training" in content else ():
             del content["training"][name]
         path.write_text(json.dumps(content))

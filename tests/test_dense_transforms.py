@@ -1,5 +1,7 @@
 """Transforms of masks and boxes: they go where the picture goes, and random numbers come from the loader's seed."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,10 @@ from torchvision import tv_tensors
 
 from deltalens.data.arrays import ArrayDataset
 from deltalens.data.dense_items import IGNORED, MaskedImages, ObjectImages, Objects
-from deltalens.data.dense_resizing import ClassCrop, PadTo, RandomScale, ResizeSides, SizeCrop
+from deltalens.data.dense_resizing import ClassCrop, PadTo, RandomScale, ResizeSides, SizeCrop, _Resize
 from deltalens.data.dense_transforms import (
     DenseAugmentation,
+    _photometric,
     detection_train_transform,
     in_original_pixels,
     segmentation_train_transform,
@@ -168,6 +171,86 @@ def test_boxes_and_masks_go_with_the_picture(augmentation):
     assert all(torch.equal(one["boxes"], two["boxes"]) for one, two in zip(targets, again, strict=True))
 
 
+def drawn(random, height, width):
+    """(picture, target) of three rectangles of their own grey, with exact boxes and masks."""
+    pixels, boxes, masks = np.zeros((height, width, 3), np.uint8), [], []
+    for grey in (90, 170, 250):
+        left, top = (int(random.integers(0, side - 12)) for side in (width, height))
+        right, bottom = int(random.integers(left + 12, width + 1)), int(random.integers(top + 12, height + 1))
+        pixels[top:bottom, left:right] = grey
+        mask = np.zeros((height, width), np.uint8)
+        mask[top:bottom, left:right] = 1
+        boxes.append((left, top, right, bottom))
+        masks.append(mask)
+    part = ObjectImages([pixels], [Objects.of(boxes, [0, 1, 2], outlines=masks)], [0], [(height, width)], 3, True)
+    return part, boxes
+
+
+def edges_of(mask):
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_edges_of_boxes_and_masks_agree_to_half_a_pixel(seed):
+    """Rectangles of any size, flipped, resized and cropped: both edges lie where the true ones do."""
+    random = np.random.default_rng(seed)
+    crops = DenseAugmentation(short_sides=(37, 64), random_crop=True, crop_short_sides=(50,), crop_range=(30, 45))
+    for augmentation in (DenseAugmentation(short_sides=(25, 41, 90), long_side=110), crops):
+        height, width = (int(side) for side in random.integers(30, 90, 2))
+        part, boxes = drawn(random, height, width)
+        for hflip in (0, 1):
+            torch.manual_seed(seed)
+            set_inputs(part, PLAIN, Augmentation(hflip=hflip, dense=augmentation))
+            image, target = part[0]
+            assert len(target["boxes"]) or augmentation is crops
+            for box, mask in zip(target["boxes"].numpy(), target["masks"].numpy(), strict=True):
+                twice = 0.5 * 64 / 30 if augmentation is crops else 0  # resized, cut and resized again
+                assert np.abs(edges_of(mask) - box).max() <= 0.5 + twice + 1e-3
+            if augmentation is not crops:
+                scale = np.array([image.shape[2] / width, image.shape[1] / height] * 2)
+                true = np.array(boxes, float)
+                true[:, [0, 2]] = width - true[:, [2, 0]] if hflip else true[:, [0, 2]]
+                assert np.abs(target["boxes"].numpy() - true * scale).max() < 1e-3
+
+
+def test_pixels_of_resized_masks_are_those_under_their_centres():
+    mask = torch.arange(7 * 5).reshape(7, 5)
+    for size in ((3, 4), (7, 5), (14, 10), (9, 13), (1, 1)):
+        found = _Resize().transform(tv_tensors.Mask(mask), {"size": list(size)})
+        assert isinstance(found, tv_tensors.Mask)
+        for row in range(size[0]):
+            for column in range(size[1]):
+                centre = math.floor((row + 0.5) * 7 / size[0]), math.floor((column + 0.5) * 5 / size[1])
+                assert found[row, column] == mask[centre]
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "long", "expected"),
+    [
+        ((375, 500), 600, 1000, (600, 800)),
+        ((333, 500), 600, 1000, (600, 901)),
+        ((500, 281), 600, 1000, (1000, 562)),
+        ((4, 5), 2, 99, (2, 3)),  # 2.5, which Python rounds to 2
+        ((4, 7), 2, 99, (2, 4)),
+        ((1, 3), 600, 1, (1, 1)),
+    ],
+)
+def test_sizes_are_rounded_as_in_mmcv(size, short, long, expected):
+    image = tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
+    assert ResizeSides((short,), long)(image).shape[-2:] == expected
+
+
+def test_the_hue_turns_by_a_tenth_of_the_circle():
+    """OpenCV counts 180 steps, and mmsegmentation turns by up to 18 of them: pure red stays within 36 degrees."""
+    from torchvision.transforms.v2 import functional
+
+    hue = next(step.transforms[0] for step in _photometric() if step.transforms[0].hue is not None)
+    assert hue.hue == pytest.approx((-0.1, 0.1))
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).reshape(3, 1, 1)
+    assert functional.adjust_hue(red, 18 / 180).flatten().tolist() == [255, 153, 0]  # 36 of 60 degrees to yellow
+
+
 def test_what_is_not_trained_on():
     def kept(augmentation=None, **flags):
         part = boxed(1, **flags)
@@ -228,7 +311,7 @@ def test_large_pictures_are_shrunk_and_small_ones_are_not():
     large = Image.new("RGB", (2000, 1000))
     truth = boxed(1, masks=False).truth(0)
     truth["boxes"] = tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=(1000, 2000))
-    assert transform(large, truth)[0].shape == (3, 666, 1333)
+    assert transform(large, truth)[0].shape == (3, 667, 1333)  # 666.5, which mmcv rounds up
 
 
 # ------------------------------------------------------------------ inputs

@@ -174,6 +174,17 @@ def test_an_adapter_of_a_classifier_loads_into_a_detector_and_back(tmp_path):
         assert torch.equal(classifier.forward_features(images[0][None]), expected)
 
 
+@pytest.mark.parametrize("body", list(BODIES))
+@pytest.mark.parametrize("head", HEADS)
+def test_gradients_reach_every_parameter(head, body):
+    """No map is made that no head reads: several devices wait for the gradient of everything that is trained."""
+    model = network(head, body).train()
+    assert model.backbone.levels == list(range(len(model.backbone.pyramid.strides)))
+    torch.manual_seed(0)
+    sum(model(*Rectangles(2).batch()).values()).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
 def test_checkpointing_changes_nothing():
     gradients = []
     for enable in (False, True):

@@ -63,6 +63,7 @@ def test_monas_ade20k_is_that_of_its_code():
     assert (training.weight_decay, training.batch_size) == (0.01, 16)
     assert training.epochs * 20_210 / 16 == pytest.approx(160_000, rel=0.005)
     assert training.warmup_epochs * 20_210 / 16 == pytest.approx(1500, rel=0.005)
+    assert (training.decay, training.min_lr) == ("linear", 0)
     dense = training.augmentation.dense
     assert (dense.crop_size, dense.short_side, dense.long_side, dense.scale) == (512, 512, 2048, (0.5, 2.0))
 
@@ -73,6 +74,7 @@ def test_monas_voc_is_that_of_its_code():
     assert study.backbones[0].options["drop_path_rate"] == 0.2
     assert {study.candidates(row)[0].values["lr"] for row in study.variants} == {1e-4}
     assert (study.training.epochs, study.training.batch_size, study.training.weight_decay) == (12, 2, 0.05)
+    assert (study.training.decay, study.training.decay_at, study.training.warmup_epochs) == ("steps", (9,), 0)
     assert study.training.dense["test_size"] == (600, 1000)
     assert study.datasets[0].protocol == "trainval"
 

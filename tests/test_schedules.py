@@ -78,6 +78,40 @@ def test_every_group_warms_up_at_that_rate():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1.0, 0.1])
 
 
+def factors_of_torch(scheduler, steps):
+    seen = []
+    for _ in range(steps):
+        seen.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def one_weight():
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+def test_a_line_and_steps_are_torchs():
+    """mmsegmentation's polynomial of power 1, and mmdetection's steps after 8 and 11 of 12 epochs."""
+    line = RateSchedule(20, 4, decay="linear")
+    expected = factors_of_torch(torch.optim.lr_scheduler.PolynomialLR(one_weight(), 20, power=1), 20)
+    assert [line.factor(step, 1.0) for step in range(20)] == pytest.approx(expected)
+    steps = RateSchedule(60, 12, decay="steps", decay_at=(8, 11))
+    expected = factors_of_torch(torch.optim.lr_scheduler.MultiStepLR(one_weight(), [8 * 5, 11 * 5]), 60)
+    assert [steps.factor(step, 1.0) for step in range(60)] == pytest.approx(expected)
+
+
+def test_a_line_and_steps_warm_up_and_end():
+    line = RateSchedule(10, 2, 0.4, least=0.2, decay="linear")
+    assert [line.factor(step, 1.0) for step in (0, 1, 2, 6)] == pytest.approx([1 / 3, 2 / 3, 1, 0.6])
+    assert line.factor(10, 1.0) == pytest.approx(0.2)
+    steps = RateSchedule(40, 4, 1, decay="steps", decay_at=(2, 3.5))  # epochs from the start, warm-up included
+    found = [steps.factor(step, 1.0) for step in (4, 10, 19, 20, 34, 35, 39)]
+    assert found == pytest.approx([5 / 11, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    by_epoch = RateSchedule(8, 4, 1, kind="epoch", decay="linear")
+    assert [by_epoch.factor(step, 1.0) for step in range(0, 8, 2)] == pytest.approx([0.5, 1, 0.75, 0.5])
+
+
 MAPLE = {"epochs": 5, "warmup_epochs": 1, "schedule": "epoch", "warmup_lr": 1e-5, "optimizer": "sgd"}
 
 
@@ -122,6 +156,11 @@ def test_eps_of_adamw():
         ({"schedule": "epoch", "warmup_epochs": 0.5}, "warmup_epochs must be a whole number"),
         ({"warmup_lr": 0.0}, "warmup_lr must be positive"),
         ({"eps": 0.0}, "eps must be positive"),
+        ({"decay": "poly"}, "decay must be one of cosine, linear, steps, got 'poly'"),
+        ({"decay": "steps"}, r"decay_at names the epochs of decay='steps', got \[\] with decay='steps'"),
+        ({"decay_at": (3,)}, r"decay_at names the epochs of decay='steps', got \[3\] with decay='cosine'"),
+        ({"decay": "steps", "decay_at": (8, 10)}, r"decay_at must lie within the 10 epochs, got \[8, 10\]"),
+        ({"decay": "steps", "decay_at": (8,), "min_lr": 0.1}, "min_lr is where a cosine or a line ends"),
     ],
 )
 def test_mistakes(wrong, match):
@@ -155,7 +194,16 @@ def test_a_study_says_them(tmp_path):
     text = protocol_text(study)
     assert "warm-up of 1 at 1e-05 and a cosine to 0 % of the rate, changed once an epoch" in text
     assert "schedule epoch, warmup_epochs 1, warmup_lr 1e-05, eps 0.0001" in text
+    (tmp_path / "steps.yaml").write_text(
+        STUDY.replace("training: {schedule: epoch, warmup_lr: 1e-5}", "training: {decay: steps, decay_at: [2, 4.5]}")
+    )
+    study = read_study(tmp_path / "steps.yaml")
+    assert study.training.settings(lr=1.0, seed=0).decay_at == (2, 4.5)
+    assert "and a tenth of the rate from each of the epochs 2, 4.5 on" in protocol_text(study)
     for wrong, message in {
+        "decay_at: 8": r"line 8, training\.decay_at: expected a list of numbers, got 8",
+        "decay: poly": r"line 8, training\.decay: decay must be one of",
+        "decay: steps, decay_at: [21]": r"line 8, training\.decay_at: decay_at must lie within the 20 epochs",
         "schedule: batch": r"line 8, training\.schedule: schedule must be step or epoch",
         "warmup_lr: [1]": r"line 8, training\.warmup_lr: expected a number",
         "schedule: epoch, warmup_epochs: 0.5": r"line 8, training\.warmup_epochs: .*whole number",
@@ -182,3 +230,7 @@ def test_on_the_command_line(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [row["lr"] for row in results["history"]] == pytest.approx([1e-5, 0.01])
     assert results["settings"]["eps"] == 1e-4
+    words = [*words[:5], "--output", str(tmp_path / "steps"), "--epochs", "3", "--lr", "0.01", "--workers", "0"]
+    assert main([*words, "--warmup-epochs", "0", "--decay", "steps", "--decay-at", "[1, 2]"]) == 0
+    results = json.loads((tmp_path / "steps/results.json").read_text())
+    assert [row["lr"] for row in results["history"]] == pytest.approx([0.01, 0.001, 0.0001])

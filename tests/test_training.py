@@ -22,7 +22,7 @@ from deltalens.training import TrainingSettings, fit
 from deltalens.training.callbacks import NonFiniteLossError
 from deltalens.training.loaders import training_loader
 from deltalens.training.optim import default_learning_rate, make_optimizer, parameter_groups
-from deltalens.training.schedule import RateSchedule, warmup_cosine_factor
+from deltalens.training.schedule import RateSchedule, warmup_decay_factor
 
 
 # ------------------------------------------------------------------ the task
@@ -150,8 +150,8 @@ def test_weight_decay_may_act_on_all_but_what_is_named():
 
 
 def test_the_cosine_ends_at_a_share_of_the_rate():
-    factors = [warmup_cosine_factor(step, 3, 11, least=0.1) for step in range(12)]
-    plain = [warmup_cosine_factor(step, 3, 11) for step in range(12)]
+    factors = [warmup_decay_factor(step, 3, 11, least=0.1) for step in range(12)]
+    plain = [warmup_decay_factor(step, 3, 11) for step in range(12)]
     assert factors[:4] == plain[:4]
     assert factors[4:] == pytest.approx([0.1 + 0.9 * each for each in plain[4:]])
     assert factors[11] == pytest.approx(0.1)
@@ -203,7 +203,7 @@ def test_default_learning_rates():
 
 
 def test_schedule():
-    factors = [warmup_cosine_factor(step, 3, 11) for step in range(11)]
+    factors = [warmup_decay_factor(step, 3, 11) for step in range(11)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[7] == pytest.approx(0.5)
     assert all(a > b > 0 for a, b in itertools.pairwise(factors[3:]))

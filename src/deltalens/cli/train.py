@@ -162,7 +162,7 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         default=None,
         help='decay all that is trained but what has one of these texts in its path, such as "[norm, bias]"',
     )
-    add("--warmup-epochs", type=float, default=1.0, help="warm-up, linear or at --warmup-lr; a cosine follows")
+    add("--warmup-epochs", type=float, default=1.0, help="warm-up, linear or at --warmup-lr; --decay follows")
     add("--warmup-lr", type=float | None, default=None, help="constant rate of the warm-up, instead of a linear one")
     add(
         "--schedule",
@@ -170,7 +170,14 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         default="step",
         help="change the rate at every step, or once an epoch as CoOp and those after it do",
     )
-    add("--min-lr", type=float, default=0.0, help="where the cosine ends, as a share of the rate: 0.01 for 1 per cent")
+    add(
+        "--decay",
+        type=Literal["cosine", "linear", "steps"],
+        default="cosine",
+        help="how the rate falls after the warm-up; steps: to a tenth at each of --decay-at",
+    )
+    add("--decay-at", type=list[float], default=[], help='epochs from which the rate is a tenth, such as "[8, 11]"')
+    add("--min-lr", type=float, default=0.0, help="where the fall ends, as a share of the rate: 0.01 for 1 per cent")
     add("--optimizer", type=Literal["adamw", "sgd"], default="adamw", help="adamw, or sgd with momentum 0.9")
     add("--eps", type=float, default=1e-8, help="what AdamW adds to its denominators")
     add("--clip-grad", type=float, default=0.0, help="largest norm of the gradient, 0 for no clipping")

@@ -50,9 +50,9 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
     """The format "voc" of `deltalens.data.read_data`, task "detection".
 
     Class names are those of info.json or classes.txt, otherwise the sorted names of the objects in train and val.
-    Coordinates are taken as they are written, as mmdetection does. Raises FileNotFoundError or ValueError with the
-    expected tree for missing folders, lists, images and annotations, ValueError for XML that cannot be read and for
-    names of other classes.
+    Coordinates are taken as they are written; mmdetection subtracts 1 from all four, since VOC counts pixels from 1,
+    which moves truth and detections together. Raises FileNotFoundError or ValueError with the expected tree for missing
+    folders, lists, images and annotations, ValueError for XML that cannot be read and for names of other classes.
     """
     refuse_variant(NAME, which)
     expected = EXPECTED.format(root=root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -113,7 +114,8 @@ class Grid:
                 {name: each for name, each in done.items() if _applies(name, run)} if run.values is None else run.values
             )
             wanted = run_config(self.study, run, values)
-            earlier["training"] = asdict(Training()) | earlier.get("training", {})  # younger fields had their default
+            defaults = json.loads(json.dumps(asdict(Training())))
+            earlier["training"] = defaults | earlier.get("training", {})  # younger fields had their default
             found = list(_differences(earlier, wanted))
             options = earlier.get("backbone", {}).get("options", {})
             if options != wanted["backbone"]["options"]:

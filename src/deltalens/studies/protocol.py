@@ -70,7 +70,14 @@ def _schedule_text(training: Training) -> str:
     warmup = f"warm-up of {training.warmup_epochs:g}"
     warmup += f" at {training.warmup_lr:g}" if training.warmup_lr is not None and training.warmup_epochs else ""
     changed = ", changed once an epoch" if training.schedule == "epoch" else ""
-    return f"{warmup} and a cosine to {100 * training.min_lr:g} % of the rate{changed}"
+    return f"{warmup} and {_decay_text(training)}{changed}"
+
+
+def _decay_text(training: Training) -> str:
+    if training.decay_at:
+        return f"a tenth of the rate from each of the epochs {', '.join(f'{each:g}' for each in training.decay_at)} on"
+    curve = "line" if training.decay == "linear" else training.decay
+    return f"a {curve} to {100 * training.min_lr:g} % of the rate"
 
 
 # ------------------------------------------------------------------ search

@@ -123,6 +123,8 @@ class Training:
     clip_grad: float = 0.0
     precision: str = "32"
     min_lr: float = 0.0
+    decay: str = "cosine"
+    decay_at: tuple[float, ...] = ()
     no_decay: tuple[str, ...] | None = None
     label_smoothing: float = 0.0
     min_crop: float = 0.5

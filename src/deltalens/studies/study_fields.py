@@ -14,6 +14,7 @@ from deltalens.studies.study_yaml import Document, Place
 DENSE = "dense"
 SHARES = ("min_crop", "hflip")
 NUMBERS_OR_NULL = ("warmup_lr",)
+LISTS_OF_NUMBERS = ("decay_at",)
 TRAINING = {each.name: getattr(Training(), each.name) for each in fields(Training)}
 
 
@@ -25,6 +26,8 @@ def plain_fields(document: Document, value: Any, place: Place, defaults: Mapping
 
 def plain_field(document: Document, value: Any, place: Place, default: Any) -> Any:
     """A value of the type of a default; where that is None, a list of texts, for some fields a number, or None."""
+    if place[-1] in LISTS_OF_NUMBERS:
+        return _numbers(document, value, place)
     if place[-1] in NUMBERS_OR_NULL:
         return None if value is None else document.number(value, place)
     if default is None:
@@ -51,7 +54,7 @@ def check_training(document: Document, training: Training, said: Mapping[str, An
         augmentation_words(training.cloud_augment)
         training.settings(lr=1.0, seed=0)
     except ValueError as error:
-        named = next((key for key in said if str(error).startswith(key)), None)
+        named = max((key for key in said if str(error).startswith(key)), key=len, default=None)
         named = "cloud_augment" if named is None and "augmentation of clouds" in str(error) else named
         raise document.error((*place, *([named] if named else [])), str(error)) from error
 
@@ -65,6 +68,12 @@ def _texts(document: Document, value: Any, place: Place) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise document.error(place, f"expected a list of texts, or null, got {value!r}")
     return tuple(document.text(each, (*place, index)) for index, each in enumerate(value))
+
+
+def _numbers(document: Document, value: Any, place: Place) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise document.error(place, f"expected a list of numbers, got {value!r}")
+    return tuple(document.number(each, (*place, index)) for index, each in enumerate(value))
 
 
 def distinct_folders(document: Document, names: Iterable[str], place: Place) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -23,12 +24,17 @@ class CocoAveragePrecision(MeanAveragePrecision):
     Gives "map", "map50", "map75", and "map_small", "map_medium", "map_large" (areas below 32^2, up to 96^2, above)
     where there are objects of that size; with masks=True the same of masks with "mask_" before it. NaN where there is
     no object at all. Crowds are passed over as COCO does; "difficult" boxes count as crowds here, which COCO does not
-    know.
+    know. IoUs and recalls are COCO's in double precision: torchmetrics' own are rounded to float32, so that a recall of
+    just 0.2, or an IoU of just 0.6, misses its threshold.
     """
 
     def __init__(self, classes: int, masks: bool = False):
         super().__init__(
-            iou_type=("bbox", "segm") if masks else "bbox", extended_summary=True, backend="faster_coco_eval"
+            iou_type=("bbox", "segm") if masks else "bbox",
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            extended_summary=True,
+            backend="faster_coco_eval",
         )
         self.warn_on_many_detections = False
         self.classes = classes

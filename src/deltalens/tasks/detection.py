@@ -130,14 +130,12 @@ class DetectionTask(nn.Module):
 
     def update_metrics(self, metrics: MetricCollection, result: dict[str, Any], batch: Sequence[Any]) -> None:
         """Add one batch's result to metrics made by `new_metrics`: in pixels of the pictures as they were read, where
-        the targets say how they were resized."""
+        the targets say how they were resized. Image by image, since a hundred resized masks take much memory."""
         from deltalens.data.dense_transforms import in_original_pixels, truth_in_original_pixels
 
-        found = [
-            in_original_pixels(each, target) if "orig_size" in target else each
-            for each, target in zip(result["output"], batch[1], strict=True)
-        ]
-        metrics.update(found, [truth_in_original_pixels(target) for target in batch[1]])
+        for each, target in zip(result["output"], batch[1], strict=True):
+            found = in_original_pixels(each, target) if "orig_size" in target else each
+            metrics.update([found], [truth_in_original_pixels(target)])
 
     def per_class(self, metrics: MetricCollection) -> dict[str, float]:
         """Class name -> average precision as the main metric has it; NaN for a class that no image has."""

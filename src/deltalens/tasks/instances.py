@@ -58,4 +58,4 @@ class InstanceTask(DetectionTask):
     def _masks(self, found: Mapping[str, Tensor], order: Tensor) -> Sequence[Tensor]:
         from deltalens.tasks.box_metrics import MASK_THRESHOLD
 
-        return list(found["masks"][order][:, 0] > MASK_THRESHOLD)
+        return list((found["masks"][:, 0] > MASK_THRESHOLD)[order])

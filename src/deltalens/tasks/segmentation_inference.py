@@ -82,7 +82,7 @@ def _views(model: nn.Module, images: Tensor, size: Size, how: Inference) -> Tens
 
 
 def _view(model: nn.Module, images: Tensor, size: Size, scale: float, mirrored: bool, how: Inference) -> Tensor:
-    height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
+    height, width = (max(1, int(side * scale + 0.5)) for side in images.shape[-2:])
     seen = resized(images, (height, width))
     seen = seen.flip(-1) if mirrored else seen
     logits = _whole(model, seen) if how.window is None else by_windows(model, seen, how.window, how.step)

@@ -92,6 +92,8 @@ class TaskModule(pl.LightningModule):
             settings.min_lr,
             settings.schedule,
             settings.warmup_lr,
+            settings.decay,
+            settings.decay_at,
         )
 
     def _use_rates_of_settings(self) -> None:

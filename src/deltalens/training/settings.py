@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deltalens.training.schedule import SCHEDULES
+from deltalens.training.schedule import DECAYS, SCHEDULES
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 
@@ -15,8 +15,9 @@ class TrainingSettings:
 
     epochs: passes over the training data. batch_size: images a step, over all devices together. lr: peak learning
     rate. warmup_epochs: length of the warm-up (fractions allowed with schedule "step"), linear, or at the constant rate
-    warmup_lr; a cosine follows, to min_lr, a share of lr. schedule: "step" changes the rate at every step, "epoch" once
-    an epoch, as Dassl does (`deltalens.training.schedule.RateSchedule`). optimizer: adamw, or sgd with momentum 0.9.
+    warmup_lr. decay: what follows, a "cosine" or a "linear" fall to min_lr, a share of lr, or "steps": a tenth of the
+    rate from each of the epochs decay_at on. schedule: "step" changes the rate at every step, "epoch" once an epoch, as
+    Dassl does (`deltalens.training.schedule.RateSchedule`). optimizer: adamw, or sgd with momentum 0.9.
     eps: what AdamW adds to its denominators. no_decay: weight decay acts on all trained parameters but those whose
     path has one of these texts in it; None for matrices of linear and convolution layers only. clip_grad: largest norm
     of the gradient, 0 for no clipping. seed: of everything random. workers: loader processes. precision: 32, bf16 or 16
@@ -32,6 +33,8 @@ class TrainingSettings:
     weight_decay: float = 1e-4
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
+    decay: str = "cosine"
+    decay_at: tuple[float, ...] = ()
     schedule: str = "step"
     warmup_lr: float | None = None
     optimizer: str = "adamw"
@@ -68,6 +71,16 @@ class TrainingSettings:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not 0 <= self.min_lr <= 1:
             raise ValueError(f"min_lr is a share of lr, between 0 and 1, got {self.min_lr}")
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
+        if (self.decay == "steps") != bool(self.decay_at):
+            raise ValueError(
+                f"decay_at names the epochs of decay='steps', got {list(self.decay_at)} with decay={self.decay!r}"
+            )
+        if any(not 0 < each < self.epochs for each in self.decay_at):
+            raise ValueError(f"decay_at must lie within the {self.epochs} epochs, got {list(self.decay_at)}")
+        if self.decay == "steps" and self.min_lr:
+            raise ValueError("min_lr is where a cosine or a line ends: leave it out with decay='steps'")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.schedule == "epoch" and self.warmup_epochs != round(self.warmup_epochs):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deltalens.backbones.dense.body import Body
-from deltalens.backbones.dense.pyramid import make_pyramid
+from deltalens.backbones.dense.pyramid import STRIDES, make_pyramid
 
 Options = TypeVar("Options", bound="DetectorOptions")
 PYRAMID_OPTIONS = ("strides", "norms", "blocks")
@@ -57,12 +57,16 @@ def pyramid_and_options(
     kind: type[Options],
     head: str,
     given: Mapping[str, Any],
+    finest: int,
 ) -> tuple[nn.Module, Options]:
-    """(pyramid of a backbone, the head's options), both from one dictionary. The pyramid's are strides (of its maps, 4
-    to 32), norms (on its maps, see `make_pyramid`) and blocks (of a plain network, see `SimplePyramid`, whose maps get
-    the head's channels). ValueError for what neither has."""
+    """(pyramid of a backbone, the head's options), both from one dictionary. The pyramid's are strides (of its maps;
+    without them and without levels, those from `finest` to 32, which the head reads), norms (on its maps, see
+    `make_pyramid`) and blocks (of a plain network, see `SimplePyramid`, whose maps get the head's channels). ValueError
+    for what neither has."""
     shape = {name: given[name] for name in PYRAMID_OPTIONS if name in given}
     own = options_from(kind, head, {name: value for name, value in given.items() if name not in shape})
+    if own.levels is None:  # a map that nobody reads would be computed, and its weights have no gradient
+        shape.setdefault("strides", [stride for stride in STRIDES if stride >= finest])
     if body.plain:
         shape["out_channels"] = own.channels
         own = replace(own, top_down=bool(own.top_down))

@@ -83,7 +83,8 @@ class RegionPooling(MultiScaleRoIAlign):
     """RoIAlign from the level that fits a box's size, k = floor(canonical_level + log2(sqrt(w h) / canonical_scale)).
 
     The scales are those of the levels. torchvision guesses them once, from the sizes of the first batch without its
-    padding, and guesses wrong where that batch is mostly padding.
+    padding, and guesses wrong where that batch is mostly padding. As in the first Mask R-CNN and in torchvision,
+    regions are sampled half a cell to the right and below (`aligned=False`); detectron2 and mmdetection take it off.
     """
 
     def __init__(self, strides: Sequence[int], output_size: int, sampling_ratio: int, canonical_scale: int):

@@ -22,6 +22,7 @@ from deltalens.backbones.dense.detector_parts import (
 )
 from deltalens.backbones.dense.precision import InFullPrecision
 
+FINEST = 4  # stride of the finest map that is read
 BACKGROUND = 1  # torchvision's class 0: ours are its classes 1 to K
 
 
@@ -73,7 +74,7 @@ class MaskRCNNDetector(Detector, MaskRCNN):
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: MaskRCNNOptions):
-        neck = neck_of(pyramid, options, 4, "pool")
+        neck = neck_of(pyramid, options, FINEST, "pool")
         strides, pooled = neck.strides, neck.strides[:-1]
         sizes = anchor_sizes(options.anchor_sizes, strides, [options.anchor_scale])
         ratios = [options.anchor_ratios] * len(strides)
@@ -131,5 +132,5 @@ def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] 
 
 def build(body: Body, num_classes: int, **options: Any) -> MaskRCNNDetector:
     """A Mask R-CNN on a backbone; options: fields of `MaskRCNNOptions`, and those of `pyramid_and_options`."""
-    pyramid, own = pyramid_and_options(body, MaskRCNNOptions, "mask_rcnn", options)
+    pyramid, own = pyramid_and_options(body, MaskRCNNOptions, "mask_rcnn", options, FINEST)
     return MaskRCNNDetector(pyramid, num_classes, own)

@@ -20,6 +20,13 @@ def up_to_multiple(length: int, *multiples: int) -> int:
     return length
 
 
+def frame_of(size: Size, fixed_size: Size | None, *multiples: int) -> Size:
+    """(H, W) that images of a size are padded to: the only one that a network takes, or multiples."""
+    if fixed_size is not None:
+        return fixed_size
+    return up_to_multiple(size[0], *multiples), up_to_multiple(size[1], *multiples)
+
+
 def padded(images: Tensor, size: Size) -> Tensor:
     """Images (B, 3, H, W) with zeros (the mean colour of normalised images) at the right and the bottom."""
     height, width = size_of(images)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deltalens.backbones.dense.body import Body, nchw
 from deltalens.backbones.dense.norms import output_norms
-from deltalens.backbones.dense.padding import Size, checked, cut, padded, size_of, up_to_multiple
+from deltalens.backbones.dense.padding import Size, checked, cut, frame_of, padded, size_of
 
 STRIDES = (4, 8, 16, 32)
 
@@ -73,9 +73,7 @@ class HierarchicalPyramid(nn.Module):
 
     def padded_size(self, size: Size) -> Size:
         """What images of a size are padded to."""
-        if self.fixed_size is not None:
-            return self.fixed_size
-        return up_to_multiple(size[0], self.multiple), up_to_multiple(size[1], self.multiple)
+        return frame_of(size, self.fixed_size, self.multiple)
 
     def padded_maps(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map for each stride, of the padded image."""

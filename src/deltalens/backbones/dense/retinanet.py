@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from deltalens.backbones.dense.detector_options import DetectorOptions, options_
 from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, anchor_sizes, neck_of
 from deltalens.backbones.dense.precision import InFullPrecision
 
+FINEST, PUBLISHED_CHANNELS = 8, 256  # the stride of the finest map that is read, and the width of the head
 BOX_LOSSES = ("l1", "smooth_l1", "giou")
 
 
@@ -59,7 +61,7 @@ class RetinaNetDetector(Detector, RetinaNet):
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: RetinaNetOptions):
-        neck = neck_of(pyramid, options, 8, options.extra_levels)
+        neck = neck_of(pyramid, options, FINEST, options.extra_levels)
         octaves = [options.anchor_scale * 2 ** (octave / 3) for octave in range(3)]
         sizes = anchor_sizes(options.anchor_sizes, neck.strides, octaves)
         anchors = PyramidAnchors(sizes, [options.anchor_ratios] * len(neck.strides), neck.strides)
@@ -80,7 +82,19 @@ class RetinaNetDetector(Detector, RetinaNet):
 
 
 class _Head(InFullPrecision, RetinaNetHead):
-    """Logits and box changes in float32."""
+    """Logits and box changes in float32.
+
+    Without norms, weights start with the standard deviation 0.01 sqrt(256 / channels), as published for 256 channels.
+    With 0.01 for all widths, as in torchvision, a head of 16 channels would begin with logits 4,000 times smaller, and
+    gradients likewise, so that it does not learn to classify.
+    """
+
+    def __init__(self, channels: int, anchors: int, num_classes: int, norm: Callable[..., nn.Module] | None):
+        super().__init__(channels, anchors, num_classes, norm)
+        if norm is None:
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.normal_(module.weight, std=0.01 * math.sqrt(PUBLISHED_CHANNELS / channels))
 
 
 def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> RetinaNetDetector:
@@ -90,5 +104,5 @@ def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] 
 
 def build(body: Body, num_classes: int, **options: Any) -> RetinaNetDetector:
     """A RetinaNet on a backbone; options: fields of `RetinaNetOptions`, and those of `pyramid_and_options`."""
-    pyramid, own = pyramid_and_options(body, RetinaNetOptions, "retinanet", options)
+    pyramid, own = pyramid_and_options(body, RetinaNetOptions, "retinanet", options, FINEST)
     return RetinaNetDetector(pyramid, num_classes, own)

@@ -10,7 +10,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from deltalens.backbones.dense.body import Body
-from deltalens.backbones.dense.padding import Size, cut, size_of, up_to_multiple
+from deltalens.backbones.dense.padding import Size, cut, frame_of, size_of
 from deltalens.backbones.dense.token_maps import TokenMaps
 
 
@@ -50,9 +50,7 @@ class SimplePyramid(TokenMaps):
 
     def padded_size(self, size: Size) -> Size:
         """The size of the images whose maps `padded_maps` gives."""
-        if self.fixed_size is not None:
-            return self.fixed_size
-        return up_to_multiple(size[0], self.multiple), up_to_multiple(size[1], self.multiple)
+        return frame_of(size, self.fixed_size, self.multiple)
 
     def padded_maps(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map for each stride, of the padded image."""

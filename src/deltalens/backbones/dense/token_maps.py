@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deltalens.backbones.dense.body import Body
 from deltalens.backbones.dense.norms import output_norms
-from deltalens.backbones.dense.padding import Size, checked, padded, up_to_multiple
+from deltalens.backbones.dense.padding import Size, checked, frame_of, padded
 
 
 class TokenMaps(nn.Module):
@@ -42,9 +42,7 @@ class TokenMaps(nn.Module):
 
     def input_size(self, size: Size) -> Size:
         """What the network gets of images of a size."""
-        if self.fixed_size is not None:
-            return self.fixed_size
-        return up_to_multiple(size[0], *self.multiples), up_to_multiple(size[1], *self.multiples)
+        return frame_of(size, self.fixed_size, *self.multiples)
 
     def padded_size(self, size: Size) -> Size:
         """The size of the images whose maps `padded_maps` gives."""
