@@ -41,7 +41,9 @@ def clip(folder: Path):
     write_open_clip(folder, depth=3)
     templates = ["a photo of a {}.", "a drawing of a {}."]
     model = dl.create_backbone(str(folder), class_names=["red", "green", "blue"], templates=templates)
-    return dl.attach(model, dl.MMAConfig(start=2, bottleneck=4, alpha=0.1)), torch.randn(2, 3, 32, 32)
+    dl.attach(model, dl.MMAConfig(start=2, bottleneck=4, alpha=0.1))
+    dl.adapter_info(model)["class_names"] = ["red", "green", "blue"]
+    return model, torch.randn(2, 3, 32, 32)
 
 
 def tuned(tuner: str):
