@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from matrix import LABELS, ROWS, export, refusal, walk
+from matrix import LABELS, ROWS, export, walk_or_refusal
 from models import backward, randomize_adapter
 from torch import nn
 
@@ -17,14 +17,13 @@ HANDFUL = ("Mona", "VPT-deep", "VPT-shallow", "LoRA on q, v", "Adapter, Houlsby"
 
 def check_row(make: Callable[[], nn.Module], row: str, refused: dict[str, str], folder, exported: bool = False) -> None:
     """A row is refused with a message that holds what `refused` says, or walked from attaching to detaching."""
-    message = refusal(make, row)
+    x = torch.randn(len(LABELS), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    loaded, message = walk_or_refusal(make, x, row, folder)
     if row in refused:
         assert message is not None, f"{row} is not refused"
         assert refused[row] in message
         return
     assert message is None, message
-    x = torch.randn(len(LABELS), 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    loaded = walk(make, x, row, folder)
     if exported:
         export(loaded, x[:2])
 

@@ -89,7 +89,8 @@ print("LOGITS", dl.from_pretrained(sys.argv[2])(torch.load(sys.argv[1])).tolist(
 """
 
 
-@pytest.mark.parametrize("library", ["open_clip", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_fresh_process.py does it with an adapter that no command trained
+@pytest.mark.parametrize("library", LIBRARIES)
 @torch.no_grad()
 def test_a_fresh_process_computes_the_same(library, world):
     torch.save(PROBE, world / "probe.pt")

@@ -95,8 +95,8 @@ def test_a_classifiers_adapter_in_a_dense_network_and_back(kind, method, tmp_pat
     dl.save_pretrained(plain.eval(), tmp_path / "classifier")
     model = network(kind, "fcn")
     head = {name: t.clone() for name, t in model.state_dict().items() if not name.startswith("maps.backbone")}
-    with caplog.at_level(logging.WARNING):
-        dl.load_adapter(model, tmp_path / "classifier")
+    caplog.set_level(logging.WARNING)
+    dl.load_adapter(model, tmp_path / "classifier")
     assert "is passed over: it belongs to a classifier, and Segmenter keeps its own head" in caplog.text
     assert dl.class_names(model) is None
     assert model.num_classes == 3
@@ -122,6 +122,7 @@ def tokens(model, x):
 
 
 def test_between_two_dense_heads(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     model, x = dl.attach(network("vit", "fcn"), METHODS["mona"]), pictures()
     randomize_adapter(model)
     dl.save_pretrained(model, tmp_path)

@@ -39,9 +39,10 @@ def load(file: Path):
 
 
 @pytest.mark.parametrize(("example", "method"), [("plain_loop", "mona"), ("accelerate_loop", "lora")])
-def test_loops_train_and_save(example, method, tmp_path):
+def test_loops_train_and_save(example, method, tmp_path, monkeypatch):
     if example == "accelerate_loop":
         pytest.importorskip("accelerate")
+    monkeypatch.setattr("deltalens.data.digits.TEST_IMAGES", 100)
     accuracy = load(EXAMPLES / f"{example}.py").main(output=str(tmp_path), epochs=1, train_images=40)
     assert 0 < accuracy <= 1
     model = dl.from_pretrained(tmp_path)

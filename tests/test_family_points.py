@@ -68,7 +68,6 @@ def clouds(batch: int = 6) -> torch.Tensor:
 # ------------------------------------------------------------------ methods
 @pytest.mark.parametrize("row", WALKED)
 def test_a_method_trains_saves_loads_switches_and_detaches_bit_for_bit(row, tmp_path):
-    assert refusal(make, row) is None
     walk(make, clouds(), row, tmp_path)
 
 

@@ -1,8 +1,8 @@
-"""The floors of the house: imports go down only, and importing the package stays light."""
+"""The floors of the house: imports go down only. That importing stays light is seen in test_fresh_process.py."""
 
 import ast
-import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,21 +25,6 @@ CORE = FLOORS[: FLOORS.index("lifecycle") + 1]
 CORE_NEEDS = {"deltalens", "lazy_loader", "torch", "timm", "safetensors", "huggingface_hub"}
 # folder of backbones/ -> the library whose models its files know; they are imported when such a model is met
 LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "torchvision": "torchvision", "dense": "torchvision"}
-HEAVY = [
-    "open_clip",
-    "lightning",
-    "peft",
-    "transformers",
-    "matplotlib",
-    "sklearn",
-    "torchmetrics",
-    "onnx",
-    "jsonargparse",
-    "rich",
-    "open_clip",
-    "optuna",
-]
-
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -49,7 +34,8 @@ def name_of(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(file: Path):
+@cache
+def imports(file: Path) -> tuple[tuple[int, str, bool], ...]:
     """(line, module imported, whether it happens when the file is imported) for every import statement."""
     tree = ast.parse(file.read_text())
     package = name_of(file) if file.name == "__init__.py" else name_of(file).rpartition(".")[0]
@@ -68,7 +54,7 @@ def imports(file: Path):
             else:
                 yield from walk(child, at_import and not inside and not typing_only)
 
-    yield from walk(tree, True)
+    return tuple(walk(tree, True))
 
 
 def floor_of(module: str) -> str | None:
@@ -126,23 +112,3 @@ def test_the_walker_finds_a_wrong_import(tmp_path, monkeypatch):
     ]
     with pytest.raises(AssertionError, match=r"imports from floors above sites.*lifecycle.*cli\.main"):
         test_imports_go_down_only(file)
-
-
-LIGHT = f"""
-import sys
-before = set(sys.modules)
-import deltalens as dl
-assert not {{"torch", "timm"}} & (set(sys.modules) - before), "import deltalens alone already imports torch"
-dl.list_methods(), dl.MonaConfig(), dl.attach
-from timm.models.vision_transformer import VisionTransformer
-model = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1, num_classes=2)
-dl.attach(model, dl.MonaConfig(bottleneck=2))
-dl.count_parameters(model), dl.parameter_table(model), dl.detach(model)
-print(*sorted(set(sys.modules) & set({HEAVY!r})))
-"""
-
-
-def test_attach_imports_nothing_heavy():
-    run = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == []

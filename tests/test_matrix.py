@@ -17,6 +17,7 @@ from matrix import (
     export,
     refusal,
     walk,
+    walk_or_refusal,
 )
 from models import MODELS, images
 
@@ -38,11 +39,9 @@ def printed() -> dict[tuple[str, str], str]:
 
 @pytest.mark.parametrize(("family", "row"), CELLS)
 def test_cell(family, row, tmp_path):
-    message = refusal(MODELS[family], row)
+    _, message = walk_or_refusal(MODELS[family], images(family, batch=len(LABELS)), row, tmp_path)
     assert printed()[row, family] == ("yes" if message is None else "no")
-    if message is None:
-        walk(MODELS[family], images(family, batch=len(LABELS)), row, tmp_path)
-    else:
+    if message is not None:
         assert re.search(r"slot|map|layer|part|size|block|channel", message), message
         assert message in PAGE.read_text().replace("\\|", "|")
 
@@ -74,8 +73,9 @@ def test_without_clouds(family, row):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "row"), CELLS)
 def test_export(family, row, tmp_path):
-    if refusal(MODELS[family], row) is None:
-        export(walk(MODELS[family], images(family, batch=len(LABELS)), row, tmp_path), images(family))
+    loaded, message = walk_or_refusal(MODELS[family], images(family, batch=len(LABELS)), row, tmp_path)
+    if message is None:
+        export(loaded, images(family))
 
 
 def test_every_method_has_a_row():

@@ -132,5 +132,5 @@ def test_recipes_are_listed_by_command(capsys):
     assert "_" not in "".join(recipe_files())
     assert main(["list", "recipes", "vpt/*"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("for deltalens compare NAME:\n  vpt/fgvc")
+    assert text.startswith("for deltalens compare NAME:\n  vpt/ade20k ")
     assert "mona" not in text
