@@ -289,3 +289,20 @@ def test_inspect_shows_the_network_under_a_head(capsys):
     assert "name one, such as --head upernet" in said(
         capsys, ["inspect", "--model", "tiny", "--head.channels", "8"], code=1
     )
+
+
+# ------------------------------------------------------------------ tune
+def test_a_search_is_judged_by_what_decides(capsys, tmp_path):
+    words = [word if word != "train" else "tune" for word in RUNS["segmentation"]]
+    words += ["--epochs", "1", "--trials", "2", "--output", str(tmp_path / "search")]
+    assert "miou" in said(capsys, words)
+    head = (tmp_path / "search/trials.csv").read_text().splitlines()[0]
+    assert head.startswith("trial,state,miou,epochs,lr")
+    best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
+    assert (best["task"], best["head"], best["head_options"]["channels"], best["crop_size"]) == (
+        "segmentation", "fcn", 8, 16,
+    )  # fmt: skip
+    results = json.loads(next((tmp_path / "search/trials").glob("*/results.json")).read_text())
+    assert "miou" in results["val"]
+    assert "test" not in results or not results["test"]  # searches do not look at it
+    assert "--rand-augment has no meaning for segmentation" in said(capsys, [*words, "--rand-augment", "9"], code=1)

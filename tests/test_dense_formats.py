@@ -13,6 +13,7 @@ from dense_folders import (
     block,
     change,
     coco,
+    coco_content,
     mask,
     masked_pairs,
     picture,
@@ -123,6 +124,34 @@ def test_coco(tmp_path, year, folder):
     assert (nothing["masks"].shape, nothing["boxes"].shape) == ((0, HEIGHT, WIDTH), (0, 4))
     boxes = read_data(root, task="detection")
     assert (boxes.task, "masks" in boxes.train[0][1]) == ("detection", False)
+
+
+def roboflow(root, parts=("train", "valid", "test")):
+    for part in parts:
+        names = [f"{part}{i}.jpg" for i in range(3)]
+        content = coco_content(names)
+        content["categories"] = [{"id": 0, "name": "things", "supercategory": "none"}] + [
+            each | {"supercategory": "things"} for each in content["categories"]
+        ]
+        for i, name in enumerate(names):
+            picture(root / part / name, i)
+        (root / part / "_annotations.coco.json").write_text(json.dumps(content))
+    return root
+
+
+def test_coco_as_roboflow_exports_it(tmp_path):
+    data = read_data(roboflow(tmp_path / "whole"), task="instance")
+    assert (data.class_names, sizes(data)) == (["ship", "tree"], (3, 3, 3))
+    assert data.origin["category_ids"] == [3, 90]
+    assert data.train[0][1]["boxes"].tolist() == [[2, 1, 8, 6], [5, 3, 14, 10]]
+    assert data.val.name(0).endswith("valid/valid0.jpg")
+    alone = read_data(roboflow(tmp_path / "alone", ("train",)), task="detection")
+    assert sizes(alone) == (2, 1, 0)
+    change(tmp_path / "whole/train/_annotations.coco.json", lambda c: c["annotations"][0].update(category_id=0))
+    assert read_data(tmp_path / "whole", task="detection").class_names == ["things", "ship", "tree"]  # with an object
+    (tmp_path / "alone/train/train1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 images .*expected in .*_annotations\.coco\.json, valid"):
+        read_data(tmp_path / "alone", task="detection")
 
 
 def test_coco_without_outlines_is_detection(tmp_path):

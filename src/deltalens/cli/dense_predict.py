@@ -30,7 +30,7 @@ def run_dense(args: Namespace, name: str) -> None:
     paths = find_images(args.images)
     task, _, device = load_dense(args, name)
     files = _files(paths, task, name, args.skip_broken)
-    found = _found(args, task, files, device)
+    found = _watched(_found(args, task, files, device), name, args.threshold)
     names: list[str] = list(task.class_names)  # type: ignore[arg-type]
     if is_sheet:
         _sheet(found, names, args.output)
@@ -91,6 +91,19 @@ def _found(args: Namespace, task: Any, files: Any, device: Any) -> Iterator[Foun
     from deltalens.studies.dense_measure import found_in
 
     return found_in(task, files, args.batch_size or BATCH, device, args.threshold)
+
+
+def _watched(found: Iterator[Found], name: str, threshold: float) -> Iterator[Found]:
+    """The same; says at the end where no object was found in any image, which is mostly too high a threshold."""
+    import sys
+
+    empty = name != "segmentation"
+    for each in found:
+        empty = empty and not each.detections
+        yield each
+    if empty:
+        words = f"nothing has a score of {threshold:g} or more: a lower --threshold shows what the detector is less sure of"
+        print(words, file=sys.stderr)
 
 
 # ------------------------------------------------------------------ pictures
