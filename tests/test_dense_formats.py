@@ -150,7 +150,7 @@ def test_coco_as_roboflow_exports_it(tmp_path):
     change(tmp_path / "whole/train/_annotations.coco.json", lambda c: c["annotations"][0].update(category_id=0))
     assert read_data(tmp_path / "whole", task="detection").class_names == ["things", "ship", "tree"]  # with an object
     (tmp_path / "alone/train/train1.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of 3 images .*expected in .*_annotations\.coco\.json, valid"):
+    with pytest.raises(ValueError, match=r"(?s)1 of 3 images .*expected in .*_annotations\.coco\.json, valid"):
         read_data(tmp_path / "alone", task="detection")
 
 
