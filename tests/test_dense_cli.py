@@ -271,6 +271,18 @@ def test_pictures_and_tables(task, capsys):
     assert "classes" in entries[0] or "objects" in entries[0]
 
 
+def test_what_is_left_out_and_not_found_is_said_beside_the_result(capsys, tmp_path):
+    whole = Path("coco/images/test0.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole)
+    (tmp_path / "b.jpg").write_bytes(whole[: len(whole) // 2])
+    words = ["predict", "detection", str(tmp_path), "--format", "json", "--skip-broken", "true", "--threshold", "1"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert [entry["objects"] for entry in json.loads(captured.out)] == [[]]
+    assert "left out 1 of 2 images" in captured.err
+    assert "nothing has a score of 1 or more" in captured.err
+
+
 def test_wrong_words_of_predict(capsys):
     start = ["predict", "segmentation", "masks/images/test"]
     assert "--format coco is for boxes" in said(capsys, [*start, "--format", "coco"], code=1)

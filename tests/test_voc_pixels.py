@@ -32,7 +32,7 @@ def test_a_whole_picture_of_the_challenge_is_a_whole_picture(tmp_path):
     assert data.train[1][1]["area"].tolist() == [56, 88]
 
 
-@pytest.mark.parametrize("files, first", [("a*.xml", (1, 2)), ("*.xml", (0, 2))], ids=["other tools", "from 0"])
+@pytest.mark.parametrize(("files", "first"), [("a*.xml", (1, 2)), ("*.xml", (0, 2))], ids=["other tools", "from 0"])
 def test_boxes_of_other_tools_are_taken_as_they_are(tmp_path, files, first):
     data = read_detection(official(tmp_path, {"a0": [("dog", (*first, 7, 9))]}, files))
     assert "first_pixel" not in data.origin
@@ -53,13 +53,13 @@ def tools_ap(found, truth, scores):
 
 def test_the_eleven_point_ap_is_that_of_the_challenges_tools(tmp_path):
     random = np.random.default_rng(0)
-    boxes = random.integers(1, 5, (2, 200, 4)) + [0, 0, 3, 3]  # small ones, in which one pixel decides
-    found, truth = boxes
+    found, truth = random.integers((1, 1, 4, 4), (5, 5, 8, 8), (2, 200, 4))  # small ones, in which one pixel decides
     scores = random.random(200)
     names = [f"a{i:03}" for i in range(200)]
     objects = {name: [("dog", tuple(box))] for name, box in zip(names, truth.tolist(), strict=True)}
     others = {name: [("dog", (1, 1, 4, 4))] for name in ("y", "z")}
-    test = read_detection(official(tmp_path, objects | others, lists={"train": ["y"], "val": ["z"], "test": names})).test
+    lists = {"train": ["y"], "val": ["z"], "test": names}
+    test = read_detection(official(tmp_path, objects | others, lists=lists)).test
     metric, plain = VocAveragePrecision(1), VocAveragePrecision(1)
     for i in range(200):
         target = {name: test[i][1][name] for name in ("boxes", "labels", "difficult")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,10 @@ def run_dense(args: Namespace, name: str) -> None:
     _check_output(args, name, is_sheet)
     paths = find_images(args.images)
     task, _, device = load_dense(args, name)
-    files = _files(paths, task, name, args.skip_broken)
+    if name != "segmentation":
+        task.model.keep_scores_from(args.threshold)  # type: ignore[union-attr,operator]
+    with contextlib.redirect_stdout(sys.stderr):  # of what is left out: what was found may go to the terminal
+        files = _files(paths, task, name, args.skip_broken)
     found = _watched(_found(args, task, files, device), name, args.threshold)
     names: list[str] = list(task.class_names)  # type: ignore[arg-type]
     if is_sheet:
@@ -95,14 +100,14 @@ def _found(args: Namespace, task: Any, files: Any, device: Any) -> Iterator[Foun
 
 def _watched(found: Iterator[Found], name: str, threshold: float) -> Iterator[Found]:
     """The same; says at the end where no object was found in any image, which is mostly too high a threshold."""
-    import sys
-
-    empty = name != "segmentation"
+    empty = name != "segmentation" and threshold > 0
     for each in found:
         empty = empty and not each.detections
         yield each
     if empty:
-        words = f"nothing has a score of {threshold:g} or more: a lower --threshold shows what the detector is less sure of"
+        words = (
+            f"nothing has a score of {threshold:g} or more: a lower --threshold shows what the detector is less sure of"
+        )
         print(words, file=sys.stderr)
 
 

@@ -89,7 +89,7 @@ def _files(root: Path) -> dict[str, Path]:
 
 
 def _year(file: Path) -> str | None:
-    """"2017" of instances_val2017.json."""
+    """ "2017" of instances_val2017.json."""
     match = FILE.fullmatch(file.name)
     return match[2] if match else None
 

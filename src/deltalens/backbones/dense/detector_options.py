@@ -52,6 +52,12 @@ class DetectorOptions:
             raise ValueError(f"levels are numbers of the pyramid's maps, counted from 0, got {self.levels}")
 
 
+def norm_groups(channels: int) -> int:
+    """Groups of a head's group norms: 32, as in torchvision, but of two channels at least. The coarsest map of a small
+    image is one cell, which of a single channel leaves nothing to norm."""
+    return min(32, channels // 2)
+
+
 def pyramid_and_options(
     body: Body,
     kind: type[Options],
