@@ -49,7 +49,7 @@ def run_dense(args: Namespace, name: str) -> None:
             print(text, end="")
         else:
             write_text(args.output, text)
-            print(f"what was found in {len(files)} images is in {args.output}")
+            print(f"what was found in {len(files)} image{'s' if len(files) > 1 else ''} is in {args.output}")
 
 
 def _check_output(args: Namespace, name: str, is_sheet: bool) -> None:
@@ -117,7 +117,7 @@ def _sheet(found: Iterator[Found], names: list[str], output: str) -> None:
 
     pictures: list[tuple[str, Image.Image]] = [(Path(each.name).name, drawn(each, names)) for each in found]
     plot_sheet(pictures, output)
-    print(f"{len(pictures)} images are drawn in {output}")
+    print(f"{len(pictures)} image{'s are' if len(pictures) > 1 else ' is'} drawn in {output}")
 
 
 def _write_images(found: Iterator[Found], names: list[str], folder: Path, as_masks: bool) -> None:
