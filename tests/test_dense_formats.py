@@ -69,6 +69,14 @@ def test_voc_of_both_years_is_their_union_tested_on_2007(tmp_path):
     assert read_data(tmp_path).task == "multilabel"  # as it was read before
 
 
+def test_voc_of_other_classes_than_the_challenges_is_detection(tmp_path):
+    names = [name for listed in VOC_LISTS.values() for name in listed]
+    own = read_data(voc(tmp_path / "own", VOC_LISTS, {name: [("raccoon", (1, 2, 7, 9))] for name in names}))
+    assert (own.task, own.class_names) == ("detection", ["raccoon"])
+    official = read_data(voc(tmp_path / "official", VOC_LISTS))
+    assert (official.task, len(official.class_names)) == ("multilabel", 20)
+
+
 def test_voc_with_trainval_alone_or_without_lists(tmp_path):
     one = read_data(voc(tmp_path / "a", {"trainval": [f"x{i}" for i in range(8)]}), "voc")
     assert (sizes(one), one.origin["val"]) == ((7, 1, 0), "split off train")
