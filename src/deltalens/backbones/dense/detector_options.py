@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deltalens.backbones.dense.body import Body
-from deltalens.backbones.dense.pyramid import make_pyramid
+from deltalens.backbones.dense.pyramid import STRIDES, make_pyramid
 
 Options = TypeVar("Options", bound="DetectorOptions")
 PYRAMID_OPTIONS = ("strides", "norms", "blocks")
@@ -63,11 +63,15 @@ def pyramid_and_options(
     kind: type[Options],
     head: str,
     given: Mapping[str, Any],
+    finest: int = 4,
 ) -> tuple[nn.Module, Options]:
     """(pyramid of a backbone, the head's options), both from one dictionary. The pyramid's are strides (of its maps, 4
     to 32), norms (on its maps, see `make_pyramid`) and blocks (of a plain network, see `SimplePyramid`, whose maps get
-    the head's channels). ValueError for what neither has."""
+    the head's channels). finest: what the head reads begins with this stride; where nothing else is said, finer maps are
+    not made. ValueError for what neither has."""
     shape = {name: given[name] for name in PYRAMID_OPTIONS if name in given}
+    if given.get("levels") is None and "strides" not in shape and len(shape.get("blocks", (-1,))) == 1:
+        shape["strides"] = tuple(stride for stride in STRIDES if stride >= finest)
     own = options_from(kind, head, {name: value for name, value in given.items() if name not in shape})
     if body.plain:
         shape["out_channels"] = own.channels

@@ -19,6 +19,8 @@ from deltalens.backbones.dense.detector_options import (
 from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, neck_of
 from deltalens.backbones.dense.precision import InFullPrecision
 
+FINEST = 8  # stride of the finest map that is read
+
 
 @dataclass(frozen=True)
 class FCOSOptions(DetectorOptions):
@@ -61,7 +63,7 @@ class FCOSDetector(Detector, FCOS):
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: FCOSOptions):
-        neck = neck_of(pyramid, options, 8, options.extra_levels)
+        neck = neck_of(pyramid, options, FINEST, options.extra_levels)
         cells = PyramidAnchors([(s,) for s in neck.strides], [(1.0,)] * len(neck.strides), neck.strides, offset=0.5)
         super().__init__(
             neck,
@@ -93,5 +95,5 @@ def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] 
 
 def build(body: Body, num_classes: int, **options: Any) -> FCOSDetector:
     """An FCOS on a backbone; options: fields of `FCOSOptions`, and those of `pyramid_and_options`."""
-    pyramid, own = pyramid_and_options(body, FCOSOptions, "fcos", options)
+    pyramid, own = pyramid_and_options(body, FCOSOptions, "fcos", options, FINEST)
     return FCOSDetector(pyramid, num_classes, own)

@@ -20,6 +20,7 @@ from deltalens.backbones.dense.detector_options import (
 from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, anchor_sizes, neck_of
 from deltalens.backbones.dense.precision import InFullPrecision
 
+FINEST = 8  # stride of the finest map that is read
 BOX_LOSSES = ("l1", "smooth_l1", "giou")
 
 
@@ -64,7 +65,7 @@ class RetinaNetDetector(Detector, RetinaNet):
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: RetinaNetOptions):
-        neck = neck_of(pyramid, options, 8, options.extra_levels)
+        neck = neck_of(pyramid, options, FINEST, options.extra_levels)
         octaves = [options.anchor_scale * 2 ** (octave / 3) for octave in range(3)]
         sizes = anchor_sizes(options.anchor_sizes, neck.strides, octaves)
         anchors = PyramidAnchors(sizes, [options.anchor_ratios] * len(neck.strides), neck.strides)
@@ -95,5 +96,5 @@ def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] 
 
 def build(body: Body, num_classes: int, **options: Any) -> RetinaNetDetector:
     """A RetinaNet on a backbone; options: fields of `RetinaNetOptions`, and those of `pyramid_and_options`."""
-    pyramid, own = pyramid_and_options(body, RetinaNetOptions, "retinanet", options)
+    pyramid, own = pyramid_and_options(body, RetinaNetOptions, "retinanet", options, FINEST)
     return RetinaNetDetector(pyramid, num_classes, own)
