@@ -245,6 +245,7 @@ def _overlay_tensors(model: nn.Module, state: State, adapter: Adapter, unfrozen:
 
 
 def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: Anatomy, num_classes: int | None) -> None:
+    _refuse_other_heads(model, adapter, anatomy)
     for path in anatomy.head_paths():
         original = state.heads.setdefault(path, model.get_submodule(path))
         if path in anatomy.heads and num_classes not in (None, classes_of(original)):
@@ -256,6 +257,18 @@ def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: An
             for method in adapter.configs:
                 head = method.head(head)
         adapter.heads[path] = head.requires_grad_(True)
+
+
+def _refuse_other_heads(model: nn.Module, adapter: Adapter, anatomy: Anatomy) -> None:
+    """TypeError for a method with a classifier of its own on a network whose head is none, which it would not change."""
+    if anatomy.heads or not anatomy.head_paths():
+        return
+    for method in adapter.configs:
+        if type(method).head is not Method.head:
+            raise TypeError(
+                f"{method.name} puts a classifier in place of another, and {type(model).__name__} has a head that is "
+                "none: LinearConfig trains this head alone"
+            )
 
 
 def _fresh_head(original: nn.Module, num_classes: int) -> nn.Module:
