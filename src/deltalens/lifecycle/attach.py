@@ -260,7 +260,7 @@ def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: An
 
 
 def _refuse_other_heads(model: nn.Module, adapter: Adapter, anatomy: Anatomy) -> None:
-    """TypeError for a method with a classifier of its own on a network whose head is none, which it would not change."""
+    """TypeError for a method with a classifier of its own on a network whose head is none."""
     if anatomy.heads or not anatomy.head_paths():
         return
     for method in adapter.configs:

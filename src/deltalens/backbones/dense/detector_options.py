@@ -67,8 +67,8 @@ def pyramid_and_options(
 ) -> tuple[nn.Module, Options]:
     """(pyramid of a backbone, the head's options), both from one dictionary. The pyramid's are strides (of its maps, 4
     to 32), norms (on its maps, see `make_pyramid`) and blocks (of a plain network, see `SimplePyramid`, whose maps get
-    the head's channels). finest: what the head reads begins with this stride; where nothing else is said, finer maps are
-    not made. ValueError for what neither has."""
+    the head's channels). finest: stride from which on the head reads; where nothing else is said, finer maps are not
+    made. ValueError for what neither has."""
     shape = {name: given[name] for name in PYRAMID_OPTIONS if name in given}
     if given.get("levels") is None and "strides" not in shape and len(shape.get("blocks", (-1,))) == 1:
         shape["strides"] = tuple(stride for stride in STRIDES if stride >= finest)
