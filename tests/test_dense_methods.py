@@ -62,7 +62,7 @@ def test_what_needs_a_classifiers_end_is_refused(method):
 
 def test_a_classifiers_head_has_no_place_here():
     model = network("vit", "fcn")
-    with pytest.raises(TypeError, match="mlp puts a classifier in place of another, and Segmenter has"):
+    with pytest.raises(TypeError, match="MLPConfig replaces a classifier layer, and Segmenter has none"):
         dl.attach(model, dl.MLPConfig())
     dl.attach(model, dl.LinearConfig())
 

@@ -164,7 +164,14 @@ def _check_matches(configs, placements, wrappings, unfrozen: list[str], anatomy:
 
 
 def _check_heads(configs: list[Method], anatomy: Anatomy) -> None:
-    """A head of a method's own reads features (..., d), which a convolution as classifier does not get."""
+    """A head of a method's own stands where a classifier stood, and reads features (..., d), which a convolution as
+    classifier does not get."""
+    own = [type(method).__name__ for method in configs if type(method).head is not Method.head]
+    if own and not anatomy.heads and anatomy.head_paths():
+        raise TypeError(
+            f"{own[0]} replaces a classifier layer, and {type(anatomy.model).__name__} has none: LinearConfig trains "
+            "its head as it is"
+        )
     for path in anatomy.heads:
         for method in configs:
             layer = anatomy.model.get_submodule(path)
@@ -245,7 +252,6 @@ def _overlay_tensors(model: nn.Module, state: State, adapter: Adapter, unfrozen:
 
 
 def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: Anatomy, num_classes: int | None) -> None:
-    _refuse_other_heads(model, adapter, anatomy)
     for path in anatomy.head_paths():
         original = state.heads.setdefault(path, model.get_submodule(path))
         if path in anatomy.heads and num_classes not in (None, classes_of(original)):
@@ -257,18 +263,6 @@ def _overlay_heads(model: nn.Module, state: State, adapter: Adapter, anatomy: An
             for method in adapter.configs:
                 head = method.head(head)
         adapter.heads[path] = head.requires_grad_(True)
-
-
-def _refuse_other_heads(model: nn.Module, adapter: Adapter, anatomy: Anatomy) -> None:
-    """TypeError for a method with a classifier of its own on a network whose head is none."""
-    if anatomy.heads or not anatomy.head_paths():
-        return
-    for method in adapter.configs:
-        if type(method).head is not Method.head:
-            raise TypeError(
-                f"{method.name} puts a classifier in place of another, and {type(model).__name__} has a head that is "
-                "none: LinearConfig trains this head alone"
-            )
 
 
 def _fresh_head(original: nn.Module, num_classes: int) -> nn.Module:
