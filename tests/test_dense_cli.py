@@ -271,6 +271,18 @@ def test_pictures_and_tables(task, capsys):
     assert "classes" in entries[0] or "objects" in entries[0]
 
 
+def test_what_is_left_out_and_not_found_is_said_beside_the_result(capsys, tmp_path):
+    whole = Path("coco/images/test0.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole)
+    (tmp_path / "b.jpg").write_bytes(whole[: len(whole) // 2])
+    words = ["predict", "detection", str(tmp_path), "--format", "json", "--skip-broken", "true", "--threshold", "1"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert [entry["objects"] for entry in json.loads(captured.out)] == [[]]
+    assert "left out 1 of 2 images" in captured.err
+    assert "nothing has a score of 1 or more" in captured.err
+
+
 def test_wrong_words_of_predict(capsys):
     start = ["predict", "segmentation", "masks/images/test"]
     assert "--format coco is for boxes" in said(capsys, [*start, "--format", "coco"], code=1)
@@ -289,3 +301,20 @@ def test_inspect_shows_the_network_under_a_head(capsys):
     assert "name one, such as --head upernet" in said(
         capsys, ["inspect", "--model", "tiny", "--head.channels", "8"], code=1
     )
+
+
+# ------------------------------------------------------------------ tune
+def test_a_search_is_judged_by_what_decides(capsys, tmp_path):
+    words = [word if word != "train" else "tune" for word in RUNS["segmentation"]]
+    words += ["--epochs", "1", "--trials", "2", "--output", str(tmp_path / "search")]
+    assert "miou" in said(capsys, words)
+    head = (tmp_path / "search/trials.csv").read_text().splitlines()[0]
+    assert head.startswith("trial,state,miou,epochs,lr")
+    best = yaml.safe_load((tmp_path / "search/best.yaml").read_text())
+    assert (best["task"], best["head"], best["head_options"]["channels"], best["crop_size"]) == (
+        "segmentation", "fcn", 8, 16,
+    )  # fmt: skip
+    results = json.loads(next((tmp_path / "search/trials").glob("*/results.json")).read_text())
+    assert "miou" in results["val"]
+    assert "test" not in results or not results["test"]  # searches do not look at it
+    assert "--rand-augment has no meaning for segmentation" in said(capsys, [*words, "--rand-augment", "9"], code=1)

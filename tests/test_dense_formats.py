@@ -13,6 +13,7 @@ from dense_folders import (
     block,
     change,
     coco,
+    coco_content,
     mask,
     masked_pairs,
     picture,
@@ -66,6 +67,14 @@ def test_voc_of_both_years_is_their_union_tested_on_2007(tmp_path):
     assert sizes(joined) == (9, 0, 2)
     assert len(set(joined.train.ids)) == 9
     assert read_data(tmp_path).task == "multilabel"  # as it was read before
+
+
+def test_voc_of_other_classes_than_the_challenges_is_detection(tmp_path):
+    names = [name for listed in VOC_LISTS.values() for name in listed]
+    own = read_data(voc(tmp_path / "own", VOC_LISTS, {name: [("raccoon", (1, 2, 7, 9))] for name in names}))
+    assert (own.task, own.class_names) == ("detection", ["raccoon"])
+    official = read_data(voc(tmp_path / "official", VOC_LISTS))
+    assert (official.task, len(official.class_names)) == ("multilabel", 20)
 
 
 def test_voc_with_trainval_alone_or_without_lists(tmp_path):
@@ -123,6 +132,34 @@ def test_coco(tmp_path, year, folder):
     assert (nothing["masks"].shape, nothing["boxes"].shape) == ((0, HEIGHT, WIDTH), (0, 4))
     boxes = read_data(root, task="detection")
     assert (boxes.task, "masks" in boxes.train[0][1]) == ("detection", False)
+
+
+def roboflow(root, parts=("train", "valid", "test")):
+    for part in parts:
+        names = [f"{part}{i}.jpg" for i in range(3)]
+        content = coco_content(names)
+        content["categories"] = [{"id": 0, "name": "things", "supercategory": "none"}] + [
+            each | {"supercategory": "things"} for each in content["categories"]
+        ]
+        for i, name in enumerate(names):
+            picture(root / part / name, i)
+        (root / part / "_annotations.coco.json").write_text(json.dumps(content))
+    return root
+
+
+def test_coco_as_roboflow_exports_it(tmp_path):
+    data = read_data(roboflow(tmp_path / "whole"), task="instance")
+    assert (data.class_names, sizes(data)) == (["ship", "tree"], (3, 3, 3))
+    assert data.origin["category_ids"] == [3, 90]
+    assert data.train[0][1]["boxes"].tolist() == [[2, 1, 8, 6], [5, 3, 14, 10]]
+    assert data.val.name(0).endswith("valid/valid0.jpg")
+    alone = read_data(roboflow(tmp_path / "alone", ("train",)), task="detection")
+    assert sizes(alone) == (2, 1, 0)
+    change(tmp_path / "whole/train/_annotations.coco.json", lambda c: c["annotations"][0].update(category_id=0))
+    assert read_data(tmp_path / "whole", task="detection").class_names == ["things", "ship", "tree"]  # with an object
+    (tmp_path / "alone/train/train1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"(?s)1 of 3 images .*expected in .*_annotations\.coco\.json, valid"):
+        read_data(tmp_path / "alone", task="detection")
 
 
 def test_coco_without_outlines_is_detection(tmp_path):

@@ -60,6 +60,13 @@ def test_what_needs_a_classifiers_end_is_refused(method):
         dl.attach(network("vit", "fcn"), method)
 
 
+def test_a_classifiers_head_has_no_place_here():
+    model = network("vit", "fcn")
+    with pytest.raises(TypeError, match="MLPConfig replaces a classifier layer, and Segmenter has none"):
+        dl.attach(model, dl.MLPConfig())
+    dl.attach(model, dl.LinearConfig())
+
+
 # ------------------------------------------------------------------ no graph below
 FIRST = {"swin": "layers_0.blocks.0.attn", "vit": "blocks.0.attn", "convnext": "stages_0.blocks.0.mlp"}
 LAST = {"swin": "layers_3.blocks.0", "vit": "blocks.3", "convnext": "stages_3.blocks.0"}

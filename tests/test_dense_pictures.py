@@ -61,6 +61,17 @@ def test_masks_are_drawn_in_the_colours_of_their_classes():
     assert drawn[100, 400].tolist() == [100, 100, 100]
 
 
+def test_the_legend_of_a_narrow_picture_is_whole():
+    names = ["a name as long as names of classes are"]
+    narrow = np.asarray(drawn_mask(Image.new("RGB", (6, 60), (100, 100, 100)), np.zeros((60, 6)), names))
+    wide = np.asarray(drawn_mask(Image.new("RGB", (60, 60), (100, 100, 100)), np.zeros((60, 60)), names))
+    assert wide.shape == (wide.shape[0], 480, 3)
+    assert narrow.shape[1] > 200
+    assert (narrow[:480, 48:] == 255).all()  # paper beside the picture
+    legends = [(picture[480:] < 128).sum() for picture in (narrow, wide)]
+    assert legends[0] == legends[1]  # no letter is cut off
+
+
 def test_boxes_have_names_where_there_is_room():
     picture = Image.new("RGB", (480, 320), (100, 100, 100))
     large = drawn_objects(picture, [Detection("b", 0.9, (50.0, 60.0, 250.0, 260.0))], ["a", "b"])

@@ -214,3 +214,15 @@ def test_wrong_options_of_heads_by_name():
         dl.create_backbone(SWIN, pretrained=False, head="retinanet", **SMALL_SWIN)
     model = network("retinanet", strides=[8, 16], norms=None)
     assert model.backbone.strides == [8, 16, 32, 64]
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("head", ["retinanet", "fcos"])
+def test_maps_that_no_head_reads_are_not_made(head, body):
+    """All that is trained has a gradient: several devices wait for one, and the finest map costs the most."""
+    model = dl.attach(network(head, body), dl.LinearConfig())
+    assert model.backbone.pyramid.strides == [8, 16, 32]
+    images, targets = Rectangles(2).batch()
+    sum(model.train()(images, targets).values()).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert network(head, body, levels=[0, 1]).backbone.pyramid.strides == [4, 8, 16, 32]  # counted from the finest

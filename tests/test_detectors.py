@@ -47,6 +47,39 @@ def test_both_modes(head):
     assert model.get_submodule(model.adapted) is model.backbone.pyramid.backbone
 
 
+@pytest.mark.parametrize("options", [("fcos", {}), ("retinanet", {"group_norm": True})], ids=["fcos", "retinanet"])
+def test_norms_of_narrow_heads_have_something_to_norm(options):
+    """One image whose coarsest maps are single cells, under the fewest channels that these heads take."""
+    head, further = options
+    model = small_detector(head, channels=32, score_threshold=0.0, **further)
+    images, targets = Rectangles(1, sizes=((32, 32),)).batch()
+    sum(model.train()(images, targets).values()).backward()
+    assert len(model.eval()(images)[0]["boxes"])
+    norms = [each for each in model.head.modules() if isinstance(each, torch.nn.GroupNorm)]
+    assert norms
+    assert all(each.num_groups == 16 for each in norms)
+    wide = small_detector(head, channels=64, **further)
+    assert {each.num_groups for each in wide.head.modules() if isinstance(each, torch.nn.GroupNorm)} == {32}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@torch.no_grad()
+def test_lower_scores_can_be_asked_for_and_the_better_ones_stay(head):
+    model = small_detector(head, score_threshold=0.0, detections_per_image=20).eval()
+    images, _ = Rectangles(1, sizes=((32, 32),)).batch()
+    everything = model(images)[0]
+    middle = float(everything["scores"].median())
+    own = small_detector(head, score_threshold=middle, detections_per_image=20).eval()
+    few = own(images)[0]
+    assert 0 < len(few["scores"]) < len(everything["scores"])
+    own.keep_scores_from(0.9)  # which is no lower
+    assert len(own(images)[0]["scores"]) == len(few["scores"])
+    own.keep_scores_from(0.0)
+    found = own(images)[0]
+    assert torch.equal(found["boxes"], everything["boxes"])
+    assert torch.equal(found["boxes"][: len(few["boxes"])], few["boxes"])
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_batches_without_any_object_train(head):
     model = small_detector(head).train()

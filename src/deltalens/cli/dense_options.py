@@ -69,15 +69,15 @@ NOT_DENSE = {
 }  # fmt: skip
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare --task and the options of dense tasks."""
+def add_arguments(parser: ArgumentParser, report: bool = True) -> None:
+    """Declare --task and the options of dense tasks. report: --report, too."""
     parser.add_argument(
         "--task",
         type=Literal["classification", "multilabel", "segmentation", "detection", "instance"] | None,
         default=None,
         help="what is learned; by default what --head is for, or what the data are laid out for",
     )
-    for option in (*OPTIONS, REPORT):
+    for option in (*OPTIONS, *([REPORT] if report else [])):
         parser.add_argument(option.flag, type=option.type, default=option.default, help=option.help)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +31,11 @@ def run_dense(args: Namespace, name: str) -> None:
     _check_output(args, name, is_sheet)
     paths = find_images(args.images)
     task, _, device = load_dense(args, name)
-    files = _files(paths, task, name, args.skip_broken)
-    found = _found(args, task, files, device)
+    if name != "segmentation":
+        task.model.keep_scores_from(args.threshold)  # type: ignore[union-attr,operator]
+    with contextlib.redirect_stdout(sys.stderr):  # of what is left out: what was found may go to the terminal
+        files = _files(paths, task, name, args.skip_broken)
+    found = _watched(_found(args, task, files, device), name, args.threshold)
     names: list[str] = list(task.class_names)  # type: ignore[arg-type]
     if is_sheet:
         _sheet(found, names, args.output)
@@ -44,7 +49,7 @@ def run_dense(args: Namespace, name: str) -> None:
             print(text, end="")
         else:
             write_text(args.output, text)
-            print(f"what was found in {len(files)} images is in {args.output}")
+            print(f"what was found in {len(files)} image{'s' if len(files) > 1 else ''} is in {args.output}")
 
 
 def _check_output(args: Namespace, name: str, is_sheet: bool) -> None:
@@ -93,13 +98,26 @@ def _found(args: Namespace, task: Any, files: Any, device: Any) -> Iterator[Foun
     return found_in(task, files, args.batch_size or BATCH, device, args.threshold)
 
 
+def _watched(found: Iterator[Found], name: str, threshold: float) -> Iterator[Found]:
+    """The same; says at the end where no object was found in any image, which is mostly too high a threshold."""
+    empty = name != "segmentation" and threshold > 0
+    for each in found:
+        empty = empty and not each.detections
+        yield each
+    if empty:
+        words = (
+            f"nothing has a score of {threshold:g} or more: a lower --threshold shows what the detector is less sure of"
+        )
+        print(words, file=sys.stderr)
+
+
 # ------------------------------------------------------------------ pictures
 def _sheet(found: Iterator[Found], names: list[str], output: str) -> None:
     from deltalens.studies.dense_pictures import drawn, plot_sheet
 
     pictures: list[tuple[str, Image.Image]] = [(Path(each.name).name, drawn(each, names)) for each in found]
     plot_sheet(pictures, output)
-    print(f"{len(pictures)} images are drawn in {output}")
+    print(f"{len(pictures)} image{'s are' if len(pictures) > 1 else ' is'} drawn in {output}")
 
 
 def _write_images(found: Iterator[Found], names: list[str], folder: Path, as_masks: bool) -> None:

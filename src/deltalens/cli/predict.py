@@ -150,6 +150,9 @@ def find_images(words: list[str], clouds: bool = False) -> list[Path]:
 
 def _predict(args: Namespace) -> tuple[list[tuple[str, list[tuple[str, float]]]], Any]:
     """(file and its classes of each, the files)."""
+    import contextlib
+    import sys
+
     import torch
 
     import deltalens as dl
@@ -168,7 +171,8 @@ def _predict(args: Namespace) -> tuple[list[tuple[str, list[tuple[str, float]]]]
     paths = find_images(args.images, clouds)
     files: Any = (CloudFiles if clouds else ImageFiles)(paths, [0] * len(paths))
     if args.skip_broken:
-        files = (without_broken_clouds if clouds else without_broken)(files, True)
+        with contextlib.redirect_stdout(sys.stderr):  # of what is left out: the table may go to the terminal
+            files = (without_broken_clouds if clouds else without_broken)(files, True)
     set_inputs(files, preprocessing)
     how = {"threshold": args.threshold} if isinstance(task, MultiLabelTask) else {"topk": args.topk}
     decoded = []

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from deltalens.cli import recipes, train
+from deltalens.cli import dense_options, recipes, train
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 
-translate = train.translate_words
+def translate(argv: list[str]) -> list[str]:
+    """Gather the words of the method and of the head, put a recipe's file in the place of its name."""
+    return dense_options.translate(train.translate_words(argv))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of train, and those of the search."""
     train.add_shared_arguments(parser)
+    dense_options.add_arguments(parser, report=False)
     add = parser.add_argument
     add(
         "--space",
@@ -35,7 +38,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--metric",
         type=str | None,
         default=None,
-        help="validation metric that decides, the larger the better; by default accuracy, or mAP for several labels",
+        help="validation metric that decides, the larger the better; by default accuracy, mAP for several labels, "
+        "miou, map (of VOC's layout map50_voc07) or mask_map for masks and boxes",
     )
     add(
         "--prune",
@@ -48,19 +52,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Search, and print what was found."""
     from deltalens.cli.method_options import method_entries, read_methods
-    from deltalens.data.dense_formats import DENSE_TASKS
     from deltalens.studies.search_space import DEFAULT, read_space
     from deltalens.studies.tune import Search, trials_table, write_tables
     from deltalens.tasks import main_metric_of
 
     own = ("config", "recipe", "space", "trials", "metric", "prune", "output")
     options = {key: value for key, value in vars(args).items() if key not in own}
-    options["batch_size"] = options["batch_size"] or train.BATCH_SIZE
+    dense = dense_options.dense_task_of(options)
+    dense_options.check_meaning(dense, options)
+    options = dense_options.settled(dense, options)
+    options["batch_size"] = options["batch_size"] or dense_options.BATCH_SIZE.get(str(dense), train.BATCH_SIZE)
     methods = read_methods(args.method)
     space = DEFAULT if args.space is None else read_space(_space_file(args.space))
     data = train.read_images(options)
-    if data.task in DENSE_TASKS:
-        raise ValueError(f"{args.data} is data for {data.task}, which tune does not search for: give train other --lr")
     if data.val is None:
         raise ValueError("a search needs validation images: the data has none, or --protocol trainval trains on them")
     search = Search(
@@ -113,11 +117,21 @@ def _builder(options: dict[str, Any], methods: list, data):
         own = {name: value for name, value in values.items() if not name.startswith("method.")}
         own |= {"base_lr": None} if "lr" in own else {}
         run_options = train.settled(options | own, chosen)
-        task = train.build_task(run_options, chosen, data)
+        run_options, task = _task(run_options, chosen, data)
         settings = replace(train.settings_of(run_options), progress=False)
         return task, replace(data, test=None), settings, run_options
 
     return build
+
+
+def _task(options: dict[str, Any], methods: list, data):
+    """(options with everything written out, the task); the data gets its transforms."""
+    from deltalens.cli.dense_training import build_dense_task, fitted_to_data
+
+    if options.get("task") not in dense_options.TASKS:
+        return options, train.build_task(options, methods, data)
+    options = fitted_to_data(options, data)
+    return options, build_dense_task(options, methods, data)
 
 
 # ------------------------------------------------------------------ files

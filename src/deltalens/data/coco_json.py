@@ -21,7 +21,10 @@ from deltalens.data.splits import Splits
 NAME = "coco"
 EXPECTED = """expected in {root} objects as COCO has them:
     annotations/instances_train.json, instances_val.json, instances_test.json    (or instances_train2017.json)
-    images/*.jpg       (or images/train/*.jpg, train/*.jpg, train2017/*.jpg: where file_name leads from there)"""
+    images/*.jpg       (or images/train/*.jpg, train/*.jpg, train2017/*.jpg: where file_name leads from there)
+or as Roboflow exports them:
+    train/_annotations.coco.json, valid/..., test/...    (beside the pictures of each part)"""
+ROBOFLOW = "_annotations.coco.json"
 PARTS = "|".join(name for names in SPLIT_FOLDERS.values() for name in names)
 FILE = re.compile(rf"instances_({PARTS})(\d{{4}})?\.json")
 OUTLINE = re.compile(rb'"segmentation"\s*:\s*(\[\s*\[\s*[-\d]|\{\s*"(counts|size)")')
@@ -52,11 +55,14 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
     expected = EXPECTED.format(root=root)
     files = _files(existing(root, expected))
     if "train" not in files:
-        raise ValueError(f"{root} has no annotations/instances_train.json; {expected}")
-    official = "test" not in files and "val" in files and FILE.fullmatch(files["val"].name)[2]  # type: ignore[index]
+        raise ValueError(f"{root} has no annotations/instances_train.json and no train/{ROBOFLOW}; {expected}")
+    official = "test" not in files and "val" in files and _year(files["val"])
     if official:
         files["test"] = files.pop("val")
     contents = {part: _content(file) for part, file in files.items()}
+    for part, file in files.items():
+        if file.name == ROBOFLOW:
+            contents[part]["categories"] = _without_group(contents[part])
     categories = sorted(contents["train"]["categories"], key=lambda each: each["id"])
     names = [str(each["name"]) for each in categories]
     _once(names, f"{files['train']} has the category")
@@ -69,16 +75,34 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
 
 
 def _files(root: Path) -> dict[str, Path]:
-    """part -> annotation file."""
-    if not (root / "annotations").is_dir():
-        return {}
+    """part -> annotation file. Nothing without train."""
     found: dict[str, Path] = {}
     for file in sorted((root / "annotations").glob("instances_*.json")):
         match = FILE.fullmatch(file.name)
         if match:
             part = next(part for part, names in SPLIT_FOLDERS.items() if match[1] in names)
             found.setdefault(part, file)
+    if not found:
+        beside = [(part, root / name / ROBOFLOW) for part, names in SPLIT_FOLDERS.items() for name in names]
+        found = {part: file for part, file in reversed(beside) if file.is_file()}
     return {part: found[part] for part in ("train", "val", "test") if part in found} if "train" in found else {}
+
+
+def _year(file: Path) -> str | None:
+    """ "2017" of instances_val2017.json."""
+    match = FILE.fullmatch(file.name)
+    return match[2] if match else None
+
+
+def _without_group(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The categories but the one that Roboflow lists before them as their "supercategory", which has no objects."""
+    used = {each["category_id"] for each in content["annotations"]}
+    groups = {each.get("supercategory") for each in content["categories"]}
+    return [
+        each
+        for each in content["categories"]
+        if each["id"] in used or each["name"] not in groups or each.get("supercategory") not in (None, "none")
+    ]
 
 
 def _has_outlines(file: Path) -> bool:
@@ -146,10 +170,13 @@ def _labels(file: Path, categories: Sequence[dict[str, Any]], names: list[str]) 
 
 def _paths(root: Path, file: Path, names: Sequence[str], expected: str) -> list[Path]:
     """The pictures, from the first folder in which the first of them lies."""
-    part, year = FILE.fullmatch(file.name).groups()  # type: ignore[union-attr]
-    split = f"{part}{year or ''}"
-    folders = [root, root / "images", root / "images" / split, root / split, root / "images" / part, root / part]
-    start = next((folder for folder in folders if names and (folder / names[0]).is_file()), root / "images")
+    match = FILE.fullmatch(file.name)
+    folders = [file.parent]  # of Roboflow's
+    if match is not None:
+        part, split = match[1], f"{match[1]}{match[2] or ''}"
+        pictures = root / "images"
+        folders = [pictures, root, pictures / split, root / split, pictures / part, root / part]
+    start = next((folder for folder in folders if names and (folder / names[0]).is_file()), folders[0])
     paths = [start / name for name in names]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:

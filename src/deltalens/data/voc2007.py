@@ -31,12 +31,14 @@ EXPECTED = """expected VOCdevkit/VOC2007, or a folder above it:
     {root}/ImageSets/Main/train.txt, val.txt, test.txt    (and aeroplane_train.txt..., or Annotations)
     {root}/Annotations/000001.xml                         (voc2007/single needs them)"""
 SPLITS = ("train", "val", "test")
+LOOKED_AT = 20  # annotations that tell whose data it is
 OWN_LISTS = {"train": "train2mmcls.txt", "test": "test2mmcls.txt"}
 
 
 def recognise(root: Path) -> str | None:
-    """ "voc2007" for the folders of the challenge."""
-    return "voc2007" if _devkit(root) is not None else None
+    """ "voc2007" for the folders of the challenge; None for others' data laid out like it, whose classes are others."""
+    folder = _devkit(root)
+    return "voc2007" if folder is not None and _of_the_challenge(folder) else None
 
 
 def read(root: Path, which: str, options: ReadOptions) -> Splits:
@@ -69,6 +71,19 @@ def _devkit(root: Path) -> Path | None:
         if (folder / "JPEGImages").is_dir() and (folder / "ImageSets/Main").is_dir():
             return folder
     return None
+
+
+def _of_the_challenge(folder: Path) -> bool:
+    """Whether there are lists of the 20 classes, or the first annotations name no class but these."""
+    if (folder / f"ImageSets/Main/{CLASSES[0]}_train.txt").is_file() or not (folder / "Annotations").is_dir():
+        return True
+    names: set[str] = set()
+    for file in sorted((folder / "Annotations").glob("*.xml"))[:LOOKED_AT]:
+        try:
+            names |= {(each.findtext("name") or "").strip() for each in xml.parse(file).getroot().iter("object")}
+        except xml.ParseError:
+            continue  # the reader names it
+    return names <= set(CLASSES)
 
 
 def _ids(folder: Path, split: str) -> list[str]:

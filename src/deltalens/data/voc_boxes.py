@@ -1,4 +1,11 @@
-"""The format "voc": boxes in Pascal VOC's XML files, and the usual union of VOC 2007 and 2012."""
+"""The format "voc": boxes in Pascal VOC's XML files, and the usual union of VOC 2007 and 2012.
+
+The challenge's own files count pixels from 1 and name the last pixel of a box: a box over the whole picture is
+(1, 1, width, height). Here that is (0, 0, width, height), as in detectron2, so that widths are right minus left and the
+overlap of two boxes is what the challenge's tools measure, which add 1. mmdetection subtracts 1 from all four numbers
+and adds 1 in its VOC metric: the same overlaps. Files of other tools (labelImg, Roboflow, CVAT) hold edges, from 0, and
+are taken as they are written.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +33,7 @@ EXPECTED = """expected in {root}, or in VOC2007 and VOC2012 below it, boxes as P
     ImageSets/Main/train.txt, val.txt, test.txt    (or ImageSets/*.txt, or trainval.txt in place of the first two;
                                                     without ImageSets all three are drawn by seed)"""
 YEARS = ("VOC2007", "VOC2012")
+OFFICIAL = "PASCAL VOC"  # what <source><annotation> of the challenge's own files begins with
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,15 @@ class Labelled:
     name: str
     box: tuple[float, float, float, float]
     difficult: bool
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One XML file. stated: the (height, width) that it says. official: whether it is one of the challenge's own."""
+
+    objects: list[Labelled]
+    stated: Size | None
+    official: bool
 
 
 def tasks(root: Path) -> tuple[str, ...]:
@@ -50,9 +67,9 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
     """The format "voc" of `deltalens.data.read_data`, task "detection".
 
     Class names are those of info.json or classes.txt, otherwise the sorted names of the objects in train and val.
-    Coordinates are taken as they are written; mmdetection subtracts 1 from all four, since VOC counts pixels from 1,
-    which moves truth and detections together. Raises FileNotFoundError or ValueError with the expected tree for missing
-    folders, lists, images and annotations, ValueError for XML that cannot be read and for names of other classes.
+    Boxes of the challenge's own files begin one pixel further left and above, and `origin["first_pixel"]` is then 1.
+    Raises FileNotFoundError or ValueError with the expected tree for missing folders, lists, images and annotations,
+    ValueError for XML that cannot be read and for names of other classes.
     """
     refuse_variant(NAME, which)
     expected = EXPECTED.format(root=root)
@@ -73,13 +90,16 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
         raise ValueError(f"{root} has no train.txt or trainval.txt; {expected}")
     read_files = {file: _annotation(file, expected) for part in found.values() for _, file, _ in part}
     names = _names(root, kits, found, read_files)
+    first = _first_pixel(list(read_files.values()))
     parts: dict[str, list[Annotated]] = {}
     for part, pictures in found.items():
         parts[part] = []
         for picture, file, number in pictures:
-            objects, stated = read_files[file]
-            parts[part].append(Annotated(picture, partial(_objects, objects, names, file), str(file), number, stated))
+            said = read_files[file]
+            objects = partial(_objects, said.objects, names, file, first)
+            parts[part].append(Annotated(picture, objects, str(file), number, said.stated))
     facts: dict[str, Any] = {"metrics": "voc07"} | ({"years": [kit.name for kit in kits]} if len(kits) > 1 else {})
+    facts |= {"first_pixel": first} if first else {}
     return object_splits(parts, names, options, masks=False, origin=facts)
 
 
@@ -131,8 +151,7 @@ def _lists(kit: Path, expected: str) -> dict[str, list[str]]:
     return lists
 
 
-def _annotation(file: Path, expected: str) -> tuple[list[Labelled], Size | None]:
-    """The objects of an XML file, and the (height, width) that it says."""
+def _annotation(file: Path, expected: str) -> Annotation:
     if not file.is_file():
         raise ValueError(f"{file} is missing; {expected}")
     try:
@@ -141,7 +160,15 @@ def _annotation(file: Path, expected: str) -> tuple[list[Labelled], Size | None]
         height, width = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
     except (xml.ParseError, ValueError) as error:
         raise ValueError(f"cannot read the annotation {file}: {error}") from error
-    return objects, ((height, width) if height and width else None)
+    source = (tree.findtext("source/annotation") or "").strip().upper()
+    return Annotation(objects, (height, width) if height and width else None, source.startswith(OFFICIAL))
+
+
+def _first_pixel(files: Sequence[Annotation]) -> int:
+    """The number of the first pixel: 1 where all files with objects are the challenge's own, and none of their boxes
+    begins before that; otherwise 0."""
+    told = [each for each in files if each.objects]
+    return int(bool(told) and all(each.official and min(min(one.box) for one in each.objects) >= 1 for each in told))
 
 
 def _object(element: xml.Element) -> Labelled:
@@ -153,15 +180,15 @@ def _object(element: xml.Element) -> Labelled:
     return Labelled(name, (left, top, right, bottom), (element.findtext("difficult") or "0").strip() == "1")
 
 
-def _names(root: Path, kits: Sequence[Path], found: Mapping[str, Any], files: Mapping[Path, Any]) -> list[str]:
+def _names(root: Path, kits: Sequence[Path], found: Mapping[str, Any], files: Mapping[Path, Annotation]) -> list[str]:
     listed = class_list(root) or class_list(kits[0])
     if listed is not None:
         return listed.names
     trained = [file for part in found if part != "test" for _, file, _ in found[part]]
-    return sorted({each.name for file in trained for each in files[file][0]})
+    return sorted({each.name for file in trained for each in files[file].objects})
 
 
-def _objects(found: Sequence[Labelled], names: Sequence[str], file: Path, size: Size) -> Objects:
+def _objects(found: Sequence[Labelled], names: Sequence[str], file: Path, first: int, size: Size) -> Objects:
     for each in found:
         if each.name not in names:
             raise ValueError(
@@ -169,4 +196,5 @@ def _objects(found: Sequence[Labelled], names: Sequence[str], file: Path, size: 
                 f"file of names, are {', '.join(names[:8])}{'...' if len(names) > 8 else ''}"
             )
     difficult = [each.difficult for each in found]
-    return Objects.of([each.box for each in found], [names.index(each.name) for each in found], difficult=difficult)
+    boxes = [(left - first, top - first, right, bottom) for left, top, right, bottom in (each.box for each in found)]
+    return Objects.of(boxes, [names.index(each.name) for each in found], difficult=difficult)

@@ -164,7 +164,14 @@ def _check_matches(configs, placements, wrappings, unfrozen: list[str], anatomy:
 
 
 def _check_heads(configs: list[Method], anatomy: Anatomy) -> None:
-    """A head of a method's own reads features (..., d), which a convolution as classifier does not get."""
+    """A head of a method's own stands where a classifier stood, and reads features (..., d), which a convolution as
+    classifier does not get."""
+    own = [type(method).__name__ for method in configs if type(method).head is not Method.head]
+    if own and not anatomy.heads and anatomy.head_paths():
+        raise TypeError(
+            f"{own[0]} replaces a classifier layer, and {type(anatomy.model).__name__} has none: LinearConfig trains "
+            "its head as it is"
+        )
     for path in anatomy.heads:
         for method in configs:
             layer = anatomy.model.get_submodule(path)

@@ -184,17 +184,19 @@ def palette(count: int) -> list[int]:
 
 # ------------------------------------------------------------------ words
 def _with_legend(image: Image.Image, entries: Sequence[tuple[Colour | None, str]]) -> Image.Image:
-    """Words below a picture, each behind a square of its colour, if it has one."""
+    """Words below a picture, each behind a square of its colour, if it has one. A picture narrower than a word gets
+    paper at its right."""
     font = _font(image)
     size, margin = int(font.size), int(font.size) // 2
+    widths = [round((1.4 * size if colour else 0) + font.getlength(text)) for colour, text in entries]
+    page_width = max([image.width, *(width + 2 * margin for width in widths)])
     places, x, y = [], margin, margin
-    for colour, text in entries:
-        width = round((1.4 * size if colour else 0) + font.getlength(text))
-        if x > margin and x + width > image.width - margin:
+    for width in widths:
+        if x > margin and x + width > page_width - margin:
             x, y = margin, y + round(1.5 * size)
         places.append((x, y))
         x += width + size
-    page = Image.new("RGB", (image.width, image.height + (y + round(1.5 * size) + margin if entries else 0)), PAPER)
+    page = Image.new("RGB", (page_width, image.height + (y + round(1.5 * size) + margin if entries else 0)), PAPER)
     page.paste(image)
     draw = ImageDraw.Draw(page)
     for (colour, text), (x, y) in zip(entries, places, strict=True):

@@ -52,7 +52,7 @@ def render_dense_report(report: DenseReport) -> str:
         _training(report.history),
         _classes(measured),
         _confusion(measured),
-        _examples(report.examples, list(measured.per_class)),
+        _examples(report.examples, list(measured.per_class), measured.threshold),
         conditions_section(report.conditions),
     ]
     return page(report.title, sections)
@@ -168,20 +168,27 @@ def _pairs(counts: Any, names: Sequence[str]) -> str:
 
 
 # ------------------------------------------------------------------ pictures
-def _examples(examples: Sequence[Found], class_names: Sequence[str]) -> str:
+def _examples(examples: Sequence[Found], class_names: Sequence[str], threshold: float | None) -> str:
     if not examples:
         return ""
     figures = []
     for found in examples:
         pair = [("truth", found.true)] if found.true is not None else []
         name = os.path.basename(found.name)
-        for said, each in (*pair, ("found", found)):
+        for said, each in (*pair, (_found_words(found, threshold), found)):
             assert each is not None
             caption = f"{name}: {said}"
             source, said = data_url(drawn(each, class_names)), escape(caption, quote=True)
             image = f'<img src="{source}" alt="{said}" style="width:100%">'
             figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>")
     return '<section>\n<h2>Examples</h2>\n<div class="plots">\n' + "\n".join(figures) + "\n</div>\n</section>"
+
+
+def _found_words(found: Found, threshold: float | None) -> str:
+    """Of objects with the least score that is drawn, so that an empty picture says why."""
+    if threshold is None:
+        return "found"
+    return f"{len(found.detections) or 'nothing'} found with a score of {threshold:g} or more"
 
 
 def data_url(image: Image.Image, longest: int = LONGEST) -> str:

@@ -96,7 +96,8 @@ class VocAveragePrecision(Metric):
         "map50_voc"    sum over k of (R(k) - R(k-1)) max of P(j) over j >= k                     (VOC 2010 and later)
 
     Both are means over the classes that have an object; NaN where there is none. Widths are right minus
-    left; the challenge's tools, whose boxes end at the last pixel's index, add 1.
+    left; the challenge's tools add 1, since their boxes name the last pixel. Read as `deltalens.data.voc_boxes` reads
+    them, boxes overlap here as much as there.
     """
 
     full_state_update = False

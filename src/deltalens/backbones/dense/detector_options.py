@@ -52,6 +52,12 @@ class DetectorOptions:
             raise ValueError(f"levels are numbers of the pyramid's maps, counted from 0, got {self.levels}")
 
 
+def norm_groups(channels: int) -> int:
+    """Groups of a head's group norms: 32, as in torchvision, but of two channels at least. The coarsest map of a small
+    image is one cell, which of a single channel leaves nothing to norm."""
+    return min(32, channels // 2)
+
+
 def pyramid_and_options(
     body: Body,
     kind: type[Options],
@@ -65,7 +71,8 @@ def pyramid_and_options(
     for what neither has."""
     shape = {name: given[name] for name in PYRAMID_OPTIONS if name in given}
     own = options_from(kind, head, {name: value for name, value in given.items() if name not in shape})
-    if own.levels is None:  # a map that nobody reads would be computed, and its weights have no gradient
+    each_stride_its_block = len(shape.get("blocks", (-1,))) > 1
+    if own.levels is None and not each_stride_its_block:  # a finer map would be computed, and nobody would read it
         shape.setdefault("strides", [stride for stride in STRIDES if stride >= finest])
     if body.plain:
         shape["out_channels"] = own.channels

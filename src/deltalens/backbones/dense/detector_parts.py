@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,12 @@ class Detector:
         self.num_classes = num_classes
         paths = {id(module): path for path, module in self.named_modules()}  # type: ignore[attr-defined]
         self.adapted = paths[id(pyramid.backbone)]
+
+    def keep_scores_from(self, threshold: float) -> None:
+        """Give detections with scores from `threshold` on, where the head's own `score_threshold` is higher. The better
+        ones stay as they are."""
+        judge: Any = getattr(self, "roi_heads", self)
+        judge.score_thresh = min(judge.score_thresh, threshold)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's blocks in backward instead of keeping what they computed."""

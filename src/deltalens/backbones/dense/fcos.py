@@ -10,7 +10,12 @@ from torch import nn
 from torchvision.models.detection.fcos import FCOS, FCOSHead
 
 from deltalens.backbones.dense.body import Body
-from deltalens.backbones.dense.detector_options import DetectorOptions, options_from, pyramid_and_options
+from deltalens.backbones.dense.detector_options import (
+    DetectorOptions,
+    norm_groups,
+    options_from,
+    pyramid_and_options,
+)
 from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, neck_of
 from deltalens.backbones.dense.precision import InFullPrecision
 
@@ -19,7 +24,8 @@ FINEST = 8  # stride of the finest map that is read
 
 @dataclass(frozen=True)
 class FCOSOptions(DetectorOptions):
-    """Beside `DetectorOptions`, where channels must be a multiple of 32 (group norms). center_radius: cells
+    """Beside `DetectorOptions`, where channels must be a multiple of 32 (group norms of 32 groups, of 32
+    channels 16). center_radius: cells
     whose centre lies within so many strides of a box's centre are its own. convolutions: in each branch of the head.
     candidates: so many of each level go into the suppression of doubles. extra_levels: P6 is computed from P5
     ("output", as published) or from the backbone's map ("input").
@@ -76,6 +82,11 @@ class FCOSDetector(Detector, FCOS):
 
 class _Head(InFullPrecision, FCOSHead):
     """Logits, distances and centre-ness in float32."""
+
+    def __init__(self, channels: int, anchors: int, num_classes: int, convolutions: int):
+        super().__init__(channels, anchors, num_classes, convolutions)
+        for norm in (each for each in self.modules() if isinstance(each, nn.GroupNorm)):
+            norm.num_groups = norm_groups(channels)
 
 
 def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> FCOSDetector:

@@ -12,7 +12,12 @@ from torch import nn
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 
 from deltalens.backbones.dense.body import Body
-from deltalens.backbones.dense.detector_options import DetectorOptions, options_from, pyramid_and_options
+from deltalens.backbones.dense.detector_options import (
+    DetectorOptions,
+    norm_groups,
+    options_from,
+    pyramid_and_options,
+)
 from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, anchor_sizes, neck_of
 from deltalens.backbones.dense.precision import InFullPrecision
 
@@ -27,8 +32,8 @@ class RetinaNetOptions(DetectorOptions):
     name the sizes (pixels) of every level, which are the levels read and two more. anchor_ratios: height / width.
     box_loss: l1, smooth_l1 or giou. candidates: so many of each level go into the suppression of doubles.
     extra_levels: P6 is computed from the backbone's map ("input", as published) or from P5 ("output").
-    group_norm: norms of 32 groups in the head's convolutions, as in torchvision's second version, for narrow heads and
-    short trainings; channels must then be a multiple of 32.
+    group_norm: norms of 32 groups (of 32 channels 16) in the head's convolutions, as in torchvision's second version,
+    for narrow heads and short trainings; channels must then be a multiple of 32.
     """
 
     anchor_scale: float = 4.0
@@ -65,7 +70,7 @@ class RetinaNetDetector(Detector, RetinaNet):
         octaves = [options.anchor_scale * 2 ** (octave / 3) for octave in range(3)]
         sizes = anchor_sizes(options.anchor_sizes, neck.strides, octaves)
         anchors = PyramidAnchors(sizes, [options.anchor_ratios] * len(neck.strides), neck.strides)
-        norm = functools.partial(nn.GroupNorm, 32) if options.group_norm else None
+        norm = functools.partial(nn.GroupNorm, norm_groups(options.channels)) if options.group_norm else None
         head = _Head(options.channels, anchors.num_anchors_per_location()[0], num_classes, norm)
         head.regression_head._loss_type = options.box_loss
         super().__init__(
