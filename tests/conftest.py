@@ -28,6 +28,11 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_unconfigure():
+    """So that libraries find everything freed when the process ends."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Each test starts from the same random state."""
