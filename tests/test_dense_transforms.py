@@ -113,6 +113,13 @@ def test_evaluation_keeps_the_mask():
     assert part[0][0].shape == (3, 60, 90)
 
 
+def test_few_pictures_of_several_sizes_are_evaluated_together():
+    part = masked(6)
+    set_inputs(part, PLAIN)
+    assert [len(images) for images, _ in evaluation_loader(part, 16)] == [4, 2]
+    assert [len(images) for images, _ in evaluation_loader(part, 3)] == [3, 3]
+
+
 def test_seeds_decide_and_colours_change():
     part = masked(4)
     set_inputs(part, PLAIN, Augmentation())

@@ -15,6 +15,9 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 
+LISTED = 4  # items of several sizes that are evaluated together: their logits or masks lie in memory whole
+
+
 def mixed_seed(*numbers: int) -> int:
     """One well-mixed 63-bit seed from several non-negative integers."""
     state = 0x9E3779B97F4A7C15
@@ -106,9 +109,11 @@ def training_loader(
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
-    """Every item once, in order; with several processes each reads its own share, without padding."""
+    """Every item once, in order; with several processes each reads its own share, without padding. Items that come as
+    lists, being of several sizes, come `LISTED` at a time at most."""
     indices = range(rank, len(dataset), world)
-    return _loader(dataset, batch_size, list(indices), workers)
+    at_once = batch_size if collate_of(dataset) is None else min(batch_size, LISTED)
+    return _loader(dataset, at_once, list(indices), workers)
 
 
 class Passes(Sampler):
