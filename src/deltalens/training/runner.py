@@ -104,7 +104,7 @@ def fit(
         "machine": machine_text(device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "peak_memory_bytes": peak,
-        "settings": vars(settings),
+        "settings": {name: list(each) if isinstance(each, tuple) else each for name, each in vars(settings).items()},
         "versions": _versions(),
         **features,
         "history": rows,
