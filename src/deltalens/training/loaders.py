@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
-
 LISTED = 4  # items of several sizes that are evaluated together: their logits or masks lie in memory whole
 
 
