@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import light_jobs
@@ -72,6 +73,21 @@ def test_nobody_outlives_the_main_process(how, tmp_path):
     printed = main.communicate(timeout=20)[1]
     wait_until(lambda: not any(map(alive, there)), 10)
     assert printed.count("Traceback") == (1 if how == signal.SIGINT else 0)  # the main process' own
+
+
+def test_an_interrupt_while_a_worker_starts_ends_it(tmp_path, monkeypatch):
+    crew = LocalCrew(LightJob(tmp_path))
+    kind, started = crew.context.Process, []
+
+    def interrupted(process, start=kind.start):
+        start(process)
+        started.append(process)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    monkeypatch.setattr(kind, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), crew:
+        crew.start("sleep-0", 0)
+    assert [process.exitcode for process in started] == [-signal.SIGKILL]
 
 
 def test_workers_are_dealt_over_the_gpus(tmp_path, monkeypatch):

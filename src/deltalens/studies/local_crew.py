@@ -49,9 +49,9 @@ class LocalCrew:
     def start(self, worker: Worker, place: int) -> None:
         gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
         process = self.context.Process(target=_be, args=(self.job, worker, gpu))
-        with _no_interrupts():
+        with _no_interrupts():  # one that arrives meanwhile is raised behind this, when the process is known
             process.start()
-        self.processes[worker] = process
+            self.processes[worker] = process
 
     def ended(self, seconds: float) -> dict[Worker, str | None]:
         wait([process.sentinel for process in self.processes.values()], timeout=seconds)
