@@ -24,6 +24,14 @@ def _nothing_heavy(monkeypatch):
     monkeypatch.setattr(local_crew, "IMPORTED", [])
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_arrive():
+    """A shell's background jobs, and all that they start, ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def all_ended(crew, count) -> dict:
     found = {}
     wait_until(lambda: found.update(crew.ended(1)) or len(found) == count)
