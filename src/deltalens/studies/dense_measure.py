@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deltalens.data.dense_items import DenseImages
-from deltalens.data.dense_transforms import in_original_pixels, truth_in_original_pixels
+from deltalens.data.dense_transforms import truth_in_original_pixels
 from deltalens.studies.examples import shown_indices
 from deltalens.tasks import Detection, DetectionTask, InstanceTask, SegmentationTask
 from deltalens.tasks.box_confusion import BoxConfusion
@@ -68,7 +68,8 @@ def measure(
     threshold: the least score of a detection in the confusion."""
     task.eval()
     metrics = task.new_metrics().to(device)  # type: ignore[operator]
-    boxes = BoxConfusion(len(task.class_names), threshold)  # type: ignore[arg-type]
+    of_boxes = {"overlaps": task.overlaps} if isinstance(task, DetectionTask) else {}
+    boxes = BoxConfusion(len(task.class_names), threshold, **of_boxes)  # type: ignore[arg-type]
     loss = 0.0
     for batch in _batches(files, batch_size, workers, device):
         result = task(batch)
@@ -84,11 +85,8 @@ def measure(
         counts = pixels.confusion()
         columns = {"IoU": pixels.iou(), "accuracy": pixels.accuracy(), "pixels": counts.sum(1)}
         return Measured({"loss": loss, **values}, _rows(names, columns), counts.numpy(), tuple(names), len(files))
-    coco, voc = metrics["coco"], metrics["voc"]
-    columns = {"mask AP": coco.per_class(masks=True)} if isinstance(task, InstanceTask) else {}
-    box = "box AP" if columns else "AP"
-    columns |= {box: coco.per_class(), f"{box}50": voc.per_class(False), "objects": voc.objects}
-    return Measured(values, _rows(names, columns), boxes.counts.numpy(), (*names, NOTHING), len(files), threshold)
+    rows = _rows(names, task.class_columns(metrics))  # type: ignore[operator]
+    return Measured(values, rows, boxes.counts.numpy(), (*names, NOTHING), len(files), threshold)
 
 
 def _rows(names: Sequence[str], columns: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -139,7 +137,7 @@ def found_in(
         else:
             assert isinstance(task, DetectionTask)
             output = task.model(images)
-            moved = [in_original_pixels(each, truth) for each, truth in zip(output, truths, strict=True)]
+            moved = [task.in_original(each, truth) for each, truth in zip(output, truths, strict=True)]
             said = [{"detections": tuple(each)} for each in task.decode(moved, threshold)]
         for i, picture in enumerate(pictures):
             name = files.name(number + i)
