@@ -84,9 +84,9 @@ class OrientedTask(DetectionTask):
 
     def in_original(self, found: dict[str, Tensor], target: dict[str, Any]) -> dict[str, Tensor]:
         """What was found in a transformed picture, in pixels of the picture as it was read."""
-        from deltalens.data.oriented_transforms import in_original_pixels
+        from deltalens.data.oriented_transforms import oriented_in_original_pixels
 
-        return in_original_pixels(found, target)
+        return oriented_in_original_pixels(found, target)
 
     def _decoded(self, found: Mapping[str, Tensor], threshold: float, topk: int | None) -> list[Detection]:
         from deltalens.models.oriented_boxes import enclosing
