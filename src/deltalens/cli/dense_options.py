@@ -1,4 +1,4 @@
-"""Options of `train` that are for masks, boxes, instances or oriented boxes, and what dense tasks make of the others."""
+"""Options of `train` that are for masks, boxes, instances and oriented boxes, and what they make of the others."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ THRESHOLD = 0.3  # least score of what counts in the confusion and is drawn
 class Measured:
     """values: metric -> value, with "loss" where there is one. per_class: class -> column -> value, NaN where the data
     do not have the class. confusion: int64, rows true and columns found, of the names in `confused`; of objects the
-    last is "nothing", and `threshold` the least score that counts."""
+    last is "nothing", and `threshold` the least score that counts. task: its name."""
 
     values: dict[str, float]
     per_class: dict[str, dict[str, float]]
@@ -36,6 +36,7 @@ class Measured:
     confused: tuple[str, ...]
     images: int
     threshold: float | None = None
+    task: str = ""
 
     @property
     def columns(self) -> list[str]:
@@ -86,7 +87,7 @@ def measure(
         columns = {"IoU": pixels.iou(), "accuracy": pixels.accuracy(), "pixels": counts.sum(1)}
         return Measured({"loss": loss, **values}, _rows(names, columns), counts.numpy(), tuple(names), len(files))
     rows = _rows(names, task.class_columns(metrics))  # type: ignore[operator]
-    return Measured(values, rows, boxes.counts.numpy(), (*names, NOTHING), len(files), threshold)
+    return Measured(values, rows, boxes.counts.numpy(), (*names, NOTHING), len(files), threshold, task.name)
 
 
 def _rows(names: Sequence[str], columns: dict[str, Any]) -> dict[str, dict[str, float]]:
