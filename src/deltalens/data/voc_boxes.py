@@ -24,6 +24,7 @@ from deltalens.data.dense_items import Objects
 from deltalens.data.image_folder import EXTENSIONS
 from deltalens.data.object_parts import Annotated, object_splits
 from deltalens.data.options import ReadOptions, refuse_variant
+from deltalens.data.rolabelimg import has_oriented_boxes
 from deltalens.data.splits import Splits
 
 NAME = "voc"
@@ -55,8 +56,9 @@ class Annotation:
 
 
 def tasks(root: Path) -> tuple[str, ...]:
-    """("detection",) where `root` is laid out so, otherwise ()."""
-    return ("detection",) if any((kit / "Annotations").is_dir() for kit in devkits(root)) else ()
+    """("detection",) where `root` is laid out so, and its files are not those of roLabelImg, otherwise ()."""
+    kits = [kit / "Annotations" for kit in devkits(root) if (kit / "Annotations").is_dir()]
+    return ("detection",) if kits and not any(map(has_oriented_boxes, kits)) else ()
 
 
 def recognise(root: Path) -> str | None:
