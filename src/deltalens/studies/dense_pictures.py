@@ -85,8 +85,8 @@ def _per_cent(share: float) -> str:
 def drawn_objects(
     picture: Image.Image, detections: Sequence[Detection], class_names: Sequence[str], most_words: int = 40
 ) -> Image.Image:
-    """Boxes, upright or oriented, and of instances masks, with names and scores where there is room for them, the better
-    ones first; below, where some have no name, how many there are of each class.
+    """Boxes, upright or oriented, and of instances masks, with names and scores where there is room for them, the
+    better ones first; below, where some have no name, how many there are of each class.
 
     Boxes have the colours of their classes; masks of one class each a colour of their own.
     """
@@ -105,7 +105,9 @@ def drawn_objects(
     outlines = [_outline(each, scale) for each in detections]
     for box, outline, colour in zip(boxes, outlines, colours, strict=True):
         if outline:
-            draw.line([*outline, *outline[:2]], fill=colour, width=line, joint="curve")  # past the end: closed corners
+            draw.line(
+                [*outline, *outline[:2]], fill=colour, width=max(line, round(font.size / 5)), joint="curve"
+            )  # past the end: closed corners
         else:
             draw.rectangle(box, outline=colour, width=line if not masks else max(1, line // 2))
     taken: list[tuple[float, float, float, float]] = []
