@@ -104,8 +104,8 @@ def _part(
 
 
 def is_as_stored(picture: Annotated[Any], looked: Looked) -> bool:
-    """Whether the picture is read as it is stored, because its annotation says that size. ValueError where the annotation says
-    another size than either."""
+    """Whether a picture is read as it is stored, because its annotation says that size. ValueError where it says
+    another one."""
     frame = looked.frame_of(picture.stated)
     if frame is None:
         assert picture.stated is not None

@@ -1,4 +1,4 @@
-"""From the quadrilaterals that annotations name to datasets: what cannot be trained on dropped and counted, or named."""
+"""From the quadrilaterals that annotations name to datasets: what is no object dropped and counted, or named."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Transforms of oriented boxes, from a picture and its corners to what a network reads.
 
-They take (PIL image, truth) as `OrientedImages` gives them. Every step moves the four corners of each object as it moves
-the picture, so that nothing is lost on the way; at the end the smallest rectangle about the corners is the box (n, 5):
-(cx, cy, w, h, angle), in radians, le90. Of torchvision's transforms only those of the picture are used: its rotated
-boxes turn quadrilaterals into rectangles at every step, and its key points count pixels from their centres when flipped.
+They take (PIL image, truth) as `OrientedImages` gives them. Every step moves the four corners of each object as it
+moves the picture, so that nothing is lost on the way; at the end the smallest rectangle about the corners is the box
+(n, 5): (cx, cy, w, h, angle), in radians, le90. Of torchvision's transforms only those of the picture are used: its
+rotated boxes become rectangles at every step, and its key points count pixels from their centres when flipped.
 All random numbers are torch's, so that a loader's seed of an item decides them.
 """
 
@@ -25,7 +25,8 @@ from deltalens.models.oriented_boxes import boxes_of, corners_of
 
 
 def oriented_train_transform(
-    preprocessing: dict[str, Any], augmentation: DenseAugmentation = DenseAugmentation()
+    preprocessing: dict[str, Any],
+    augmentation: DenseAugmentation = DenseAugmentation(),  # noqa: B008  (frozen)
 ) -> v2.Compose:
     """Resize, perhaps crop, one flip or none, perhaps a turn; boxes (n, 5). As mmrotate, but for the crop.
 
@@ -137,7 +138,7 @@ class FlipCorners(torch.nn.Module):
         self.shares = shares
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        drawn, (horizontal, vertical, diagonal) = float(torch.rand(())), self.shares
+        drawn = float(torch.rand(()))
         which = next((i for i in range(3) if drawn < sum(self.shares[: i + 1])), None)
         corners, (height, width) = target["corners"].clone(), image.shape[-2:]
         if which in (0, 2):

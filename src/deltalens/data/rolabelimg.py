@@ -1,8 +1,8 @@
 """The format "rolabelimg": oriented boxes in the XML files of roLabelImg, which are VOC's with one more kind of box.
 
-`robndbox` has cx, cy, w and h in pixels and angle in radians. On the screen, where y points down, the side w lies in the
-direction (cos angle, sin angle): a positive angle turns the box clockwise. The tool writes angles from 0 to pi. A plain
-`bndbox` in such a file is an upright box.
+`robndbox` has cx, cy, w and h in pixels and angle in radians. On the screen, where y points down, the side w lies in
+the direction (cos angle, sin angle): a positive angle turns the box clockwise. The tool writes angles from 0 to pi. A
+plain `bndbox` in such a file is an upright box.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
     read_files = {file: _annotation(file, expected) for part in found.values() for _, file, _ in part}
     names = _names(root, kits, found, read_files)
     first = _first_pixel(list(read_files.values()))
-    parts: dict[str, list[Annotated]] = {}
+    parts: dict[str, list[Annotated[Objects]]] = {}
     for part, pictures in found.items():
         parts[part] = []
         for picture, file, number in pictures:
