@@ -77,9 +77,9 @@ def create_backbone(
     its head is dropped where class counts differ. class_names: of an open_clip or transformers model with two towers,
     make the classifier whose classes are these texts (`ZeroShotClassifier`), in one or several templates, or with
     descriptions: sentences of each class. head: a dense head on a timm network's maps: "upernet", "fcn", "dpt",
-    "setr_pup" for segmentation, "retinanet", "fcos", "mask_rcnn" for boxes and instances; num_classes then counts the
-    classes without background. head_options: see `docs/dense.md`. kwargs go to the model's constructor
-    (drop_path_rate, features_only...); img_size is understood for every library.
+    "setr_pup" for segmentation, "retinanet", "fcos", "cascade_rcnn", "mask_rcnn", "cascade" for boxes and instances;
+    num_classes then counts the classes without background. head_options: see `docs/dense.md`. kwargs go to the model's
+    constructor (drop_path_rate, features_only...); img_size is understood for every library.
 
     Raises ValueError for an unknown name (with the nearest ones), FileNotFoundError for a missing checkpoint,
     ConnectionError where weights cannot be fetched, PermissionError for a gated repository, ImportError where the

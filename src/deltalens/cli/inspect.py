@@ -1,7 +1,7 @@
 """Show what a method would do to a model, before training and without downloading weights.
 
 Of a repository on the Hugging Face Hub the configuration is fetched, which is small. With --head the backbone is shown
-under a dense head (upernet, retinanet, mask_rcnn...), which is trained and counted as head.
+under a dense head (upernet, retinanet, cascade...), which is trained and counted as head.
 
 For every block: the slots that are used and the tensors that go there, with shapes; then the counts with and without
 head. With --templates the classes are texts, and image tower and text tower are shown with what goes around them.

@@ -19,7 +19,9 @@ HEADS = {
     "setr_pup": "deltalens.backbones.dense.setr_pup:build",
     "retinanet": "deltalens.backbones.dense.retinanet:build",
     "fcos": "deltalens.backbones.dense.fcos:build",
+    "cascade_rcnn": "deltalens.backbones.dense.cascade_rcnn:build_boxes",
     "mask_rcnn": "deltalens.backbones.dense.mask_rcnn:build",
+    "cascade": "deltalens.backbones.dense.cascade_rcnn:build",
 }
 """Head -> a function (body, num_classes, **options) -> the network, which says where its backbone is (`adapted`)."""
 
