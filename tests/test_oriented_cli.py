@@ -16,6 +16,7 @@ import deltalens as dl
 from deltalens.cli.main import main
 from deltalens.data.oriented_scenes import make_oriented_scenes
 from deltalens.models.oriented_boxes import boxes_of
+from deltalens.models.oriented_iou import oriented_iou
 from deltalens.studies.dense_pictures import drawn_objects
 from deltalens.tasks import Detection
 
@@ -167,6 +168,27 @@ def test_pictures(capsys):
     assert sorted(file.name for file in Path("pictures").iterdir()) == ["test0.png", "test1.png"]
 
 
+def test_large_pictures_are_looked_at_by_tiles(capsys):
+    """One tile as large as the pictures is the plain evaluation; smaller ones find more, each object once."""
+    whole = ["evaluate", "run", "--data", "dota", "--output", "tiles.json"]
+    plain = said(capsys, whole)
+    assert said(capsys, [*whole, "--tile", "64", "--gap", "0"]) == plain
+    said(capsys, [*whole, "--tile", "48", "--gap", "32", "--report", "tiles.html"])
+    assert json.loads(Path("tiles.json").read_text())["tiles"] == {"size": 48, "gap": 32}
+    assert "--tile 48 --gap 32" in Path("tiles.html").read_text()
+    entries = json.loads(said(capsys, [*PREDICT, "--format", "json"]))
+    assert json.loads(said(capsys, [*PREDICT, "--format", "json", "--tile", "64", "--gap", "9"])) == entries
+    tiled = json.loads(said(capsys, [*PREDICT, "--format", "json", "--tile", "48", "--gap", "32"]))
+    found = tiled[0]["objects"]
+    assert 5 < len(found) <= 5 * 4
+    assert max(one["oriented"]["cx"] for one in found) > 32  # of tiles at the right, in the picture's pixels
+    boxes = torch.tensor([[one["oriented"][name] for name in ("cx", "cy", "w", "h", "angle_degrees")] for one in found])
+    boxes[:, 4] = torch.deg2rad(boxes[:, 4])
+    names = [one["class"] for one in found]
+    for i, j in torch.triu(oriented_iou(boxes, boxes) > 0.1, 1).nonzero().tolist():
+        assert names[i] != names[j]
+
+
 def test_boxes_are_drawn_as_they_lie():
     """A bar of 60 x 20 at 30 degrees: its four edges are drawn, the corners of the upright box are not."""
     box = (50.0, 50.0, 60.0, 20.0, math.pi / 6)
@@ -188,7 +210,8 @@ def test_boxes_are_drawn_as_they_lie():
 WRONG = {
     ("--data", "dota", "--head", "retinanet"): "is not laid out for detection; it is laid out for oriented (dota)",
     ("--data", "dota", "--task", "oriented", "--head", "retinanet"): (
-        "'retinanet' is no head for oriented (it is for detection), which has oriented_retinanet, oriented_rcnn, h2rbox_v2"
+        "'retinanet' is no head for oriented (it is for detection), which has oriented_retinanet, oriented_rcnn, "
+        "h2rbox_v2"
     ),
     ("--data", "dota", "--task", "detection"): "dota is not laid out for detection; it is laid out for oriented",
     ("--data", "dota", "--task", "oriented", "--crop-size", "64"): "--crop-size is for segmentation",
@@ -216,4 +239,6 @@ def test_what_has_no_meaning_is_an_error_in_one_line(words, capsys):
 def test_wrong_words_of_predict_and_evaluate(capsys):
     assert "oriented is written by --format dota" in said(capsys, [*PREDICT, "--format", "coco"], code=1)
     assert "a file for each class: give a folder" in said(capsys, [*PREDICT, "--format", "dota"], code=1)
+    assert "--gap is what tiles share" in said(capsys, [*PREDICT, "--gap", "8"], code=1)
+    assert "a gap below the size" in said(capsys, [*PREDICT, "--tile", "64"], code=1)
     assert "--window is for segmentation" in said(capsys, [*PREDICT, "--window", "8"], code=1)

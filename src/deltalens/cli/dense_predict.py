@@ -22,7 +22,7 @@ OF_FOLDERS = {"masks": "a file for each image", "pictures": "a file for each ima
 
 def run_dense(args: Namespace, name: str) -> None:
     """Predict and print, write or draw. name: of the task."""
-    from deltalens.cli.dense_models import load_dense, refuse
+    from deltalens.cli.dense_models import load_dense, refuse, tiles_of
     from deltalens.cli.oriented_files import write_dota
     from deltalens.cli.predict import find_images
     from deltalens.studies.figure import KINDS
@@ -32,13 +32,14 @@ def run_dense(args: Namespace, name: str) -> None:
         raise ValueError(f"--threshold is a score between 0 and 1, got {args.threshold:g}")
     is_sheet = args.output is not None and Path(args.output).suffix.lower() in KINDS
     _check_output(args, name, is_sheet)
+    tiles = tiles_of(args, name)
     paths = find_images(args.images)
     task, _, device = load_dense(args, name)
     if name != "segmentation":
         task.model.keep_scores_from(args.threshold)  # type: ignore[union-attr,operator]
     with contextlib.redirect_stdout(sys.stderr):  # of what is left out: what was found may go to the terminal
         files = _files(paths, task, name, args.skip_broken)
-    found = _watched(_found(args, task, files, device), name, args.threshold)
+    found = _watched(_found(args, task, files, device, tiles), name, args.threshold)
     names: list[str] = list(task.class_names)  # type: ignore[arg-type]
     if is_sheet:
         _sheet(found, names, args.output)
@@ -103,10 +104,10 @@ def _files(paths: Sequence[Path], task: Any, name: str, skip_broken: bool) -> An
     return files
 
 
-def _found(args: Namespace, task: Any, files: Any, device: Any) -> Iterator[Found]:
+def _found(args: Namespace, task: Any, files: Any, device: Any, tiles: Any) -> Iterator[Found]:
     from deltalens.studies.dense_measure import found_in
 
-    return found_in(task, files, args.batch_size or BATCH, device, args.threshold)
+    return found_in(task, files, args.batch_size or BATCH, device, args.threshold, tiles=tiles)
 
 
 def _watched(found: Iterator[Found], name: str, threshold: float) -> Iterator[Found]:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from deltalens.data.dense_items import DenseImages
 from deltalens.data.dense_transforms import truth_in_original_pixels
+from deltalens.data.oriented_items import OrientedImages
 from deltalens.studies.examples import shown_indices
+from deltalens.studies.oriented_tiles import Tiles, found_in_tiles, whole_target
 from deltalens.tasks import Detection, DetectionTask, InstanceTask, SegmentationTask
 from deltalens.tasks.box_confusion import BoxConfusion
 from deltalens.training.loaders import evaluation_loader
@@ -63,17 +65,23 @@ class Measured:
 
 @torch.inference_mode()
 def measure(
-    task: nn.Module, files: DenseImages, batch_size: int, workers: int, device: Any, threshold: float = THRESHOLD
+    task: nn.Module,
+    files: DenseImages,
+    batch_size: int,
+    workers: int,
+    device: Any,
+    threshold: float = THRESHOLD,
+    tiles: Tiles | None = None,
 ) -> Measured:
     """Everything that is measured of a task, on the device that it is on. files: with the transform of the test.
-    threshold: the least score of a detection in the confusion."""
+    threshold: the least score of a detection in the confusion. tiles: look at pictures with oriented boxes tile by
+    tile, and measure what is found in the whole pictures."""
     task.eval()
     metrics = task.new_metrics().to(device)  # type: ignore[operator]
     of_boxes = {"overlaps": task.overlaps} if isinstance(task, DetectionTask) else {}
     boxes = BoxConfusion(len(task.class_names), threshold, **of_boxes)  # type: ignore[arg-type]
     loss = 0.0
-    for batch in _batches(files, batch_size, workers, device):
-        result = task(batch)
+    for result, batch in _results(task, files, batch_size, workers, device, tiles):
         task.update_metrics(metrics, result, batch)  # type: ignore[operator]
         if result["loss"] is not None:
             loss += float(result["loss"]) * len(batch[0]) / len(files)
@@ -88,6 +96,20 @@ def measure(
         return Measured({"loss": loss, **values}, _rows(names, columns), counts.numpy(), tuple(names), len(files))
     rows = _rows(names, task.class_columns(metrics))  # type: ignore[operator]
     return Measured(values, rows, boxes.counts.numpy(), (*names, NOTHING), len(files), threshold, task.name)
+
+
+def _results(
+    task: nn.Module, files: DenseImages, batch_size: int, workers: int, device: Any, tiles: Tiles | None
+) -> Iterator[tuple[dict[str, Any], tuple[list, list]]]:
+    """(the task's result, the batch) of all batches; with tiles of all pictures."""
+    if tiles is None:
+        for batch in _batches(files, batch_size, workers, device):
+            yield task(batch), batch
+        return
+    assert isinstance(files, OrientedImages)
+    for index in range(len(files)):
+        found = found_in_tiles(task, files, index, tiles, batch_size, device)
+        yield {"loss": None, "output": [found]}, ([None], [whole_target(files, index, device)])
 
 
 def _rows(names: Sequence[str], columns: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -126,9 +148,13 @@ def found_in(
     device: Any,
     threshold: float = THRESHOLD,
     with_truth: bool = False,
+    tiles: Tiles | None = None,
 ) -> Iterator[Found]:
-    """What the task says of each picture, in order. files: with the transform of the test."""
+    """What the task says of each picture, in order. files: with the transform of the test. tiles: as in `measure`."""
     task.eval()
+    if tiles is not None:
+        yield from _found_by_tiles(task, files, batch_size, device, threshold, with_truth, tiles)
+        return
     number = 0
     for images, truths in _batches(files, batch_size, 0, device):
         pictures = [files.image(number + i).convert("RGB") for i in range(len(images))]
@@ -147,6 +173,17 @@ def found_in(
         number += len(images)
 
 
+def _found_by_tiles(
+    task: Any, files: DenseImages, batch_size: int, device: Any, threshold: float, with_truth: bool, tiles: Tiles
+) -> Iterator[Found]:
+    assert isinstance(files, OrientedImages)
+    for index in range(len(files)):
+        name, picture = files.name(index), files.image(index).convert("RGB")
+        found = found_in_tiles(task, files, index, tiles, batch_size, device)
+        true = Found(name, picture, **_truth(task, whole_target(files, index, "cpu"))) if with_truth else None
+        yield Found(name, picture, detections=tuple(task.decode([found], threshold)[0]), true=true)
+
+
 def _truth(task: nn.Module, truth: Any) -> dict[str, Any]:
     """The mask, or the objects of a target as detections with score 1."""
     if not isinstance(task, DetectionTask):
@@ -160,8 +197,13 @@ def _truth(task: nn.Module, truth: Any) -> dict[str, Any]:
 
 
 def examples_of(
-    task: nn.Module, files: DenseImages, count: int = 6, device: Any = "cpu", threshold: float = THRESHOLD
+    task: nn.Module,
+    files: DenseImages,
+    count: int = 6,
+    device: Any = "cpu",
+    threshold: float = THRESHOLD,
+    tiles: Tiles | None = None,
 ) -> list[Found]:
     """What the task says of a few pictures, evenly spaced, with the truth."""
     chosen = files.subset(shown_indices(len(files), count))
-    return list(found_in(task, chosen, 1, device, threshold, with_truth=True))
+    return list(found_in(task, chosen, 1, device, threshold, with_truth=True, tiles=tiles))
