@@ -34,11 +34,12 @@ UPRIGHT = "hbb"  # in the names of folders that hold the upright boxes
 
 @dataclass(frozen=True)
 class Lines:
-    """The boxes of one text file: corners (n, 8), and of each the class and whether it is difficult."""
+    """The boxes of one text file: corners (n, 8), and of each the class and how difficult it is, 0 for
+    not."""
 
     corners: np.ndarray
     names: tuple[str, ...]
-    difficult: tuple[bool, ...]
+    difficult: tuple[int, ...]
 
 
 def tasks(root: Path) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
     for part, (pictures, labels) in found.items():
         if labels is None:
             raise ValueError(f"{pictures.parent} has no folder of labels; {expected}")
-        files[part] = _pairs(pictures, labels, expected)
+        files[part] = label_pairs(pictures, labels, expected)
     texts = {part: in_threads(lambda pair: read_lines(pair[1]), pairs) for part, pairs in files.items()}
     listed = class_list(root)
     used = {name for part, each in texts.items() if part != "test" for lines in each for name in lines.names}
@@ -107,7 +108,7 @@ def read_lines(file: Path) -> Lines:
     with file and line for what is no box."""
     corners: list[list[float]] = []
     names: list[str] = []
-    difficult: list[bool] = []
+    difficult: list[int] = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         words = line.split()
         if not words or (not names and line.partition(":")[0].strip().lower() in HEADERS):
@@ -124,7 +125,7 @@ def read_lines(file: Path) -> Lines:
             )
         corners.append(points)
         names.append(words[8])
-        difficult.append(hard > 0)
+        difficult.append(hard)
     return Lines(np.array(corners).reshape(-1, 8), tuple(names), tuple(difficult))
 
 
@@ -139,7 +140,7 @@ def _label_folder(above: Path, version: str) -> Path | None:
     return None
 
 
-def _pairs(pictures: Path, labels: Path, expected: str) -> list[tuple[Path, Path]]:
+def label_pairs(pictures: Path, labels: Path, expected: str) -> list[tuple[Path, Path]]:
     """Pictures and their label files. ValueError where one is without the other."""
     pairs = [(path, labels / f"{path.stem}.txt") for path in image_files(pictures)]
     if not pairs:
@@ -157,4 +158,4 @@ def _refuse(files: Sequence[Path], words: str, expected: str) -> None:
 
 
 def _objects(lines: Lines, names: Sequence[str], file: Path, size: Size) -> OrientedObjects:
-    return OrientedObjects.of(lines.corners, class_numbers(lines.names, names, file), lines.difficult)
+    return OrientedObjects.of(lines.corners, class_numbers(lines.names, names, file), np.array(lines.difficult) > 0)

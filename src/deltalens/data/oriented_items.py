@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from deltalens.data.dense_items import DenseImages, Picture, listed
 from deltalens.data.quadrilaterals import areas_of
+from deltalens.data.tiling import Tile
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,12 @@ class OrientedImages(DenseImages):
             "iscrowd": torch.zeros(len(found), dtype=torch.int64),
             "difficult": torch.from_numpy(found.difficult.astype(np.int64)),
         }
+
+    def tile(self, index: int) -> Tile | None:
+        """Where one picture lies in a larger one, by the name of its file; None where that is not the name of a
+        tile."""
+        picture = self.pictures[index]
+        return Tile.named(picture.stem) if isinstance(picture, Path) else None
 
     def subset(self, indices: Sequence[int]) -> OrientedImages:
         chosen = list(indices)

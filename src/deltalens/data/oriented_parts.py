@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from deltalens.data.assemble import assemble
 from deltalens.data.dense_checks import Size, check_something_to_learn, look_at_all, sound
@@ -14,7 +16,7 @@ from deltalens.data.object_parts import Annotated, Findings, is_as_stored
 from deltalens.data.options import ReadOptions
 from deltalens.data.oriented_items import OrientedImages, OrientedObjects
 from deltalens.data.quadrilaterals import areas_inside
-from deltalens.data.splits import Splits
+from deltalens.data.splits import Splits, strata, stratified_split
 
 EMPTY = 1e-3  # square pixels: what has less area is no object
 
@@ -28,17 +30,49 @@ def oriented_splits(
     """Splits for "oriented".
 
     Corners stay where they were annotated, also outside the picture. Objects that lie outside it as a whole, or have no
-    area, are dropped; `origin` counts them. Raises ValueError for unreadable pictures, annotations for a picture of
-    another size, more than 20 % of objects that would be dropped, and training pictures without any object.
+    area, are dropped; `origin` counts them. Where parts are drawn by seed, all tiles of one picture come into one part. Raises
+    ValueError for unreadable pictures, annotations for a picture of another size, more than 20 % of objects that would be dropped, and training pictures without any object.
     """
     findings = Findings()
     parts = {
         part: _part(list(pictures), len(class_names), options.skip_broken, findings) for part, pictures in found.items()
     }
     findings.check()
-    splits = assemble(parts, class_names, options, {"task": "oriented"} | findings.facts() | (origin or {}), "oriented")
+    parts, drawn = _drawn_by_source(parts, options)
+    splits = assemble(
+        parts, class_names, options, {"task": "oriented"} | findings.facts() | drawn | (origin or {}), "oriented"
+    )
     check_something_to_learn(splits)
     return splits
+
+
+def _drawn_by_source(
+    parts: dict[str, OrientedImages], options: ReadOptions
+) -> tuple[dict[str, OrientedImages], dict[str, Any]]:
+    """The parts with val, and test of "all", drawn by seed so that all tiles of a picture are in one part; with facts
+    for the origin. As they are where there is a val, or no two pictures are tiles of one, which `assemble` then draws.
+    """
+    name = "all" if "all" in parts else "train"
+    if "val" in parts or name not in parts:
+        return parts, {}
+    whole = parts[name]
+    members: dict[str, list[int]] = defaultdict(list)
+    for index in range(len(whole)):
+        tile = whole.tile(index)
+        members[whole.name(index) if tile is None else tile.source].append(index)
+    if len(members) == len(whole):
+        return parts, {}
+    labels = whole.labels
+    of_sources = [torch.stack([labels[i] for i in each]).amax(0) for each in members.values()]
+    fractions = (options.val_fraction, options.test_fraction) if name == "all" else (options.val_fraction,)
+    drawn = stratified_split(strata(of_sources), fractions, options.seed)
+    groups = list(members.values())
+    taken = [whole.subset(sorted(i for group in each for i in groups[group])) for each in drawn]
+    facts = {"drawn": "by source picture", "seed": options.seed, "val_fraction": options.val_fraction}
+    facts |= {"test_fraction": options.test_fraction} if name == "all" else {"val": "split off train"}
+    return {key: part for key, part in parts.items() if key != name} | dict(
+        zip(("train", "val", "test"), taken, strict=False)
+    ), facts
 
 
 def class_numbers(found: Sequence[str], names: Sequence[str], file: Path) -> list[int]:
