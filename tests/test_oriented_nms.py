@@ -13,14 +13,15 @@ from deltalens.models.oriented_nms import batched_oriented_nms, oriented_nms
 
 def greedy(boxes, scores, labels, threshold):
     """The rule as it is stated, box by box."""
-    iou, kept = oriented_iou(boxes, boxes), []
+    suppresses = ((oriented_iou(boxes, boxes) > threshold) & (labels[:, None] == labels)).tolist()
+    kept = []
     for i in scores.argsort(descending=True, stable=True).tolist():
-        if not any(labels[i] == labels[k] and iou[k, i] > threshold for k in kept):
+        if not any(suppresses[k][i] for k in kept):
             kept.append(i)
-    return torch.tensor(kept, dtype=torch.long)
+    return kept
 
 
-@pytest.mark.parametrize("first_block", [1, 5, 64])
+@pytest.mark.parametrize("first_block", [5, 64])
 @pytest.mark.parametrize("extent", [20.0, 100.0, 600.0])
 def test_kept_is_what_the_greedy_rule_keeps(extent, first_block, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_BLOCK", first_block)
@@ -29,11 +30,11 @@ def test_kept_is_what_the_greedy_rule_keeps(extent, first_block, monkeypatch):
     boxes[100:120] = boxes[:20]  # the same ones again
     scores = (torch.rand(150, generator=made) * 20).round()  # ties
     labels = torch.randint(3, (150,), generator=made)
-    for threshold in (0.0, 0.1, 0.5, 1.0):
+    for threshold in (0.0, 0.3, 1.0):
         want = greedy(boxes, scores, 0 * labels, threshold)
-        assert oriented_nms(boxes, scores, threshold).tolist() == want.tolist()
+        assert oriented_nms(boxes, scores, threshold).tolist() == want
         want = greedy(boxes, scores, labels, threshold)
-        assert batched_oriented_nms(boxes, scores, labels, threshold).tolist() == want.tolist()
+        assert batched_oriented_nms(boxes, scores, labels, threshold).tolist() == want
 
 
 def test_a_chain_of_boxes_keeps_every_second_one():

@@ -1,5 +1,5 @@
 """What Mona costs in dense prediction: on Swin under RetinaNet and under UPerNet, beside its published form and full
-fine-tuning."""
+fine-tuning. And what IoU and NMS of oriented boxes cost (`oriented_bench.py`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from deltalens.studies.backbone_steps import BackboneStep, backbone_timings
 from deltalens.studies.bench_report import Report, Row, Section, Target
 from deltalens.studies.benchmarks import FULL, Options, check_same_outputs, full
 from deltalens.studies.measure import Timings, interleaved, peak_bytes, saved_bytes
+from deltalens.studies.oriented_bench import bench_oriented
 from deltalens.studies.plain_forms import plain_mona
 from deltalens.tasks.detection import DetectionTask
 from deltalens.tasks.segmentation import SegmentationTask
@@ -36,7 +37,8 @@ def bench_dense(options: Options) -> Report:
     """Training steps of Mona and of full fine-tuning, random weights and images, dropout of Mona and drop path 0.
 
     The contenders take turns on one batch. Each step is timed whole, and its part in the backbone by itself
-    (`BackboneStep`); neck, decoder and losses are the same modules for all of them and are trained by all.
+    (`BackboneStep`); neck, decoder and losses are the same modules for all of them and are trained by all. Oriented
+    boxes come after them, unless one head is asked for.
     """
     options = options.settled(" and ".join(MODELS), QUICK_MODEL, BATCH)
     size = options.img_size or (QUICK_SIZE if options.quick else SIZE)
@@ -54,6 +56,10 @@ def bench_dense(options: Options) -> Report:
         sections += [whole, alone]
         if model in MODELS and size == SIZE:
             targets += _targets(whole, alone, f"{_short(model)}, {head}")
+    if options.head is None:
+        of_boxes, promised = bench_oriented(options)
+        sections += of_boxes
+        targets += promised
     return Report("Dense prediction", options.describe(size), sections, targets, [NOTE])
 
 

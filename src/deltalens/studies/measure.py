@@ -39,7 +39,7 @@ class Timings:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], None]],
+    contenders: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
     between: Callable[[], None] = lambda: None,
