@@ -56,7 +56,7 @@ def test_a_run_leaves_table_report_results_and_adapters(task, metric, tmp_path, 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_scenes_have_shapes_of_one_class(task):
     six = scenes.make_scenes(2, 64, 0, task)
-    one = dense_demo.shapes_alone(six)
+    one = dense_demo.objects_alone(six, "shape")
     if task == "segmentation":
         assert one.class_names == ["ground", "shape"]
         assert torch.equal(one.test.truth(0), (six.test.truth(0) > 0).long())
@@ -68,9 +68,9 @@ def test_scenes_have_shapes_of_one_class(task):
 
 def test_settings_of_a_method():
     rates = {task: contender("mona", CONTENDERS[task]).learning_rate for task in dense_demo.METRICS}
-    assert rates == {"segmentation": 1e-3, "detection": 3e-3}
+    assert rates == {"segmentation": 1e-3, "detection": 3e-3, "oriented": 3e-3}
     assert contender("normtuning", CONTENDERS["detection"]).learning_rate > 0
-    with pytest.raises(ValueError, match="segmentation or detection"):
+    with pytest.raises(ValueError, match="segmentation or detection or oriented"):
         DenseSettings(task="instance")
 
 

@@ -11,12 +11,17 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
     from torch import nn
 
-NOT_CLASSES: dict[str, Any] = {"window": None, "stride": None, "scales": [1.0], "flip": False}
-"""Options of segmentation alone, with the value that says nothing."""
+    from deltalens.studies.oriented_tiles import Tiles
+
+OF_PIXELS: dict[str, Any] = {"window": None, "stride": None, "scales": [1.0], "flip": False}
+OF_ORIENTED: dict[str, Any] = {"tile": None, "gap": None}
+"""Options of segmentation alone, and of oriented boxes, with the value that says nothing."""
+NOT_CLASSES = OF_PIXELS | OF_ORIENTED
+GAP = 200
 
 
 def add_inference_arguments(parser: ArgumentParser) -> None:
-    """Declare how whole images are segmented."""
+    """Declare how whole images are segmented, and large ones with oriented boxes looked at."""
     add = parser.add_argument
     add("--window", type=int | None, default=None, help="segmentation: by windows of this edge; else as in training")
     add("--stride", type=int | None, default=None, help="segmentation: pixels from window to window, 2/3 of it")
@@ -24,6 +29,9 @@ def add_inference_arguments(parser: ArgumentParser) -> None:
         "--scales", type=list[float], default=[1.0], help="segmentation: average over these factors of the image's size"
     )
     add("--flip", type=bool, default=False, help="segmentation: average with the mirrored image")
+    add("--tile", type=int | None, default=None, help="oriented boxes: look at squares of this edge, and merge what is "
+        "found in them")  # fmt: skip
+    add("--gap", type=int | None, default=None, help=f"oriented boxes: pixels that tiles share, by default {GAP}")
 
 
 def dense_task_of_adapter(folder: str) -> str | None:
@@ -50,9 +58,9 @@ def load_dense(args: Namespace, task: str) -> tuple[nn.Module, dict[str, Any], t
     from deltalens.tasks import Inference
     from deltalens.tasks.made import make_task
 
-    said = {name: getattr(args, name) for name in NOT_CLASSES}
+    said = {name: getattr(args, name) for name in OF_PIXELS}
     inference = None
-    given = [name for name in NOT_CLASSES if said[name] != NOT_CLASSES[name]]
+    given = [name for name in OF_PIXELS if said[name] != OF_PIXELS[name]]
     if given and task != "segmentation":
         raise ValueError(f"--{given[0]} is for segmentation, and {args.adapter} is for {task}: leave it out")
     model, names, device = load_trained(args.adapter, args.device)
@@ -63,6 +71,19 @@ def load_dense(args: Namespace, task: str) -> tuple[nn.Module, dict[str, Any], t
         window = own.get("window") if said["window"] is None else said["window"]
         inference = Inference(window, stride, tuple(said["scales"]), said["flip"])
     return make_task(model, names, task, info, inference=inference).eval(), info, device
+
+
+def tiles_of(args: Namespace, task: str) -> Tiles | None:
+    """What --tile and --gap say. ValueError where they have no meaning for the task, or are no tiles."""
+    from deltalens.studies.oriented_tiles import Tiles
+
+    if task != "oriented":
+        refuse(args, task, OF_ORIENTED)
+    if args.tile is None:
+        if args.gap is not None:
+            raise ValueError("--gap is what tiles share: say --tile, too")
+        return None
+    return Tiles(args.tile, GAP if args.gap is None else args.gap)
 
 
 def refuse(args: Namespace, task: str, plain: dict[str, Any]) -> None:

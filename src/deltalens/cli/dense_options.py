@@ -1,4 +1,4 @@
-"""Options of `train` that are for segmentation, detection or instances, and what dense tasks make of the others."""
+"""Options of `train` that are for masks, boxes, instances and oriented boxes, and what they make of the others."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-TASKS = ("segmentation", "detection", "instance")
+TASKS = ("segmentation", "detection", "instance", "oriented")
 HEADS = {
     "segmentation": ("upernet", "fcn", "dpt", "setr_pup"),
     "detection": ("retinanet", "fcos", "cascade_rcnn"),
     "instance": ("mask_rcnn", "cascade"),
+    "oriented": ("oriented_retinanet", "oriented_rcnn", "h2rbox_v2"),
 }
 """Task -> the heads that serve it, the default first."""
-BATCH_SIZE = {"segmentation": 8, "detection": 4, "instance": 4}
-LEARNING_RATE = {"segmentation": 5e-4, "detection": 2e-4, "instance": 2e-4}  # the method's own where that is smaller
-OF_PIXELS, OF_OBJECTS = TASKS[:1], TASKS[1:]
+BATCH_SIZE = {"segmentation": 8, "detection": 4, "instance": 4, "oriented": 4}
+LEARNING_RATE = {"segmentation": 5e-4, "detection": 2e-4, "instance": 2e-4, "oriented": 2e-4}
+"""At most; the method's own where that is smaller."""
+OF_PIXELS, OF_OBJECTS, OF_ORIENTED = TASKS[:1], TASKS[1:], TASKS[3:]
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Option:
 
 
 OPTIONS = (
-    Option("head", str | None, None, TASKS, "upernet, fcn, dpt, setr_pup; retinanet, fcos, cascade_rcnn; "
-           "mask_rcnn, cascade. By default the first of the task's; its settings follow as --head.SETTING VALUE"),
+    Option("head", str | None, None, TASKS, "upernet, fcn, dpt, setr_pup; retinanet, fcos, cascade_rcnn; mask_rcnn, "
+           "cascade; oriented_retinanet, oriented_rcnn, h2rbox_v2. By default the first of the task's; its settings "
+           "follow as --head.SETTING VALUE"),
     Option("head_options", dict | None, None, TASKS, "the head's settings as one mapping, for YAML"),
     Option("test_size", list[int] | None, None, TASKS, "[short, long]: resize pictures of evaluation to the largest "
            "size with at most these sides"),
@@ -60,6 +63,12 @@ OPTIONS = (
     Option("random_crop", bool, False, OF_OBJECTS, "also crop half of the training pictures, as DETR does"),
     Option("min_box", float, 1.0, OF_OBJECTS, "smaller boxes are not trained on, in pixels"),
     Option("difficult", bool, False, OF_OBJECTS, "also train on objects marked as difficult"),
+    Option("flips", list[float], [0.25, 0.25, 0.25], OF_ORIENTED, "probabilities of a horizontal, a vertical and a "
+           "diagonal flip, of which at most one is made"),
+    Option("rotation", float, 0.0, OF_ORIENTED, "probability that a training picture is turned about its middle"),
+    Option("rotation_angles", list[float] | None, None, OF_ORIENTED, "in degrees, one of which is drawn; any"
+           " by default"),
+    Option("kept_share", float, 0.7, OF_ORIENTED, "objects with less of their area in a crop are not trained on"),
 )  # fmt: skip
 REPORT = Option("report", bool, True, TASKS, "write report.html: per-class table, confusion, example pictures")
 # What has no meaning for dense tasks, with the value that says nothing
@@ -73,7 +82,7 @@ def add_arguments(parser: ArgumentParser, report: bool = True) -> None:
     """Declare --task and the options of dense tasks. report: --report, too."""
     parser.add_argument(
         "--task",
-        type=Literal["classification", "multilabel", "segmentation", "detection", "instance"] | None,
+        type=Literal[("classification", "multilabel", *TASKS)] | None,
         default=None,
         help="what is learned; by default what --head is for, or what the data are laid out for",
     )

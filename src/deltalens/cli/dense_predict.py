@@ -1,10 +1,12 @@
-"""`deltalens predict` for segmentation, detection and instances: tables, drawn pictures, COCO JSON, masks."""
+"""`deltalens predict` for segmentation, detection, instances and oriented boxes: tables, drawn pictures, masks, COCO's
+JSON, DOTA's text files."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +17,13 @@ if TYPE_CHECKING:
     from deltalens.studies.dense_measure import Found
 
 BATCH = 1
-FORMATS = ("table", "csv", "json", "coco", "masks", "pictures")
+OF_FOLDERS = {"masks": "a file for each image", "pictures": "a file for each image", "dota": "a file for each class"}
 
 
 def run_dense(args: Namespace, name: str) -> None:
     """Predict and print, write or draw. name: of the task."""
-    from deltalens.cli.dense_models import load_dense, refuse
+    from deltalens.cli.dense_models import load_dense, refuse, tiles_of
+    from deltalens.cli.oriented_files import write_dota
     from deltalens.cli.predict import find_images
     from deltalens.studies.figure import KINDS
 
@@ -29,22 +32,27 @@ def run_dense(args: Namespace, name: str) -> None:
         raise ValueError(f"--threshold is a score between 0 and 1, got {args.threshold:g}")
     is_sheet = args.output is not None and Path(args.output).suffix.lower() in KINDS
     _check_output(args, name, is_sheet)
+    tiles = tiles_of(args, name)
     paths = find_images(args.images)
     task, _, device = load_dense(args, name)
     if name != "segmentation":
         task.model.keep_scores_from(args.threshold)  # type: ignore[union-attr,operator]
     with contextlib.redirect_stdout(sys.stderr):  # of what is left out: what was found may go to the terminal
         files = _files(paths, task, name, args.skip_broken)
-    found = _watched(_found(args, task, files, device), name, args.threshold)
+    found = _watched(_found(args, task, files, device, tiles), name, args.threshold)
     names: list[str] = list(task.class_names)  # type: ignore[arg-type]
     if is_sheet:
         _sheet(found, names, args.output)
+    elif args.format == "dota":
+        count = write_dota(found, names, Path(args.output))
+        print(f"what was found in {count} image{'s' if count > 1 else ''} is in {args.output}/Task1_*.txt")
     elif args.format in ("masks", "pictures"):
         _write_images(found, names, Path(args.output), args.format == "masks")
     else:
         from deltalens.lifecycle.atomic import write_text
 
-        text = {"table": as_table, "csv": as_csv, "json": as_json, "coco": as_coco}[args.format](found, names)
+        as_rows = partial(as_csv, oriented=name == "oriented")
+        text = {"table": as_table, "csv": as_rows, "json": as_json, "coco": as_coco}[args.format](found, names)
         if args.output is None:
             print(text, end="")
         else:
@@ -54,13 +62,13 @@ def run_dense(args: Namespace, name: str) -> None:
 
 def _check_output(args: Namespace, name: str, is_sheet: bool) -> None:
     """ValueError for a format that the task does not have, or that is written elsewhere."""
-    if args.format == "coco" and name == "segmentation":
-        raise ValueError("--format coco is for boxes and instances: segmentation is written by --format masks")
-    if args.format == "masks" and name != "segmentation":
-        raise ValueError(f"--format masks is for segmentation: {name} is written by --format coco")
-    if args.format in ("masks", "pictures"):
+    own = {"segmentation": "masks", "oriented": "dota"}.get(name, "coco")
+    of = {"masks": "segmentation", "dota": "oriented boxes", "coco": "boxes and instances"}
+    if args.format in of and args.format != own:
+        raise ValueError(f"--format {args.format} is for {of[args.format]}: {name} is written by --format {own}")
+    if args.format in OF_FOLDERS:
         if args.output is None:
-            raise ValueError(f"--format {args.format} writes a file for each image: give a folder, --output DIR")
+            raise ValueError(f"--format {args.format} writes {OF_FOLDERS[args.format]}: give a folder, --output DIR")
         if is_sheet or Path(args.output).is_file():
             raise ValueError(f"--format {args.format} needs a folder, and --output {args.output} is a file")
     elif is_sheet and args.format != "table":
@@ -75,14 +83,18 @@ def _files(paths: Sequence[Path], task: Any, name: str, skip_broken: bool) -> An
     from deltalens.data.dense_checks import look_at_all, sound
     from deltalens.data.dense_items import MaskedImages, ObjectImages, Objects
     from deltalens.data.inputs import set_inputs
+    from deltalens.data.oriented_items import OrientedImages, OrientedObjects
 
     looked = look_at_all(paths)
     kept = sound(paths, looked, skip_broken)
     if not kept:
         raise ValueError(f"none of the {len(paths)} images can be read")
     chosen, sizes, classes = [paths[i] for i in kept], [looked[i].upright for i in kept], len(task.class_names)
-    files: MaskedImages | ObjectImages
-    if name == "segmentation":
+    files: MaskedImages | ObjectImages | OrientedImages
+    if name == "oriented":
+        objects = [OrientedObjects.of([], []) for _ in chosen]
+        files = OrientedImages(chosen, objects, range(1, len(chosen) + 1), sizes, classes)
+    elif name == "segmentation":
         empty = [np.broadcast_to(np.uint8(255), size) for size in sizes]
         files = MaskedImages(chosen, empty, np.full(256, 255, np.uint8), np.zeros((len(chosen), classes)))
     else:
@@ -92,10 +104,10 @@ def _files(paths: Sequence[Path], task: Any, name: str, skip_broken: bool) -> An
     return files
 
 
-def _found(args: Namespace, task: Any, files: Any, device: Any) -> Iterator[Found]:
+def _found(args: Namespace, task: Any, files: Any, device: Any, tiles: Any) -> Iterator[Found]:
     from deltalens.studies.dense_measure import found_in
 
-    return found_in(task, files, args.batch_size or BATCH, device, args.threshold)
+    return found_in(task, files, args.batch_size or BATCH, device, args.threshold, tiles=tiles)
 
 
 def _watched(found: Iterator[Found], name: str, threshold: float) -> Iterator[Found]:
@@ -159,40 +171,53 @@ def _shares(each: Found, names: list[str]) -> list[tuple[str, float]]:
 
 
 def as_table(found: Iterator[Found], names: list[str]) -> str:
-    """Image by image: the classes with their shares of it, or what was found, with score and box in pixels."""
+    """Image by image: the classes with their shares of it, or what was found, with score and box in pixels. Oriented
+    boxes as centre, sides and angle, below a line that names them."""
+    from deltalens.cli.oriented_files import HEADER, table_row
+
     lines = []
     for each in found:
         if each.mask is not None:
             lines.append(f"{each.name}  " + "  ".join(f"{name} {share:.1%}" for name, share in _shares(each, names)))
             continue
         lines.append(f"{each.name}  {len(each.detections) or 'nothing'} found")
+        oriented = [one for one in each.detections if one.oriented is not None]
+        lines += [HEADER] if oriented else []
         for one in each.detections:
-            lines.append(f"  {one.name:<16} {one.score:6.1%}  " + " ".join(f"{side:7.1f}" for side in one.box))
+            upright = f"  {one.name:<16} {one.score:6.1%}  " + " ".join(f"{side:7.1f}" for side in one.box)
+            lines.append(upright if one.oriented is None else table_row(one))
     return "".join(f"{line}\n" for line in lines)
 
 
-def as_csv(found: Iterator[Found], names: list[str]) -> str:
+def as_csv(found: Iterator[Found], names: list[str], oriented: bool = False) -> str:
     """One line per image and class (image, class, share), or per object (image, class, score, left, top, right,
-    bottom)."""
+    bottom), or with `oriented` (image, class, score, cx, cy, w, h, angle_degrees, x1, y1 ... x4, y4)."""
     import csv
     import io
+
+    from deltalens.cli.oriented_files import BOX, CORNERS, csv_row
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for number, each in enumerate(found):
         if number == 0:
-            of_objects = ("class", "score", "left", "top", "right", "bottom")
+            box = (*BOX, *CORNERS) if oriented else ("left", "top", "right", "bottom")
+            of_objects = ("class", "score", *box)
             writer.writerow(("image", *(of_objects if each.mask is None else ("class", "share"))))
         if each.mask is not None:
             writer.writerows((each.name, name, f"{share:.6f}") for name, share in _shares(each, names))
         for one in each.detections:
-            writer.writerow((each.name, one.name, f"{one.score:.6f}", *(f"{side:.2f}" for side in one.box)))
+            box = csv_row(one) if oriented else [f"{side:.2f}" for side in one.box]
+            writer.writerow((each.name, one.name, f"{one.score:.6f}", *box))
     return text.getvalue()
 
 
 def as_json(found: Iterator[Found], names: list[str]) -> str:
-    """[{"image": ..., "classes": [{"class", "share"}]}, ...], or with "objects": [{"class", "score", "box"}]."""
+    """[{"image": ..., "classes": [{"class", "share"}]}, ...], or with "objects": [{"class", "score", "box"}], of
+    oriented boxes also "oriented" and "corners", and "box" is the upright one around them."""
     import json
+
+    from deltalens.cli.oriented_files import json_entry
 
     entries: list[dict[str, Any]] = []
     for each in found:
@@ -200,7 +225,11 @@ def as_json(found: Iterator[Found], names: list[str]) -> str:
             said = [{"class": name, "share": float(share)} for name, share in _shares(each, names)]
             entries.append({"image": each.name, "classes": said})
         else:
-            objects = [{"class": one.name, "score": one.score, "box": list(one.box)} for one in each.detections]
+            objects = [
+                {"class": one.name, "score": one.score, "box": list(one.box)}
+                | ({} if one.oriented is None else json_entry(one))
+                for one in each.detections
+            ]
             entries.append({"image": each.name, "objects": objects})
     return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 

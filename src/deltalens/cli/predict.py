@@ -8,7 +8,8 @@ with the most probable classes and their probabilities for each image; of a mult
 --threshold.
 
 Objects and masks: --output x.png, .svg or .pdf draws all images on a sheet, --format pictures --output DIR each in a
-file; --format coco writes COCO's JSON of boxes and instances above --threshold, --format masks PNGs of class numbers.
+file; --format coco writes COCO's JSON of boxes and instances above --threshold, --format dota the text files of DOTA's
+server, one for each class, --format masks PNGs of class numbers.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add(
         "--format",
-        type=Literal["table", "csv", "json", "coco", "masks", "pictures"],
+        type=Literal["table", "csv", "json", "coco", "dota", "masks", "pictures"],
         default="table",
-        help="of the result; coco, masks and pictures are of objects and masks",
+        help="of the result; coco, dota, masks and pictures are of objects and masks",
     )
     add(
         "--output",

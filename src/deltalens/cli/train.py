@@ -91,8 +91,8 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
         default="auto",
         help="folder, csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, coop/<dataset>, voc2007, voc2007/single, "
         "torchvision/<Name>; clouds: points-folder, scanobjectnn/<variant>, modelnet40, modelnet10, "
-        "points-few-shot/<fold>; masks: masks, ade20k, cityscapes, voc-masks; boxes: voc, coco, yolo; auto goes by the "
-        "files",
+        "points-few-shot/<fold>; masks: masks, ade20k, cityscapes, voc-masks; boxes: voc, coco, yolo; oriented "
+        "boxes: dota, rolabelimg; auto goes by the files",
     )
     add(
         "--protocol",

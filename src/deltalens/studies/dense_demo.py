@@ -15,6 +15,7 @@ from torch import nn
 import deltalens as dl
 from deltalens.data.dense_transforms import DenseAugmentation
 from deltalens.data.inputs import Augmentation, set_inputs
+from deltalens.data.oriented_scenes import make_oriented_scenes
 from deltalens.data.scenes import GROUND, make_scenes
 from deltalens.data.splits import Splits
 from deltalens.lifecycle.files import TENSORS
@@ -41,19 +42,26 @@ from deltalens.training import TrainingSettings, fit
 
 BATCH_SIZE = 4  # small, so that few scenes and epochs give enough steps
 PICTURES = 4
-SHAPE = "shape"
-METRICS = {"segmentation": ("miou", "mIoU"), "detection": ("map50", "AP50")}  # task -> the metric and its name
+SHAPE, VEHICLE = "shape", "vehicle"
+METRICS = {"segmentation": ("miou", "mIoU"), "detection": ("map50", "AP50"), "oriented": ("map50_voc", "AP50")}
+"""Task -> the metric and its name."""
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "segmentation": ("upernet", {"channels": 64, "auxiliary": False}),
     "detection": ("retinanet", {"channels": 64, "group_norm": True, "anchor_scale": 2.0}),
+    "oriented": ("oriented_retinanet", {"channels": 64, "group_norm": True, "anchor_scale": 2.0}),
 }
 """Task -> head and its settings: narrow, so that the backbone takes most of the time."""
+WHAT = {
+    "segmentation": "which pixels show shapes",
+    "detection": "where shapes are",
+    "oriented": "where ships, trucks and planes are and how they lie",
+}
 
 MakeNetwork = Callable[[int, str, dict[str, Any]], nn.Module]  # classes, head, its settings -> the network
 
 # Usual rates, not the best of a search, which `deltalens demo --task segmentation --tune` makes.
-RATE = {"segmentation": 1e-3, "detection": 3e-3}
-RATE_OF_FULL = {"segmentation": 3e-4, "detection": 1e-3}
+RATE = {"segmentation": 1e-3, "detection": 3e-3, "oriented": 3e-3}
+RATE_OF_FULL = {"segmentation": 3e-4, "detection": 1e-3, "oriented": 1e-3}
 CONTENDERS = {
     task: {
         "linear": Contender("Head only", LinearConfig(), rate, {}),
@@ -84,12 +92,19 @@ class DenseSettings(DemoSettings):
             raise ValueError(f"task must be {' or '.join(METRICS)}, got {self.task!r}")
 
 
-def shapes_alone(scenes: Splits) -> Splits:
-    """The scenes with one class, "shape", in the place of six: which shape it is takes far more steps to learn than a
+def scenes_of(settings: DenseSettings) -> Splits:
+    """Generated scenes of the task, whose objects are all of one class."""
+    if settings.task == "oriented":
+        return objects_alone(make_oriented_scenes(settings.train_images, settings.size), VEHICLE)
+    return objects_alone(make_scenes(settings.train_images, settings.size, 0, settings.task), SHAPE)
+
+
+def objects_alone(scenes: Splits, called: str) -> Splits:
+    """The scenes with one class in the place of several: which of them it is takes far more steps to learn than a
     demonstration has."""
     kept = [name for name in scenes.class_names if name == GROUND]
     index = [len(kept) if name != GROUND else 0 for name in scenes.class_names]
-    names = [*kept, SHAPE]
+    names = [*kept, called]
     parts = {part: getattr(scenes, part).renumbered(index, len(names)) for part in ("train", "val", "test")}
     return replace(scenes, class_names=names, **parts)
 
@@ -100,7 +115,7 @@ class DenseContest:
     def __init__(self, settings: DenseSettings, make_network: MakeNetwork, bars: MethodBars):
         self.settings, self.make_network, self.bars = settings, make_network, bars
         self.metric, self.metric_name = METRICS[settings.task]
-        self.scenes: Any = shapes_alone(make_scenes(settings.train_images, settings.size, 0, settings.task))
+        self.scenes: Any = scenes_of(settings)
 
     def run(self, each: Contender, folder: Path) -> tuple[RunResult, list[Found]]:
         """Train a method, save its adapter, and say how it went and what it finds in a few test scenes."""
@@ -208,7 +223,7 @@ def run_dense_demo(
 
 
 def _intro(settings: DenseSettings, runs: list[RunResult], scenes: Any, metric: str) -> str:
-    what = "which pixels show shapes" if settings.task == "segmentation" else "where shapes are"
+    what = WHAT[settings.task]
     head, _ = HEADS[settings.task]
     best = max(runs, key=lambda run: run.accuracy)
     found = "; ".join(f"{run.method} {100 * run.accuracy:.1f} %" for run in runs)
@@ -230,12 +245,13 @@ def _conditions(settings: DenseSettings, scenes: Any, command: str) -> dict[str,
         chosen = f"each method's best of {rates} on the validation scenes, found in this run"
     head, options = HEADS[settings.task]
     said = ", ".join(f"{name} {value}" for name, value in options.items())
+    mirrored = "mirrored in both directions" if settings.task == "oriented" else "mirrored"
     return {
         "Command": command,
         "Data": f"generated scenes; {len(scenes.train):,} training, {len(scenes.val)} validation and "
         f"{len(scenes.test)} test scenes, classes {', '.join(scenes.class_names)}",
         "Head": f"{head} ({said}); trained by every method",
-        "Training": f"{settings.epochs} epochs, batches of {BATCH_SIZE}, AdamW, warm-up and cosine, mirrored at "
+        "Training": f"{settings.epochs} epochs, batches of {BATCH_SIZE}, AdamW, warm-up and cosine, {mirrored} at "
         f"random, seed {settings.seed}; the last epoch counts",
         "Learning rates": f"{chosen}; the test scenes have no part in it",
         "Measured": "saved for backward: distinct storages that autograd keeps for one step of "

@@ -13,8 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deltalens.data.dense_items import DenseImages
-from deltalens.data.dense_transforms import in_original_pixels, truth_in_original_pixels
+from deltalens.data.dense_transforms import truth_in_original_pixels
+from deltalens.data.oriented_items import OrientedImages
 from deltalens.studies.examples import shown_indices
+from deltalens.studies.oriented_tiles import Tiles, found_in_tiles, whole_target
 from deltalens.tasks import Detection, DetectionTask, InstanceTask, SegmentationTask
 from deltalens.tasks.box_confusion import BoxConfusion
 from deltalens.training.loaders import evaluation_loader
@@ -28,7 +30,7 @@ THRESHOLD = 0.3  # least score of what counts in the confusion and is drawn
 class Measured:
     """values: metric -> value, with "loss" where there is one. per_class: class -> column -> value, NaN where the data
     do not have the class. confusion: int64, rows true and columns found, of the names in `confused`; of objects the
-    last is "nothing", and `threshold` the least score that counts."""
+    last is "nothing", and `threshold` the least score that counts. task: its name."""
 
     values: dict[str, float]
     per_class: dict[str, dict[str, float]]
@@ -36,6 +38,7 @@ class Measured:
     confused: tuple[str, ...]
     images: int
     threshold: float | None = None
+    task: str = ""
 
     @property
     def columns(self) -> list[str]:
@@ -62,16 +65,23 @@ class Measured:
 
 @torch.inference_mode()
 def measure(
-    task: nn.Module, files: DenseImages, batch_size: int, workers: int, device: Any, threshold: float = THRESHOLD
+    task: nn.Module,
+    files: DenseImages,
+    batch_size: int,
+    workers: int,
+    device: Any,
+    threshold: float = THRESHOLD,
+    tiles: Tiles | None = None,
 ) -> Measured:
     """Everything that is measured of a task, on the device that it is on. files: with the transform of the test.
-    threshold: the least score of a detection in the confusion."""
+    threshold: the least score of a detection in the confusion. tiles: look at pictures with oriented boxes tile by
+    tile, and measure what is found in the whole pictures."""
     task.eval()
     metrics = task.new_metrics().to(device)  # type: ignore[operator]
-    boxes = BoxConfusion(len(task.class_names), threshold)  # type: ignore[arg-type]
+    of_boxes = {"overlaps": task.overlaps} if isinstance(task, DetectionTask) else {}
+    boxes = BoxConfusion(len(task.class_names), threshold, **of_boxes)  # type: ignore[arg-type]
     loss = 0.0
-    for batch in _batches(files, batch_size, workers, device):
-        result = task(batch)
+    for result, batch in _results(task, files, batch_size, workers, device, tiles):
         task.update_metrics(metrics, result, batch)  # type: ignore[operator]
         if result["loss"] is not None:
             loss += float(result["loss"]) * len(batch[0]) / len(files)
@@ -84,11 +94,22 @@ def measure(
         counts = pixels.confusion()
         columns = {"IoU": pixels.iou(), "accuracy": pixels.accuracy(), "pixels": counts.sum(1)}
         return Measured({"loss": loss, **values}, _rows(names, columns), counts.numpy(), tuple(names), len(files))
-    coco, voc = metrics["coco"], metrics["voc"]
-    columns = {"mask AP": coco.per_class(masks=True)} if isinstance(task, InstanceTask) else {}
-    box = "box AP" if columns else "AP"
-    columns |= {box: coco.per_class(), f"{box}50": voc.per_class(False), "objects": voc.objects}
-    return Measured(values, _rows(names, columns), boxes.counts.numpy(), (*names, NOTHING), len(files), threshold)
+    rows = _rows(names, task.class_columns(metrics))  # type: ignore[operator]
+    return Measured(values, rows, boxes.counts.numpy(), (*names, NOTHING), len(files), threshold, task.name)
+
+
+def _results(
+    task: nn.Module, files: DenseImages, batch_size: int, workers: int, device: Any, tiles: Tiles | None
+) -> Iterator[tuple[dict[str, Any], tuple[list, list]]]:
+    """(the task's result, the batch) of all batches; with tiles of all pictures."""
+    if tiles is None:
+        for batch in _batches(files, batch_size, workers, device):
+            yield task(batch), batch
+        return
+    assert isinstance(files, OrientedImages)
+    for index in range(len(files)):
+        found = found_in_tiles(task, files, index, tiles, batch_size, device)
+        yield {"loss": None, "output": [found]}, ([None], [whole_target(files, index, device)])
 
 
 def _rows(names: Sequence[str], columns: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -127,9 +148,13 @@ def found_in(
     device: Any,
     threshold: float = THRESHOLD,
     with_truth: bool = False,
+    tiles: Tiles | None = None,
 ) -> Iterator[Found]:
-    """What the task says of each picture, in order. files: with the transform of the test."""
+    """What the task says of each picture, in order. files: with the transform of the test. tiles: as in `measure`."""
     task.eval()
+    if tiles is not None:
+        yield from _found_by_tiles(task, files, batch_size, device, threshold, with_truth, tiles)
+        return
     number = 0
     for images, truths in _batches(files, batch_size, 0, device):
         pictures = [files.image(number + i).convert("RGB") for i in range(len(images))]
@@ -139,13 +164,24 @@ def found_in(
         else:
             assert isinstance(task, DetectionTask)
             output = task.model(images)
-            moved = [in_original_pixels(each, truth) for each, truth in zip(output, truths, strict=True)]
+            moved = [task.in_original(each, truth) for each, truth in zip(output, truths, strict=True)]
             said = [{"detections": tuple(each)} for each in task.decode(moved, threshold)]
         for i, picture in enumerate(pictures):
             name = files.name(number + i)
             true = Found(name, picture, **_truth(task, truths[i])) if with_truth else None
             yield Found(name, picture, **said[i], true=true)
         number += len(images)
+
+
+def _found_by_tiles(
+    task: Any, files: DenseImages, batch_size: int, device: Any, threshold: float, with_truth: bool, tiles: Tiles
+) -> Iterator[Found]:
+    assert isinstance(files, OrientedImages)
+    for index in range(len(files)):
+        name, picture = files.name(index), files.image(index).convert("RGB")
+        found = found_in_tiles(task, files, index, tiles, batch_size, device)
+        true = Found(name, picture, **_truth(task, whole_target(files, index, "cpu"))) if with_truth else None
+        yield Found(name, picture, detections=tuple(task.decode([found], threshold)[0]), true=true)
 
 
 def _truth(task: nn.Module, truth: Any) -> dict[str, Any]:
@@ -161,8 +197,13 @@ def _truth(task: nn.Module, truth: Any) -> dict[str, Any]:
 
 
 def examples_of(
-    task: nn.Module, files: DenseImages, count: int = 6, device: Any = "cpu", threshold: float = THRESHOLD
+    task: nn.Module,
+    files: DenseImages,
+    count: int = 6,
+    device: Any = "cpu",
+    threshold: float = THRESHOLD,
+    tiles: Tiles | None = None,
 ) -> list[Found]:
     """What the task says of a few pictures, evenly spaced, with the truth."""
     chosen = files.subset(shown_indices(len(files), count))
-    return list(found_in(task, chosen, 1, device, threshold, with_truth=True))
+    return list(found_in(task, chosen, 1, device, threshold, with_truth=True, tiles=tiles))

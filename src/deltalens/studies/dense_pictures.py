@@ -1,21 +1,25 @@
-"""Masks, boxes and instances drawn into pictures, with names and scores."""
+"""Masks, boxes, oriented boxes and instances drawn into pictures, with names and scores."""
 
 from __future__ import annotations
 
 import colorsys
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from deltalens.models.oriented_boxes import corners_of
 from deltalens.studies.dense_measure import Found
 from deltalens.studies.figure import check_kind, page_colours, save_figure
 from deltalens.tasks import Detection
 
 Colour = tuple[int, int, int]
+Point = tuple[float, float]
 FIRST: tuple[Colour, ...] = (  # told apart on photographs, and by most who see few colours
     (230, 75, 53), (0, 130, 200), (60, 180, 75), (245, 200, 30), (145, 30, 180), (70, 220, 230),
     (245, 130, 48), (240, 50, 230), (0, 128, 128), (170, 110, 40), (128, 0, 0), (128, 128, 0),
@@ -81,8 +85,8 @@ def _per_cent(share: float) -> str:
 def drawn_objects(
     picture: Image.Image, detections: Sequence[Detection], class_names: Sequence[str], most_words: int = 40
 ) -> Image.Image:
-    """Boxes, and of instances masks, with names and scores where there is room for them, the better ones first; below,
-    where some have no name, how many there are of each class.
+    """Boxes, upright or oriented, and of instances masks, with names and scores where there is room for them, the
+    better ones first; below, where some have no name, how many there are of each class.
 
     Boxes have the colours of their classes; masks of one class each a colour of their own.
     """
@@ -98,12 +102,20 @@ def drawn_objects(
     draw, font = ImageDraw.Draw(large), _font(large)
     boxes = [tuple(scale * side for side in each.box) for each in detections]
     line = max(2, round(font.size / 7))
-    for box, colour in zip(boxes, colours, strict=True):
-        draw.rectangle(box, outline=colour, width=line if not masks else max(1, line // 2))
+    outlines = [_outline(each, scale) for each in detections]
+    for box, outline, colour in zip(boxes, outlines, colours, strict=True):
+        if outline:
+            draw.line(
+                [*outline, *outline[:2]], fill=colour, width=max(line, round(font.size / 5)), joint="curve"
+            )  # past the end: closed corners
+        else:
+            draw.rectangle(box, outline=colour, width=line if not masks else max(1, line // 2))
     taken: list[tuple[float, float, float, float]] = []
-    for each, box, colour in list(zip(detections, boxes, colours, strict=True))[:most_words]:
+    for each, box, outline, colour in list(zip(detections, boxes, outlines, colours, strict=True))[:most_words]:
         text = f"{each.name} {each.score:.2f}" if each.score < 1 else each.name
-        place = _place(box, font.getlength(text) + 6, font.size + 4, large.size, taken)
+        width, height = font.getlength(text) + 6, font.size + 4
+        corners = _beside_outline(outline, width, height) if outline else _beside_box(box, width, height)
+        place = _place(corners, width, height, large.size, taken)
         if place is not None:
             taken.append(place)
             draw.rectangle(place, fill=colour)
@@ -130,14 +142,37 @@ def _with_masks(image: Image.Image, detections: Sequence[Detection], colours: Se
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def _place(
-    box: Sequence[float], width: float, height: float, size: tuple[int, int], taken: Sequence[tuple]
-) -> tuple[float, float, float, float] | None:
-    """A free place for a word above the box, inside of it or below; None where there is none."""
+def _outline(one: Detection, scale: float) -> list[Point]:
+    """The corners of an oriented box in the drawn picture, none of an upright one."""
+    if one.oriented is None:
+        return []
+    corners = scale * corners_of(torch.tensor(one.oriented, dtype=torch.float64))
+    return [(x, y) for x, y in corners.tolist()]
+
+
+def _beside_box(box: Sequence[float], width: float, height: float) -> list[Point]:
+    """Where a word of this size may begin (left, top): above the box, inside of it or below."""
     if width > 1.6 * (box[2] - box[0]):  # a word much wider than its box hides others, and which one it is of
-        return None
-    left = min(max(0.0, box[0]), max(0.0, size[0] - width))
-    for top in (box[1] - height, box[1], box[3]):
+        return []
+    return [(box[0], top) for top in (box[1] - height, box[1], box[3])]
+
+
+def _beside_outline(corners: Sequence[Point], width: float, height: float) -> list[Point]:
+    """The same about an oriented box: over its top corner, below its lowest, on its middle."""
+    if width > 1.6 * max(math.dist(corners[0], corners[1]), math.dist(corners[1], corners[2])):
+        return []
+    top, bottom = min(corners, key=lambda point: point[1]), max(corners, key=lambda point: point[1])
+    middle = (sum(x for x, _ in corners) / 4, sum(y for _, y in corners) / 4)
+    starts = ((top[0], top[1] - height), bottom, (middle[0], middle[1] - height / 2))
+    return [(x - width / 2, y) for x, y in starts]
+
+
+def _place(
+    starts: Sequence[Point], width: float, height: float, size: tuple[int, int], taken: Sequence[tuple]
+) -> tuple[float, float, float, float] | None:
+    """The first of these places that is free and in the picture, moved sideways into it; None where there is none."""
+    for start, top in starts:
+        left = min(max(0.0, start), max(0.0, size[0] - width))
         place = (left, top, left + width, top + height)
         inside = top >= 0 and top + height <= size[1]
         if inside and not any(

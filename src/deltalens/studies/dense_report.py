@@ -16,7 +16,7 @@ from PIL import Image
 from deltalens.lifecycle.atomic import write_text
 from deltalens.studies.dense_measure import COUNTS, Found, Measured
 from deltalens.studies.dense_pictures import drawn
-from deltalens.studies.dense_words import SAID
+from deltalens.studies.dense_words import metric_words
 from deltalens.studies.plots import Curve, curves
 from deltalens.studies.report import conditions_section, head, page, plots_section
 
@@ -49,7 +49,7 @@ def render_dense_report(report: DenseReport) -> str:
     sections = [
         head(report.title, ""),
         _metrics(measured, counted),
-        _training(report.history),
+        _training(report.history, measured.task),
         _classes(measured),
         _confusion(measured),
         _examples(report.examples, list(measured.per_class), measured.threshold),
@@ -60,7 +60,7 @@ def render_dense_report(report: DenseReport) -> str:
 
 def _metrics(measured: Measured, counted: str) -> str:
     rows = "\n".join(
-        f"<tr><td>{escape(SAID.get(name, name.replace('_', ' ')))}</td><td>{_number(value)}</td></tr>"
+        f"<tr><td>{escape(metric_words(name, measured.task))}</td><td>{_number(value)}</td></tr>"
         for name, value in measured.values.items()
     )
     return (
@@ -69,7 +69,7 @@ def _metrics(measured: Measured, counted: str) -> str:
     )
 
 
-def _training(history: Sequence[Mapping[str, Any]]) -> str:
+def _training(history: Sequence[Mapping[str, Any]], task: str) -> str:
     if len(history) < 2:
         return ""
     figures = [
@@ -80,9 +80,10 @@ def _training(history: Sequence[Mapping[str, Any]]) -> str:
             ),
         )
     ]
-    shown = [name for name in ("val_miou", "val_mask_map", "val_map", "val_map50") if name in history[0]]
+    known = ("val_miou", "val_mask_map", "val_map", "val_map50", *(["val_map50_voc07"] if task == "oriented" else []))
+    shown = [name for name in known if name in history[0]]
     lines = [
-        Curve(SAID.get(name.removeprefix("val_"), name), [row[name] for row in history], number)
+        Curve(metric_words(name.removeprefix("val_"), task), [row[name] for row in history], number)
         for number, name in enumerate(shown, 1)
         if all(math.isfinite(row[name]) for row in history)
     ]

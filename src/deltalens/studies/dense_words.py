@@ -7,3 +7,9 @@ SAID = {
     "mask_map_small": "mask AP, small", "mask_map_medium": "mask AP, medium", "mask_map_large": "mask AP, large",
     "mask_map": "mask AP (COCO)", "mask_map50": "mask AP50", "mask_map75": "mask AP75",
 }  # fmt: skip
+OF_ORIENTED = {"map": "AP, IoU .5 to .95", "map75": "AP75", "map50_voc07": "AP50, DOTA's (VOC 2007)"}
+
+
+def metric_words(metric: str, task: str = "") -> str:
+    """What people call a metric of this task."""
+    return (OF_ORIENTED if task == "oriented" else {}).get(metric) or SAID.get(metric) or metric.replace("_", " ")

@@ -38,6 +38,7 @@ def _measured(study: Study) -> str:
     of_dense = {
         "segmentation": f"Segmentation under {head}, which every method trains. Mean IoU",
         "detection": f"Detection under {head}, which every method trains. Average precision",
+        "oriented": f"Oriented boxes under {head}, which every method trains. Average precision at IoU 0.5",
         "instance": f"Instances under {head}, which every method trains. Average precision of masks",
     }
     return of_dense.get(study.task or "", "Top-1 accuracy")

@@ -8,10 +8,11 @@ from deltalens.tasks.detection import Detection, DetectionTask
 from deltalens.tasks.gradients import backward, gradient_rule
 from deltalens.tasks.instances import InstanceTask
 from deltalens.tasks.multilabel import MultiLabelTask
+from deltalens.tasks.oriented import OrientedTask
 from deltalens.tasks.segmentation import SegmentationTask, Segmented
 from deltalens.tasks.segmentation_inference import Inference
 
-KINDS = (ClassificationTask, MultiLabelTask, SegmentationTask, DetectionTask, InstanceTask)
+KINDS = (ClassificationTask, MultiLabelTask, SegmentationTask, DetectionTask, InstanceTask, OrientedTask)
 TASKS = {task.name: task for task in KINDS}
 
 
@@ -38,6 +39,7 @@ __all__ = [
     "Inference",
     "InstanceTask",
     "MultiLabelTask",
+    "OrientedTask",
     "SegmentationTask",
     "Segmented",
     "backward",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,17 @@ class BoxConfusion:
     Detections with a score of at least `threshold` are taken by falling score; each takes the object that it overlaps
     most, of whatever class, among those that are left and have an IoU of at least `iou`. Objects that none takes were
     found as nothing; detections that take none are of nothing. Crowds and objects marked as difficult are not counted,
-    nor are detections that overlap one of them so much.
+    nor are detections that overlap one of them so much. overlaps: (boxes found, true boxes) -> IoUs (n, m).
     """
 
-    def __init__(self, classes: int, threshold: float = 0.3, iou: float = 0.5):
-        self.classes, self.threshold, self.iou = classes, threshold, iou
+    def __init__(
+        self,
+        classes: int,
+        threshold: float = 0.3,
+        iou: float = 0.5,
+        overlaps: Callable[[Tensor, Tensor], Tensor] = box_iou,
+    ):
+        self.classes, self.threshold, self.iou, self.overlaps = classes, threshold, iou, overlaps
         self.counts = torch.zeros(classes + 1, classes + 1, dtype=torch.int64)
 
     def update(self, found: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]]) -> None:
@@ -37,7 +43,7 @@ class BoxConfusion:
         for flag in ("iscrowd", "difficult"):
             if flag in target:
                 passed_over |= target[flag].cpu().bool()
-        overlaps = box_iou(found["boxes"][order].float(), boxes) if len(true) else torch.zeros(len(order), 0)
+        overlaps = self.overlaps(found["boxes"][order].float(), boxes) if len(true) else torch.zeros(len(order), 0)
         left = ~passed_over
         for label, overlap in zip(found["labels"][order].tolist(), overlaps, strict=True):
             reach = overlap >= self.iou

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class CocoAveragePrecision(MeanAveragePrecision):
         return kept | ({"masks": found["masks"][:, 0] > MASK_THRESHOLD} if len(self.kinds) > 1 else {})
 
     def _objects(self, target: dict[str, Any]) -> dict[str, Tensor]:
-        passed_over = _flag(target, "iscrowd") | _flag(target, "difficult")
+        passed_over = flag(target, "iscrowd") | flag(target, "difficult")
         kept = {"boxes": target["boxes"].float(), "labels": target["labels"], "iscrowd": passed_over.long()}
         kept |= {"area": target["area"]} if "area" in target else {}
         return kept | ({"masks": target["masks"].bool()} if len(self.kinds) > 1 else {})
@@ -114,7 +114,7 @@ class VocAveragePrecision(Metric):
     def update(self, found: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Any]]) -> None:
         """Add detections {"boxes", "labels", "scores"} and targets of a batch."""
         for each, target in zip(found, targets, strict=True):
-            passed_over = _flag(target, "difficult") | _flag(target, "iscrowd")
+            passed_over = flag(target, "difficult") | flag(target, "iscrowd")
             outcome = judged(each, target["boxes"], target["labels"], passed_over, self.iou)
             counted = outcome != PASSED_OVER
             self.scores.append(each["scores"][counted].detach().float())
@@ -144,17 +144,23 @@ def judged(found: dict[str, Tensor], boxes: Tensor, labels: Tensor, passed_over:
     bool.
     """
     count = len(found["scores"])
-    outcome = torch.full((count,), WRONG, device=labels.device)
-    if not count or not len(boxes):
+    overlap = box_iou(found["boxes"].float(), boxes.float()) if count and len(boxes) else torch.zeros(count, len(boxes))
+    overlap = torch.where(found["labels"][:, None] == labels, overlap.to(labels.device), -1.0)
+    return outcomes(overlap, found["scores"], passed_over, iou)
+
+
+def outcomes(overlap: Tensor, scores: Tensor, passed_over: Tensor, iou: float, strictly: bool = False) -> Tensor:
+    """The same from IoUs (n, m), negative where classes differ. strictly: an IoU of just `iou` is too small."""
+    count, objects = overlap.shape
+    outcome = torch.full((count,), WRONG, device=overlap.device)
+    if not count or not objects:
         return outcome
-    overlap = box_iou(found["boxes"].float(), boxes.float())
-    overlap = torch.where(found["labels"][:, None] == labels, overlap, -1.0)
     best, place = overlap.max(1)
     rank = torch.empty_like(place)
-    rank[found["scores"].argsort(descending=True, stable=True)] = torch.arange(count, device=place.device)
-    meets = best >= iou
+    rank[scores.argsort(descending=True, stable=True)] = torch.arange(count, device=place.device)
+    meets = best > iou if strictly else best >= iou
     rank_that_meets = torch.where(meets, rank, count)
-    first = torch.full((len(boxes),), count, device=place.device).scatter_reduce(0, place, rank_that_meets, "amin")
+    first = torch.full((objects,), count, device=place.device).scatter_reduce(0, place, rank_that_meets, "amin")
     outcome[meets & (rank == first[place])] = RIGHT
     outcome[meets & passed_over[place]] = PASSED_OVER
     return outcome
@@ -178,6 +184,7 @@ def voc_average_precision(scores: Tensor, right: Tensor, objects: int, eleven_po
     return float((torch.diff(recall, prepend=recall.new_zeros(1)) * best_from_here).sum())
 
 
-def _flag(target: dict[str, Any], name: str) -> Tensor:
+def flag(target: Mapping[str, Any], name: str) -> Tensor:
+    """A target's flags as bool (m,), False where it has none."""
     given = target.get(name)
     return torch.zeros_like(target["labels"], dtype=torch.bool) if given is None else given.bool()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found: the class, its score, the box (left, top, right, bottom) in pixels, and of instances the mask
-    (H, W) bool."""
+    """What was found: the class, its score, the box (left, top, right, bottom) in pixels, of instances the mask (H, W)
+    bool, and of oriented boxes (cx, cy, w, h, angle) in pixels and radians, le90, around which `box` then lies."""
 
     name: str
     score: float
     box: tuple[float, float, float, float]
     mask: Tensor | None = None
+    oriented: tuple[float, float, float, float, float] | None = None
 
 
 class DetectionTask(nn.Module):
@@ -42,23 +43,25 @@ class DetectionTask(nn.Module):
     them out, as mmdetection does for VOC) and train_difficult is not False. An image may have no object, and a batch
     none at all.
 
-    metrics: which one is `main_metric`: "coco" (AP over IoU 0.5 to 0.95), "voc07" (AP at IoU 0.5 over eleven recalls)
-    or "voc" (area under that curve). All are measured.
+    metrics: which one is `main_metric`: "coco" (AP over IoU 0.5 to 0.95; the default), "voc07" (AP at IoU 0.5 over
+    eleven recalls) or "voc" (area under that curve). All are measured.
 
     Raises ValueError where the model has another number of classes than there are names; in training for labels that
     name no class and for boxes without an area.
     """
 
     name = "detection"
+    default_metrics: ClassVar[str] = "coco"
     main_metric = "map"  # what choices are made by
     main_metrics = {"coco": "map", "voc07": "map50_voc07", "voc": "map50_voc"}  # the same, by what data are measured by
     fields: tuple[str, ...] = ("boxes", "labels")
     has_evaluation_loss = False
 
     def __init__(
-        self, model: nn.Module, class_names: Sequence[str], metrics: str = "coco", train_difficult: bool = True
+        self, model: nn.Module, class_names: Sequence[str], metrics: str | None = None, train_difficult: bool = True
     ):
         super().__init__()
+        metrics = metrics or self.default_metrics
         if metrics not in self.main_metrics:
             raise ValueError(f"metrics must be one of {', '.join(self.main_metrics)}, got {metrics!r}")
         classes = class_count(model)
@@ -104,18 +107,25 @@ class DetectionTask(nn.Module):
 
     def _check(self, boxes: Tensor, labels: Tensor, image: Any) -> None:
         where = "" if image is None else f" in image {image}"
+        self._check_labels(labels, where)
+        if boxes.shape[-1] != 4:
+            raise ValueError(
+                f"the boxes{where} have {boxes.shape[-1]} numbers each: here they are (left, top, right, bottom); "
+                "oriented ones are for OrientedTask"
+            )
         flat = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+        if bool(flat.any()):
+            raise ValueError(
+                f"the box {boxes[flat][0].tolist()}{where} has no area: boxes are (left, top, right, bottom) in pixels"
+            )
+
+    def _check_labels(self, labels: Tensor, where: str) -> None:
         unknown = (labels < 0) | (labels >= len(self.class_names))
-        if not bool((flat | unknown).any()):
-            return
         if bool(unknown.any()):
             raise ValueError(
                 f"label {int(labels[unknown][0])}{where} names no class: there are {len(self.class_names)}, counted "
                 "from 0"
             )
-        raise ValueError(
-            f"the box {boxes[flat][0].tolist()}{where} has no area: boxes are (left, top, right, bottom) in pixels"
-        )
 
     def new_metrics(self) -> MetricCollection:
         """Fresh metrics of boxes: "map", "map50", "map75", "map_small", "map_medium", "map_large"
@@ -131,11 +141,23 @@ class DetectionTask(nn.Module):
     def update_metrics(self, metrics: MetricCollection, result: dict[str, Any], batch: Sequence[Any]) -> None:
         """Add one batch's result to metrics made by `new_metrics`: in pixels of the pictures as they were read, where
         the targets say how they were resized. Image by image, since a hundred resized masks take much memory."""
-        from deltalens.data.dense_transforms import in_original_pixels, truth_in_original_pixels
+        from deltalens.data.dense_transforms import truth_in_original_pixels
 
         for each, target in zip(result["output"], batch[1], strict=True):
-            found = in_original_pixels(each, target) if "orig_size" in target else each
+            found = self.in_original(each, target) if "orig_size" in target else each
             metrics.update([found], [truth_in_original_pixels(target)])
+
+    def in_original(self, found: dict[str, Tensor], target: dict[str, Any]) -> dict[str, Tensor]:
+        """What was found in a transformed picture, in pixels of the picture as it was read."""
+        from deltalens.data.dense_transforms import in_original_pixels
+
+        return in_original_pixels(found, target)
+
+    def overlaps(self, found: Tensor, boxes: Tensor) -> Tensor:
+        """IoUs (n, m) of boxes found (n, 4) and true (m, 4)."""
+        from torchvision.ops import box_iou
+
+        return box_iou(found, boxes)
 
     def per_class(self, metrics: MetricCollection) -> dict[str, float]:
         """Class name -> average precision as the main metric has it; NaN for a class that no image has."""
@@ -144,6 +166,11 @@ class DetectionTask(nn.Module):
         else:
             values = metrics["voc"].per_class(self.metrics == "voc07")
         return dict(zip(self.class_names, values, strict=True))
+
+    def class_columns(self, metrics: MetricCollection) -> dict[str, Any]:
+        """Column -> values of all classes: the tables of reports."""
+        coco, voc = metrics["coco"], metrics["voc"]
+        return {"AP": coco.per_class(), "AP50": voc.per_class(False), "objects": voc.objects}
 
     def decode(
         self, output: Sequence[Mapping[str, Tensor]], threshold: float = 0.5, topk: int | None = None

@@ -55,6 +55,12 @@ class InstanceTask(DetectionTask):
             return super().per_class(metrics)
         return dict(zip(self.class_names, metrics["coco"].per_class(masks=True), strict=True))
 
+    def class_columns(self, metrics: MetricCollection) -> dict[str, Any]:
+        """Column -> values of all classes: the tables of reports."""
+        boxes = super().class_columns(metrics)
+        masks = {"mask AP": metrics["coco"].per_class(masks=True)}
+        return masks | {f"box {name}" if name.startswith("AP") else name: values for name, values in boxes.items()}
+
     def _masks(self, found: Mapping[str, Tensor], order: Tensor) -> Sequence[Tensor]:
         from deltalens.tasks.box_metrics import MASK_THRESHOLD
 

@@ -17,5 +17,4 @@ def make_task(network: nn.Module, class_names: list[str], task: str, info: dict[
     if kind is SegmentationTask:
         inference = said.pop("inference", None) or Inference(**info.get("inference", {}))
         return kind(network, class_names, inference=inference, **said)
-    metrics = (info.get("split") or {}).get("metrics") or "coco"
-    return kind(network, class_names, metrics=metrics)
+    return kind(network, class_names, metrics=(info.get("split") or {}).get("metrics"))
