@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import deltalens as dl
+from deltalens.backbones.dense.cascade_rcnn import CascadeOptions
 from deltalens.studies.recipe_files import recipe_files
 from deltalens.studies.study_reader import read_study
 
@@ -39,7 +40,7 @@ def counted(study, *labels):
     return found
 
 
-@pytest.mark.parametrize("name", ["mona/voc0712", "mona/ade20k", "vpt/ade20k"])
+@pytest.mark.parametrize("name", ["mona/voc0712", "mona/ade20k", "mona/coco", "vpt/ade20k"])
 def test_two_protocols_of_one_comparison(name):
     fair, paper = study_of(name), study_of(f"{name}-published")
     assert [row.to_dict() for row in fair.variants] == [row.to_dict() for row in paper.variants]
@@ -76,6 +77,27 @@ def test_monas_voc_is_that_of_its_code():
     assert (study.training.epochs, study.training.batch_size, study.training.weight_decay) == (12, 2, 0.05)
     assert (study.training.decay, study.training.decay_at, study.training.warmup_epochs) == ("steps", (9,), 0)
     assert study.training.dense["test_size"] == (600, 1000)
+    assert study.datasets[0].protocol == "trainval"
+
+
+def test_monas_coco_is_that_of_its_code():
+    study = study_of("mona/coco-published")
+    assert study.backbones[0].model == "timm/swin_base_patch4_window7_224.ms_in22k"
+    options = study.backbones[0].options
+    assert (study.task, options["head"], options["drop_path_rate"]) == ("instance", "cascade", 0.3)
+    head = CascadeOptions(**options["head_options"])
+    assert (head.box_head, head.box_norm, head.box_loss, head.box_loss_weight) == ("4conv1fc", "batch", "giou", 10)
+    assert (head.iou_thresholds, head.stage_weights, head.class_agnostic) == ((0.5, 0.6, 0.7), (1, 0.5, 0.25), True)
+    assert {study.candidates(row)[0].values["lr"] for row in study.variants} == {1e-4}
+    training = study.training
+    assert (training.epochs, training.batch_size, training.weight_decay) == (36, 16, 0.05)
+    assert (training.decay, training.decay_at) == ("steps", (27, 33))
+    images = 117_266  # of train2017 that have objects
+    assert training.warmup_epochs * images / 16 == pytest.approx(500, rel=0.005)
+    assert training.dense["test_size"] == (800, 1333)
+    dense = training.augmentation.dense
+    assert (dense.short_sides, dense.long_side) == (tuple(range(480, 801, 32)), 1333)
+    assert (dense.random_crop, dense.crop_short_sides, dense.crop_range) == (True, (400, 500, 600), (384, 600))
     assert study.datasets[0].protocol == "trainval"
 
 
