@@ -126,7 +126,7 @@ def enclosing(boxes: Tensor) -> Tensor:
 
 
 def from_upright(boxes: Tensor) -> Tensor:
-    """Upright boxes (..., 4), x1 y1 x2 y2, as oriented ones (..., 5) in le90: angle 0, or -pi/2 where taller than wide."""
+    """Upright boxes (..., 4), x1 y1 x2 y2, as oriented ones (..., 5) in le90: angle 0, or -pi/2 if taller than wide."""
     _check_last(boxes, 4, "upright boxes")
     low, high = boxes[..., :2], boxes[..., 2:]
     return as_convention(torch.cat([(low + high) / 2, high - low, torch.zeros_like(boxes[..., :1])], -1))

@@ -1,12 +1,12 @@
 """Non-maximum suppression of oriented boxes: the greedy rule's exact result without a loop over boxes.
 
-The greedy rule goes through the boxes by falling score and keeps each one unless a kept one has IoU > threshold with it.
-Here the pairs with IoU > threshold are found first, as edges from the better to the worse box. Then, in rounds:
+The greedy rule goes through the boxes by falling score and keeps each one unless a kept one has IoU > threshold with
+it. Here the best boxes left are decided together, 64 at first and twice as many each time: which of them are kept, and
+then which of the others those suppress. So in a crowd few pairs are computed, and without one few blocks.
 
-    boxes without a better neighbour are kept; their neighbours are dropped; edges of both are taken out.
-
-A box is decided once all its better neighbours are, so the result is the rule's; the best box left is decided in each
-round. The number of rounds is that of a chain of overlaps, a few in practice.
+Within a block the pairs with IoU > threshold are edges from the better to the worse box. In rounds, boxes without a
+better neighbour are kept, their neighbours are dropped, and the edges of both are taken out. A box is decided once all
+its better neighbours are, so the result is the rule's; in each round at least the best box left is decided.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltalens.models.oriented_iou import overlapping_pairs, paired_iou
 
+_FIRST_BLOCK = 64
 _SLACK = 1e-4  # relative, of bounds computed in float32
 
 
@@ -36,31 +37,37 @@ def batched_oriented_nms(boxes: Tensor, scores: Tensor, labels: Tensor | None, t
     """
     _check(boxes, scores, labels, threshold)
     order = scores.argsort(descending=True, stable=True)
-    boxes = boxes[order].to(torch.promote_types(boxes.dtype, torch.float32))
-    labels = None if labels is None else labels[order]
-    better, worse = _suppressing_pairs(boxes, labels, threshold)
-    return order[_greedy(len(boxes), better, worse)]
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    found, size = [], _FIRST_BLOCK
+    while len(order):
+        block, rest = order[:size], order[size:]
+        i, j = _suppressing_pairs(boxes, labels, block, block, threshold)
+        ordered = i < j
+        kept = block[_greedy(len(block), i[ordered], j[ordered])]
+        found.append(kept)
+        left = torch.ones_like(rest, dtype=torch.bool)
+        left[_suppressing_pairs(boxes, labels, kept, rest, threshold)[1]] = False
+        order, size = rest[left], 2 * size
+    return torch.cat(found) if found else order
 
 
-def _suppressing_pairs(boxes: Tensor, labels: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
-    """Rows (i, j), i < j, of boxes with IoU > threshold and, if given, the same label."""
-    areas = boxes[:, 2] * boxes[:, 3]
+def _suppressing_pairs(
+    boxes: Tensor, labels: Tensor | None, first: Tensor, second: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Rows (i, j) of the indices first (N,) and second (M,) whose boxes have IoU > threshold and the same label."""
+    mine, others = boxes[first], boxes[second]
+    areas, other_areas = mine[:, 2] * mine[:, 3], others[:, 2] * others[:, 3]
     pairs = []
-    for _, _, i, j in overlapping_pairs(boxes, boxes):
-        wanted = i < j
+    for _, _, i, j in overlapping_pairs(mine, others):
+        area, other = areas[i], other_areas[j]
+        wanted = torch.minimum(area, other) >= torch.maximum(area, other) * (threshold * (1 - _SLACK))  # bounds IoU
         if labels is not None:
-            wanted &= labels[i] == labels[j]
+            wanted &= labels[first][i] == labels[second][j]
         i, j = i[wanted], j[wanted]
-        smaller, larger = torch.minimum(areas[i], areas[j]), torch.maximum(areas[i], areas[j])
-        possible = smaller >= larger * (threshold * (1 - _SLACK))  # IoU is at most smaller / larger
-        i, j = i[possible], j[possible]
-        over = paired_iou(boxes[i], boxes[j]) > threshold
+        over = paired_iou(mine[i], others[j]) > threshold
         pairs.append(torch.stack([i[over], j[over]]))
-    if not pairs:
-        empty = torch.zeros(0, dtype=torch.long, device=boxes.device)
-        return empty, empty
-    better, worse = torch.cat(pairs, 1).unbind(0)
-    return better, worse
+    i, j = (torch.cat(pairs, 1) if pairs else first.new_zeros(2, 0)).unbind(0)
+    return i, j
 
 
 def _greedy(count: int, better: Tensor, worse: Tensor) -> Tensor:
