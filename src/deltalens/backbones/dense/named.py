@@ -20,6 +20,7 @@ HEADS = {
     "retinanet": "deltalens.backbones.dense.retinanet:build",
     "fcos": "deltalens.backbones.dense.fcos:build",
     "mask_rcnn": "deltalens.backbones.dense.mask_rcnn:build",
+    "oriented_rcnn": "deltalens.backbones.dense.oriented_rcnn:build",
 }
 """Head -> a function (body, num_classes, **options) -> the network, which says where its backbone is (`adapted`)."""
 
