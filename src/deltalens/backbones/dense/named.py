@@ -22,6 +22,7 @@ HEADS = {
     "cascade_rcnn": "deltalens.backbones.dense.cascade_rcnn:build_boxes",
     "mask_rcnn": "deltalens.backbones.dense.mask_rcnn:build",
     "cascade": "deltalens.backbones.dense.cascade_rcnn:build",
+    "oriented_retinanet": "deltalens.backbones.dense.oriented_retinanet:build",
 }
 """Head -> a function (body, num_classes, **options) -> the network, which says where its backbone is (`adapted`)."""
 

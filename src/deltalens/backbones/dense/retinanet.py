@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
@@ -22,7 +22,6 @@ from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, a
 from deltalens.backbones.dense.precision import InFullPrecision
 
 FINEST, PUBLISHED_CHANNELS = 8, 256  # the stride of the finest map that is read, and the width of the head
-BOX_LOSSES = ("l1", "smooth_l1", "giou")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class RetinaNetOptions(DetectorOptions):
     for narrow heads and short trainings; channels must then be a multiple of 32.
     """
 
+    box_losses: ClassVar[tuple[str, ...]] = ("l1", "smooth_l1", "giou")
+
     anchor_scale: float = 4.0
     anchor_sizes: tuple[tuple[float, ...], ...] | None = None
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -46,8 +47,8 @@ class RetinaNetOptions(DetectorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.box_loss not in BOX_LOSSES:
-            raise ValueError(f"box_loss must be one of {', '.join(BOX_LOSSES)}, got {self.box_loss!r}")
+        if self.box_loss not in self.box_losses:
+            raise ValueError(f"box_loss must be one of {', '.join(self.box_losses)}, got {self.box_loss!r}")
         if self.group_norm and self.channels % 32:
             raise ValueError(f"group_norm has 32 groups: channels must be a multiple of 32, got {self.channels}")
         if not self.anchor_scale > 0 or not self.anchor_ratios or min(self.anchor_ratios) <= 0:
@@ -67,11 +68,8 @@ class RetinaNetDetector(Detector, RetinaNet):
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: RetinaNetOptions):
         neck = neck_of(pyramid, options, FINEST, options.extra_levels)
-        octaves = [options.anchor_scale * 2 ** (octave / 3) for octave in range(3)]
-        sizes = anchor_sizes(options.anchor_sizes, neck.strides, octaves)
-        anchors = PyramidAnchors(sizes, [options.anchor_ratios] * len(neck.strides), neck.strides)
-        norm = functools.partial(nn.GroupNorm, norm_groups(options.channels)) if options.group_norm else None
-        head = _Head(options.channels, anchors.num_anchors_per_location()[0], num_classes, norm)
+        anchors = PyramidAnchors(*anchor_shapes(options, neck.strides), neck.strides)
+        head = _Head(options.channels, anchors.num_anchors_per_location()[0], num_classes, norm_of(options))
         head.regression_head._loss_type = options.box_loss
         super().__init__(
             neck,
@@ -97,9 +95,27 @@ class _Head(InFullPrecision, RetinaNetHead):
     def __init__(self, channels: int, anchors: int, num_classes: int, norm: Callable[..., nn.Module] | None):
         super().__init__(channels, anchors, num_classes, norm)
         if norm is None:
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.normal_(module.weight, std=0.01 * math.sqrt(PUBLISHED_CHANNELS / channels))
+            start_as_published(self, channels)
+
+
+def start_as_published(head: nn.Module, channels: int) -> None:
+    """Weights of a head without norms, with the standard deviation 0.01 sqrt(256 / channels)."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01 * math.sqrt(PUBLISHED_CHANNELS / channels))
+
+
+def anchor_shapes(
+    options: RetinaNetOptions, strides: Sequence[int]
+) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """(sizes, ratios) of the anchors of each level: three sizes an octave, unless the options name them."""
+    octaves = [options.anchor_scale * 2 ** (octave / 3) for octave in range(3)]
+    return anchor_sizes(options.anchor_sizes, strides, octaves), [options.anchor_ratios] * len(strides)
+
+
+def norm_of(options: RetinaNetOptions) -> Callable[..., nn.Module] | None:
+    """The head's norms by `group_norm`."""
+    return functools.partial(nn.GroupNorm, norm_groups(options.channels)) if options.group_norm else None
 
 
 def on_pyramid(pyramid: nn.Module, num_classes: int, options: Mapping[str, Any] | None = None) -> RetinaNetDetector:
