@@ -32,8 +32,8 @@ NAMES = ["plane", "ship", "truck"]  # sorted, as the reader has them
 
 def write_dota(root: Path) -> Path:
     """Generated scenes as DOTA's folders."""
-    scenes = make_oriented_scenes(4, 64)
-    for part, count in (("train", 4), ("val", 2), ("test", 2)):
+    scenes = make_oriented_scenes(6, 64)
+    for part, count in (("train", 6), ("test", 2)):  # val is drawn from train
         data = getattr(scenes, part)
         for folder in ("images", "labelTxt"):
             (root / part / folder).mkdir(parents=True)

@@ -75,6 +75,12 @@ def _device(options: dict[str, Any]) -> str:
     return chosen_device(names.get(options["accelerator"]))
 
 
+def _counted(data: Splits) -> str:
+    """How many images there are to train, to validate and to test with."""
+    parts = (("training", data.train), ("validation", data.val), ("test", data.test))
+    return ", ".join(f"{len(part):,} {name}" for name, part in parts if part is not None)
+
+
 def _report(
     task: nn.Module,
     data: Splits,
@@ -95,8 +101,7 @@ def _report(
         "Model": f"{options['model']} under {options['head']}",
         "Method": f"{methods}: {count['adapter']:,} parameters, {count['percent']:.2f} % of the backbone's "
         f"{count['backbone']:,}; the head's {count['head']:,} are trained, too",
-        "Data": f"{options['data']}: {results['data']['train']:,} training, {results['data']['val']:,} validation, "
-        f"{results['data']['test']:,} test images",
+        "Data": f"{options['data']}: {_counted(data)} images",
         "Training": f"{epochs}, batches of {options['batch_size']}, learning rate {options['lr']:g}, "
         f"seed {options['seed']}, {results['seconds']['training']:,.0f} s on {results['machine']}",
         "Command": f"deltalens train --config {output.config} --output ANOTHER",
