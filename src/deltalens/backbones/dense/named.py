@@ -21,6 +21,7 @@ HEADS = {
     "fcos": "deltalens.backbones.dense.fcos:build",
     "mask_rcnn": "deltalens.backbones.dense.mask_rcnn:build",
     "oriented_retinanet": "deltalens.backbones.dense.oriented_retinanet:build",
+    "h2rbox_v2": "deltalens.backbones.dense.h2rbox_v2:build",
 }
 """Head -> a function (body, num_classes, **options) -> the network, which says where its backbone is (`adapted`)."""
 
