@@ -94,3 +94,26 @@ def test_rows_of_vpt_have_the_papers_sizes():
     printed = {"Head only": 13.18, "VPT-deep": 13.43, "VPT-deep + Bias": 15.79, "Bias": 13.46}
     for label, count in found.items():
         assert (count.adapter + count.head) / 1e6 == pytest.approx(printed[label], abs=0.1), label
+
+
+def test_monas_star_is_that_of_its_code():
+    study = study_of("mona/star-published")
+    assert (study.task, study.backbones[0].options["head"]) == ("oriented", "oriented_rcnn")
+    assert {study.candidates(row)[0].values["lr"] for row in study.variants} == {1e-4}
+    for row in study.variants:
+        options = {**study.backbones[0].options, **row.backbone}
+        assert options["drop_path_rate"] == (0.3 if row.label == "Full" else 0.2)
+    training = study.training
+    assert (training.epochs, training.batch_size, training.weight_decay, training.clip_grad) == (12, 2, 0.05, 35)
+    assert (training.decay, training.decay_at) == ("steps", (8, 11))
+    assert training.augmentation.dense.flips == (0.25, 0.25, 0.25)
+    assert training.dense["test_size"] == (1024, 1024)
+    assert study.datasets[0].protocol == "val"
+
+
+@pytest.mark.parametrize("name", ["mona/dota", "mona/star"])
+def test_fair_studies_of_oriented_boxes(name):
+    study = study_of(name)
+    assert (study.task, study.protocol, study.training.epochs) == ("oriented", "fair", 12)
+    assert study.backbones[0].model == "timm/swin_base_patch4_window7_224.ms_in22k"
+    assert len(study.variants) == 11

@@ -38,6 +38,7 @@ COMMANDS = {
     "tune": ("deltalens.cli.tune", "search for the best settings of a method on the validation images"),
     "evaluate": ("deltalens.cli.evaluate", "measure a trained adapter on a folder of images"),
     "predict": ("deltalens.cli.predict", "classify images, folders or globs with a trained adapter"),
+    "tile": ("deltalens.cli.tile", "cut large pictures with oriented boxes into tiles"),
     "search": ("deltalens.cli.search", "find images by text with a model of two towers"),
     "inspect": ("deltalens.cli.inspect", "show what a method would do to a model, before training"),
     "list": ("deltalens.cli.list", "list methods, models or recipes"),

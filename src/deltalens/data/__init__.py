@@ -9,6 +9,7 @@ from deltalens.data.image_folder import ImageFiles, read_image_folder, read_spli
 from deltalens.data.image_items import ImageItems
 from deltalens.data.inputs import Augmentation, set_inputs
 from deltalens.data.options import ReadOptions
+from deltalens.data.oriented_items import OrientedImages, OrientedObjects
 from deltalens.data.splits import Splits, stratified_split
 from deltalens.data.subsets import TrainingSubset
 from deltalens.data.transforms import eval_transform, train_transform
@@ -25,6 +26,8 @@ __all__ = [
     "MaskedImages",
     "ObjectImages",
     "Objects",
+    "OrientedImages",
+    "OrientedObjects",
     "ReadOptions",
     "Splits",
     "TrainingSubset",

@@ -14,7 +14,7 @@ from deltalens.data.options import ReadOptions
 from deltalens.data.splits import Splits, strata, stratified_split
 
 Images = ImageFiles | ImageItems | Clouds | DenseImages
-ONE_CLASS = ("multilabel", "detection", "instance")  # tasks that a single class makes sense for
+ONE_CLASS = ("multilabel", "detection", "instance", "oriented")  # tasks that a single class makes sense for
 
 
 def assemble(

@@ -133,7 +133,7 @@ def _content(file: Path) -> dict[str, Any]:
 
 def _pictures(
     root: Path, file: Path, content: dict[str, Any], names: list[str], masks: bool, expected: str
-) -> list[Annotated]:
+) -> list[Annotated[Objects]]:
     images = content["images"]
     ids = [image["id"] for image in images]
     _once(ids, f"{file} has the image id")

@@ -6,8 +6,10 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-DENSE_TASKS = ("segmentation", "detection", "instance")
+DENSE_TASKS = ("segmentation", "detection", "instance", "oriented")
 DENSE_FORMATS = {
+    "dota": "deltalens.data.dota_txt",
+    "rolabelimg": "deltalens.data.rolabelimg",
     "coco": "deltalens.data.coco_json",
     "voc": "deltalens.data.voc_boxes",
     "voc-masks": "deltalens.data.voc_masks",
@@ -20,6 +22,7 @@ SERVES = {
     "segmentation": ("masks", "voc-masks", "ade20k", "cityscapes"),
     "detection": ("voc", "coco", "yolo"),
     "instance": ("coco", "yolo"),
+    "oriented": ("dota", "rolabelimg"),
 }
 
 

@@ -38,6 +38,11 @@ class DenseAugmentation:
     crop_short_sides and cut to a part with sides in crop_range before (DETR). min_box: smaller boxes are removed, in
     pixels behind the resizing. difficult: whether objects so marked are trained on; crowds never are.
 
+    Oriented boxes: short_sides, long_side, random_crop, min_box (of the shorter side) and difficult are as for
+    detection. kept_share: objects with less of their area in a crop are removed. flips: probabilities of a horizontal,
+    a vertical and a diagonal flip, of which at most one is made. rotation: probability of a turn about the middle;
+    rotation_angles: in degrees, of which one is drawn, None for any.
+
     Raises ValueError for what is out of range.
     """
 
@@ -53,6 +58,10 @@ class DenseAugmentation:
     crop_range: tuple[int, int] = (384, 600)
     min_box: float = 1.0
     difficult: bool = False
+    flips: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    rotation: float = 0.0
+    rotation_angles: tuple[float, ...] | None = None
+    kept_share: float = 0.7
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1]:
@@ -68,6 +77,12 @@ class DenseAugmentation:
             raise ValueError(f"crop_range is the smallest and the largest side, got {self.crop_range}")
         if self.min_box < 0:
             raise ValueError(f"min_box is a number of pixels, got {self.min_box}")
+        if len(self.flips) != 3 or min(self.flips) < 0 or sum(self.flips) > 1 + 1e-6:
+            raise ValueError(f"flips are three probabilities whose sum is at most 1, got {self.flips}")
+        if not 0 <= self.rotation <= 1 or not 0 <= self.kept_share <= 1:
+            raise ValueError(f"rotation and kept_share lie in [0, 1], got {self.rotation} and {self.kept_share}")
+        if self.rotation_angles is not None and not self.rotation_angles:
+            raise ValueError("rotation_angles needs one angle or more, or None for any")
 
 
 def segmentation_train_transform(
@@ -88,7 +103,7 @@ def segmentation_train_transform(
             ClassCrop(size, augmentation.max_class_share),
             v2.RandomHorizontalFlip(hflip),
             *(_photometric() if augmentation.photometric else []),
-            *_normalise(preprocessing),
+            *normalise(preprocessing),
             PadTo(size),
             v2.ToPureTensor(),
         ]
@@ -103,7 +118,7 @@ def segmentation_eval_transform(preprocessing: dict[str, Any]) -> v2.Compose:
     """
     sides = preprocessing.get("test_size")
     resize = [OnPicture(ResizeSides((sides[0],), sides[1]))] if sides else []
-    return v2.Compose([v2.ToImage(), *resize, *_normalise(preprocessing), v2.ToPureTensor()])
+    return v2.Compose([v2.ToImage(), *resize, *normalise(preprocessing), v2.ToPureTensor()])
 
 
 def detection_train_transform(
@@ -111,7 +126,7 @@ def detection_train_transform(
 ) -> v2.Compose:
     """Flip, resize, perhaps crop; for boxes and for masks of objects. The target's area is that of the masks, else of
     the boxes, behind the resizing."""
-    resize = _detection_resize(augmentation.short_sides, augmentation.long_side)
+    resize = detection_resize(augmentation.short_sides, augmentation.long_side)
     steps: Any = resize
     if augmentation.random_crop:
         cut = [ResizeSides(augmentation.crop_short_sides), SizeCrop(augmentation.crop_range), resize]
@@ -123,7 +138,7 @@ def detection_train_transform(
             steps,
             v2.ClampBoundingBoxes(),
             WithoutUnusable(augmentation.min_box, augmentation.difficult),
-            *_normalise(preprocessing),
+            *normalise(preprocessing),
             v2.ToPureTensor(),
         ]
     )
@@ -138,8 +153,8 @@ def detection_eval_transform(preprocessing: dict[str, Any]) -> v2.Compose:
     stays that of the annotation.
     """
     sides = preprocessing.get("test_size")
-    resize = _detection_resize((sides[0],) if sides else None, sides[1] if sides else None)
-    return v2.Compose([v2.ToImage(), WithOriginal(resize), *_normalise(preprocessing), v2.ToPureTensor()])
+    resize = detection_resize((sides[0],) if sides else None, sides[1] if sides else None)
+    return v2.Compose([v2.ToImage(), WithOriginal(resize), *normalise(preprocessing), v2.ToPureTensor()])
 
 
 def in_original_pixels(found: dict[str, Tensor], target: dict[str, Any]) -> dict[str, Tensor]:
@@ -216,7 +231,8 @@ class WithOriginal(torch.nn.Module):
         return resized, moved
 
 
-def _detection_resize(shorts: tuple[int, ...] | None, long: int | None) -> ResizeSides:
+def detection_resize(shorts: tuple[int, ...] | None, long: int | None) -> ResizeSides:
+    """To one of these short sides and at most this long side; without `shorts` only shrunk to `OWN_SIZE`."""
     if shorts is None:
         return ResizeSides((OWN_SIZE[0],), long or OWN_SIZE[1], enlarge=False)
     return ResizeSides(shorts, long)
@@ -228,7 +244,8 @@ def _photometric() -> list[torch.nn.Module]:
     return [v2.RandomApply([v2.ColorJitter(**change)], p=0.5) for change in changes]
 
 
-def _normalise(preprocessing: dict[str, Any]) -> list[torch.nn.Module]:
+def normalise(preprocessing: dict[str, Any]) -> list[torch.nn.Module]:
+    """Steps from uint8 to the float32 that a network reads."""
     swap = [OnPicture(SwapColours())] if preprocessing.get("channel_order") == "bgr" else []
     mean, std = list(preprocessing["mean"]), list(preprocessing["std"])
     return [*swap, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]

@@ -65,11 +65,11 @@ def read_data(
     format: "auto" finds it by the files; otherwise "folder", "csv", "multilabel", "hf", "vtab1k/<task>", "fgvc/<set>",
     "coop/<dataset>", "coop", "voc2007", "voc2007/single" or "torchvision/<Name>"; of point clouds "points-folder",
     "scanobjectnn/<variant>", "modelnet40", "modelnet10" or "points-few-shot/<fold>"; of dense tasks "voc", "coco",
-    "yolo", "masks", "ade20k", "cityscapes" or "voc-masks". task: "segmentation", "detection" or "instance", where a
-    folder serves several; None for the one that it serves. protocol: "val" trains on train and keeps val; "trainval"
-    trains on both and has no val. `Splits.origin` says what was read: "format", for dense data "task", and "shots",
-    "shots_seed", "shots_from" and "class_subset" where the options chose some of it. Data with test images only (the
-    variants of ImageNet) has an empty train.
+    "yolo", "dota", "rolabelimg", "masks", "ade20k", "cityscapes" or "voc-masks". task: "segmentation", "detection",
+    "instance" or "oriented", where a folder serves several; None for the one that it serves. protocol: "val" trains on
+    train and keeps val; "trainval" trains on both and has no val. `Splits.origin` says what was read: "format", for
+    dense data "task", and "shots", "shots_seed", "shots_from" and "class_subset" where the options chose some of it.
+    Data with test images only (the variants of ImageNet) has an empty train.
 
     Raises FileNotFoundError or ValueError with the expected tree where the layout is another, ValueError where a folder
     serves several tasks and none is asked for.

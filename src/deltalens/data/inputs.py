@@ -19,21 +19,30 @@ from deltalens.data.dense_transforms import (
     segmentation_train_transform,
 )
 from deltalens.data.memory import LIMIT, keep_in_memory
+from deltalens.data.oriented_items import OrientedImages
+from deltalens.data.oriented_transforms import oriented_eval_transform, oriented_train_transform
 from deltalens.data.transforms import eval_resize, eval_transform, image_mode, train_resize, train_transform
 
-IMAGES, POINTS, DENSE = "images", "points", "dense"
+IMAGES, POINTS, DENSE, ORIENTED = "images", "points", "dense", "oriented"
 OWN = {  # what each kind of data can be told
     IMAGES: ("min_crop", "hflip", "rand_augment"),
     POINTS: ("cloud_augment",),
     DENSE: ("hflip", "dense"),
+    ORIENTED: ("dense",),
 }
-NAMES = {IMAGES: "images", POINTS: "point clouds", DENSE: "images with masks or boxes"}
+NAMES = {
+    IMAGES: "images",
+    POINTS: "point clouds",
+    DENSE: "images with masks or boxes",
+    ORIENTED: "images with oriented boxes",
+}
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """Of training images: min_crop, hflip, rand_augment (`train_transform`). Of training clouds: cloud_augment
-    (`cloud_steps`). Of images with masks or boxes: hflip and `dense`."""
+    (`cloud_steps`). Of images with masks or boxes: hflip and `dense`; with oriented boxes: `dense`, which has their
+    flips."""
 
     min_crop: float = 0.5
     hflip: float = 0.5
@@ -57,7 +66,7 @@ class Augmentation:
         plain = type(self)()
         said = [name for name in vars(plain) if name not in OWN[kind] and getattr(self, name) != getattr(plain, name)]
         if said:
-            own = ", ".join((*OWN[kind][:-1], *(vars(plain.dense) if kind == DENSE else OWN[kind][-1:])))
+            own = ", ".join((*OWN[kind][:-1], *(vars(plain.dense) if "dense" in OWN[kind] else OWN[kind][-1:])))
             raise ValueError(f"{self._name(said[0])} has no meaning for {NAMES[kind]}: see {own}")
         augmentation_words(self.cloud_augment)
 
@@ -75,8 +84,10 @@ def kind_of(preprocessing: dict[str, Any]) -> str:
 
 
 def kind_of_data(data: Any) -> str:
-    """What a dataset holds: "images", "points", or "dense" for images with masks or boxes."""
-    return POINTS if isinstance(data, Clouds) else DENSE if isinstance(data, DenseImages) else IMAGES
+    """What a dataset holds: "images", "points", "dense" for images with masks or boxes, or "oriented"."""
+    if isinstance(data, DenseImages):
+        return ORIENTED if isinstance(data, OrientedImages) else DENSE
+    return POINTS if isinstance(data, Clouds) else IMAGES
 
 
 def check_same_kind(data: Any, preprocessing: dict[str, Any]) -> str:
@@ -128,6 +139,9 @@ def kept_inputs(part: Any, preprocessing: dict[str, Any], augmentation: Augmenta
 
 def _set_dense_inputs(part: DenseImages, preprocessing: dict[str, Any], augmentation: Augmentation | None) -> None:
     """Crops of training are of one size and are stacked; all else is batched as lists."""
+    if isinstance(part, OrientedImages):
+        _set_oriented_inputs(part, preprocessing, augmentation)
+        return
     of_pixels = isinstance(part, MaskedImages)
     part.collate = stacked if of_pixels and augmentation is not None else listed
     if augmentation is None:
@@ -135,6 +149,16 @@ def _set_dense_inputs(part: DenseImages, preprocessing: dict[str, Any], augmenta
     else:
         train = segmentation_train_transform if of_pixels else detection_train_transform
         part.transform = train(preprocessing, augmentation.dense, augmentation.hflip)
+
+
+def _set_oriented_inputs(
+    part: OrientedImages, preprocessing: dict[str, Any], augmentation: Augmentation | None
+) -> None:
+    part.collate = listed
+    if augmentation is None:
+        part.transform = oriented_eval_transform(preprocessing)
+    else:
+        part.transform = oriented_train_transform(preprocessing, augmentation.dense)
 
 
 def _steps(preprocessing: dict[str, Any], augmentation: Augmentation | None):

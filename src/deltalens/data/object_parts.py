@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -25,16 +25,17 @@ from deltalens.data.options import ReadOptions
 from deltalens.data.outlines import problem
 from deltalens.data.splits import Splits
 
+Found = TypeVar("Found")
 TOO_MANY = 0.2  # share of boxes that lie outside or are empty, above which they are taken to be of other pictures
 
 
 @dataclass(frozen=True)
-class Annotated:
+class Annotated(Generic[Found]):
     """One picture with its annotation. objects: of the picture's size (height, width). stated: the size that the
     annotation says. where: what messages call the annotation."""
 
     path: Path
-    objects: Callable[[Size], Objects]
+    objects: Callable[[Size], Found]
     where: str
     id: int
     stated: Size | None = None
@@ -64,7 +65,7 @@ class Findings:
 
 
 def object_splits(
-    found: Mapping[str, Sequence[Annotated]],
+    found: Mapping[str, Sequence[Annotated[Objects]]],
     class_names: Sequence[str],
     options: ReadOptions,
     masks: bool,
@@ -88,11 +89,13 @@ def object_splits(
     return splits
 
 
-def _part(pictures: list[Annotated], classes: int, skip: bool, masks: bool, findings: Findings) -> ObjectImages:
+def _part(
+    pictures: list[Annotated[Objects]], classes: int, skip: bool, masks: bool, findings: Findings
+) -> ObjectImages:
     paths = [each.path for each in pictures]
     looked = look_at_all(paths)
     kept = sound(paths, looked, skip)
-    as_stored = [_as_stored(pictures[i], looked[i]) for i in kept]
+    as_stored = [is_as_stored(pictures[i], looked[i]) for i in kept]
     sizes = [looked[i].stored if stored else looked[i].upright for i, stored in zip(kept, as_stored, strict=True)]
     objects = [_cleaned(pictures[i], size, masks, findings) for i, size in zip(kept, sizes, strict=True)]
     return ObjectImages(
@@ -100,7 +103,9 @@ def _part(pictures: list[Annotated], classes: int, skip: bool, masks: bool, find
     )
 
 
-def _as_stored(picture: Annotated, looked: Looked) -> bool:
+def is_as_stored(picture: Annotated[Any], looked: Looked) -> bool:
+    """Whether a picture is read as it is stored, because its annotation says that size. ValueError where it says
+    another one."""
     frame = looked.frame_of(picture.stated)
     if frame is None:
         assert picture.stated is not None
@@ -111,7 +116,7 @@ def _as_stored(picture: Annotated, looked: Looked) -> bool:
     return frame
 
 
-def _cleaned(picture: Annotated, size: Size, masks: bool, findings: Findings) -> Objects:
+def _cleaned(picture: Annotated[Objects], size: Size, masks: bool, findings: Findings) -> Objects:
     """The objects with boxes inside the picture."""
     height, width = size
     objects = picture.objects(size)

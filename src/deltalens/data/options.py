@@ -15,8 +15,8 @@ class ReadOptions:
     shots_seed: which ones; by default `seed`. stored_shots: read them from `split_fewshot/shot_{n}-seed_{s}.pkl` where
     a dataset of CoOp's has that file. subset: "all" classes, or the "base" or the "new" half of them.
 
-    task: "segmentation", "detection" or "instance", where one folder serves several. ignore_index: a value of masks
-    that stands for no class, besides 255 and what the data itself says.
+    task: "segmentation", "detection", "instance" or "oriented", where one folder serves several. ignore_index: a value
+    of masks that stands for no class, besides 255 and what the data itself says.
     """
 
     val_fraction: float = 0.15

@@ -77,7 +77,7 @@ def make_scenes(count: int = 200, size: int = 128, seed: int = 0, task: str = "s
 
 def draw_scene(size: int, random: np.random.Generator) -> Scene:
     """One scene. Every shape keeps at least half of itself to be seen."""
-    picture = _ground(size, random)
+    picture = ground(size, random)
     owner = np.full((size, size), -1)  # the object that is seen at every pixel
     areas: list[int] = []
     labels: list[int] = []
@@ -96,7 +96,7 @@ def draw_scene(size: int, random: np.random.Generator) -> Scene:
                 areas.append(int(mask.sum()))
                 labels.append(label)
                 break
-    picture = picture * _light(size, random) + random.normal(0, 3.0, picture.shape)
+    picture = picture * light(size, random) + random.normal(0, 3.0, picture.shape)
     masks = owner == np.arange(len(areas))[:, None, None]
     return Scene(np.clip(picture, 0, 255).round().astype(np.uint8), masks, np.array(labels, np.int64))
 
@@ -168,14 +168,14 @@ def _painted(
     cover = cover[window]
     shift = max(1, round(0.16 * radius))
     moved = np.pad(cover, ((shift, 0), (shift, 0)))[: len(cover), : cover.shape[1]]
-    shadow = _blurred(moved, max(1, round(0.12 * radius)))[..., None]
+    shadow = blurred(moved, max(1, round(0.12 * radius)))[..., None]
     cover = cover[..., None]
     picture = picture.copy()
     picture[window] = picture[window] * (1 - 0.5 * shadow) * (1 - cover) + paint * cover
     return picture
 
 
-def _blurred(values: np.ndarray, reach: int) -> np.ndarray:
+def blurred(values: np.ndarray, reach: int) -> np.ndarray:
     """Means over squares of 2 reach + 1 pixels."""
     window = 2 * reach + 1
     sums = np.pad(values, reach, mode="edge").cumsum(0).cumsum(1)
@@ -184,7 +184,7 @@ def _blurred(values: np.ndarray, reach: int) -> np.ndarray:
     return total / window**2
 
 
-def _ground(size: int, random: np.random.Generator) -> np.ndarray:
+def ground(size: int, random: np.random.Generator) -> np.ndarray:
     """Two tints of one colour mixed by smooth noise, which may be drawn out in one direction, with fine grain."""
     tint = np.array(TINTS[int(random.integers(len(TINTS)))], float) * random.uniform(0.85, 1.15) + random.normal(
         0, 6, 3
@@ -201,7 +201,7 @@ def _ground(size: int, random: np.random.Generator) -> np.ndarray:
     return tint * mixed + other * (1 - mixed)
 
 
-def _light(size: int, random: np.random.Generator) -> np.ndarray:
+def light(size: int, random: np.random.Generator) -> np.ndarray:
     """A slow change of brightness across the picture, (size, size, 1)."""
     line = np.linspace(-1, 1, size)
     angle, strength = random.uniform(0, 2 * np.pi), random.uniform(0, 0.18)

@@ -18,7 +18,7 @@ class Splits:
 
     task "classification": labels are integers that index `class_names`. "multilabel": labels are int8 tensors
     (classes,) of 1 (there), 0 (not there) and -1 (left out of loss and metrics). "segmentation": the label is a mask;
-    "detection", "instance": a dictionary of boxes (`deltalens.data.dense_items`).
+    "detection", "instance": a dictionary of boxes (`deltalens.data.dense_items`); "oriented": of oriented boxes.
     val is the part that choices are made on, None where nothing is left to choose; test, where there is one, is looked
     at once, at the end. origin: JSON-able facts about how the parts came to be (format, seed, fractions), kept with
     the adapter.

@@ -24,6 +24,7 @@ from deltalens.data.dense_items import Objects
 from deltalens.data.image_folder import EXTENSIONS
 from deltalens.data.object_parts import Annotated, object_splits
 from deltalens.data.options import ReadOptions, refuse_variant
+from deltalens.data.rolabelimg import has_oriented_boxes
 from deltalens.data.splits import Splits
 
 NAME = "voc"
@@ -55,8 +56,9 @@ class Annotation:
 
 
 def tasks(root: Path) -> tuple[str, ...]:
-    """("detection",) where `root` is laid out so, otherwise ()."""
-    return ("detection",) if any((kit / "Annotations").is_dir() for kit in devkits(root)) else ()
+    """("detection",) where `root` is laid out so, and its files are not those of roLabelImg, otherwise ()."""
+    kits = [kit / "Annotations" for kit in devkits(root) if (kit / "Annotations").is_dir()]
+    return ("detection",) if kits and not any(map(has_oriented_boxes, kits)) else ()
 
 
 def recognise(root: Path) -> str | None:
@@ -91,7 +93,7 @@ def read(root: Path, which: str, options: ReadOptions) -> Splits:
     read_files = {file: _annotation(file, expected) for part in found.values() for _, file, _ in part}
     names = _names(root, kits, found, read_files)
     first = _first_pixel(list(read_files.values()))
-    parts: dict[str, list[Annotated]] = {}
+    parts: dict[str, list[Annotated[Objects]]] = {}
     for part, pictures in found.items():
         parts[part] = []
         for picture, file, number in pictures:

@@ -20,6 +20,7 @@ HEADS = {
     "retinanet": "deltalens.backbones.dense.retinanet:build",
     "fcos": "deltalens.backbones.dense.fcos:build",
     "mask_rcnn": "deltalens.backbones.dense.mask_rcnn:build",
+    "oriented_rcnn": "deltalens.backbones.dense.oriented_rcnn:build",
     "oriented_retinanet": "deltalens.backbones.dense.oriented_retinanet:build",
     "h2rbox_v2": "deltalens.backbones.dense.h2rbox_v2:build",
 }
