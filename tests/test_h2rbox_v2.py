@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from detectors import TwoLevels
-from oriented_bars import picture_of, target_of, two_bars
+from oriented_bars import angle_between, picture_of, target_of, two_bars
+from torch import nn
 
 import deltalens as dl
 from deltalens.backbones.dense.h2rbox_losses import (
@@ -159,6 +160,47 @@ def test_symmetry_loss():
         loss.backward()
         optimizer.step()
     assert loss.item() < 1e-3
+
+
+# ------------------------------------------------------------------ learning
+class OneLevel(nn.Module):
+    """A map of stride 8, of a few convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.strides = [32], [8]
+        self.backbone = nn.Sequential(*(self.layers(a, b) for a, b in ((3, 16), (16, 32), (32, 32))))
+
+    @staticmethod
+    def layers(before, after):
+        norms = nn.GroupNorm(8, after), nn.GroupNorm(8, after)
+        first, second = nn.Conv2d(before, after, 3, 2, 1), nn.Conv2d(after, after, 3, 1, 1)
+        return nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU())
+
+    def forward(self, images):
+        return [self.backbone(images)]
+
+
+@pytest.mark.slow
+def test_angles_are_learnt_from_upright_boxes():
+    torch.manual_seed(0)
+    model = on_pyramid(OneLevel(), 2, {"channels": 32, "convolutions": 2, "nms_threshold": 0.3}).train()
+    images, targets = two_bars()
+    upright = [{**each, "boxes": upright_as_oriented(enclosing(each["boxes"]))} for each in targets]
+    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0), 800
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, 2 * (1 - step / steps))
+        optimizer.zero_grad()
+        sum(model(images, upright).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    with torch.no_grad():
+        found = model.eval()(images)
+    for label, (each, target) in enumerate(zip(found, targets, strict=True)):
+        assert int(each["labels"][0]) == label
+        assert angle_between(each["boxes"][0, 4], target["boxes"][0, 4]) < 10
+        assert paired_iou(each["boxes"][:1], target["boxes"]) > 0.5
 
 
 # ------------------------------------------------------------------ the network
