@@ -140,6 +140,17 @@ def test_suppression_is_by_upright_boxes_of_a_level():
     assert torch.allclose(few, pair[[1]], atol=1e-3)
 
 
+def test_proposals_outside_of_the_image_are_dropped():
+    """Of three images of one batch: what the others hold does not count, nor does the padding."""
+    box = torch.tensor([[90.0, 30, 20, 10, 0.2], [90, 60, 20, 10, 1.2]])
+    given = [enclosing(box)] * 3
+    network = proposals_network().eval()
+    deltas = network.box_coder.encode(box, given[0]).repeat(3, 1, 1)
+    found = network.proposals_of(deltas, torch.ones(3, 2, 1), given, [(128, 128), (48, 128), (128, 64)], [2])
+    assert [len(each) for each in found] == [2, 1, 0]
+    assert torch.allclose(found[1], box[:1], atol=1e-3)
+
+
 def test_what_lies_outside():
     boxes = torch.tensor(
         [

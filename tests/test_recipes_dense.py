@@ -133,6 +133,23 @@ def test_monas_star_is_that_of_its_code():
     assert study.datasets[0].protocol == "val"
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "lr"),
+    [("dota", "h2rbox_v2", 5e-5), ("star-h2rbox", "h2rbox_v2", 1e-4), ("star-kld", "oriented_retinanet", 1e-4)],
+)
+def test_monas_other_oriented_studies(name, head, lr):
+    study = study_of(f"mona/{name}-published")
+    assert (study.task, study.backbones[0].options["head"]) == ("oriented", head)
+    assert {study.candidates(row)[0].values["lr"] for row in study.variants} == {lr}
+    assert {study.backbones[0].options["drop_path_rate"]} == {0.2}
+    assert (study.training.decay_at, study.training.clip_grad) == ((8, 11), 35)
+    assert bool(study.training.no_decay) == (name == "star-kld")
+    with torch.device("meta"):
+        options = study.backbones[0].options
+        dense_options = {"head": head, "head_options": options["head_options"]}
+        dl.create_backbone("swin_base_patch4_window7_224", num_classes=15, pretrained=False, **dense_options)
+
+
 @pytest.mark.parametrize("name", ["mona/dota", "mona/star"])
 def test_fair_studies_of_oriented_boxes(name):
     study = study_of(name)
