@@ -216,6 +216,24 @@ def test_no_stage_teaches_the_ones_before_it_through_its_boxes(box_loss):
     assert stages[0].box_predictor.bbox_pred.weight.grad.abs().sum() > 0
 
 
+def test_every_stage_learns():
+    """On two scenes the class losses of all stages fall. (Boxes cost more at first: more regions have an object.)"""
+    model = without_masks(box_loss="giou", box_loss_weight=10.0).train()
+    optimizer, (images, targets) = torch.optim.AdamW(model.parameters(), lr=3e-3), Rectangles(2).batch()
+    history = []
+    for step in range(20):
+        torch.manual_seed(step)
+        losses = model(images, targets)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        history.append({name: loss.item() for name, loss in losses.items()})
+    for name in ("loss_classifier_1", "loss_classifier_2", "loss_classifier_3"):
+        first, last = (sum(each[name] for each in part) for part in (history[:3], history[-3:]))
+        assert last < 0.7 * first, (name, first, last)
+
+
 def test_networks_without_proposals_and_without_objects():
     images, targets = Rectangles(2, empty=True).batch()
     for options in ({}, {"class_agnostic": False, "box_head": "4conv1fc"}):
