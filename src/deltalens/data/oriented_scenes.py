@@ -161,7 +161,8 @@ def _places(taken: np.ndarray, half: np.ndarray, random: np.random.Generator) ->
 def _placed(points: Points, frame: _Frame) -> np.ndarray:
     """Points of a shape in the picture's pixels, (k, 2)."""
     cos, sin = np.cos(frame.angle), np.sin(frame.angle)
-    return (np.array(points) * frame.half) @ np.array([[cos, sin], [-sin, cos]]) + frame.middle
+    turned = (np.array(points) * frame.half) @ np.array([[cos, sin], [-sin, cos]])
+    return np.asarray(turned + frame.middle)
 
 
 def _cover(polygons: list[np.ndarray], size: int) -> np.ndarray:

@@ -114,7 +114,7 @@ def tile_picture(large: Large, tiling: Tiling) -> tuple[int, int]:
     picture: Image.Image | None = None
     tiles = objects = 0
     for scale in tiling.scales:
-        sides = tuple(max(1, round(side * scale)) for side in (width, height))
+        sides = (max(1, round(width * scale)), max(1, round(height * scale)))
         resized: Image.Image | None = None
         for window in windows_of(sides[1], sides[0], tiling.size, tiling.gap):
             name = Tile(large.picture.stem, window.left, window.top, scale).name
