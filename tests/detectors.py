@@ -9,7 +9,7 @@ from models import tiny_swin
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from deltalens.backbones.dense import fcos, mask_rcnn, retinanet
+from deltalens.backbones.dense import cascade_rcnn, fcos, mask_rcnn, retinanet
 
 SMALL = {
     "retinanet": {"channels": 16, "anchor_scale": 2.0},
@@ -25,7 +25,14 @@ SMALL = {
         "mask_width": 8,
     },
 }
-BUILDERS = {"retinanet": retinanet.on_pyramid, "fcos": fcos.on_pyramid, "mask_rcnn": mask_rcnn.on_pyramid}
+SMALL["cascade"] = SMALL["mask_rcnn"]
+BUILDERS = {
+    "retinanet": retinanet.on_pyramid,
+    "fcos": fcos.on_pyramid,
+    "mask_rcnn": mask_rcnn.on_pyramid,
+    "cascade": cascade_rcnn.on_pyramid,
+}
+WITH_MASKS = ("mask_rcnn", "cascade")
 COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0))
 NAMES = ["red", "green", "blue"]
 

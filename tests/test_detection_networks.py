@@ -7,7 +7,7 @@ import warnings
 import pytest
 import timm
 import torch
-from detectors import NAMES, SMALL, Rectangles
+from detectors import NAMES, SMALL, WITH_MASKS, Rectangles
 from timm.models.vision_transformer import VisionTransformer
 
 import deltalens as dl
@@ -74,7 +74,7 @@ def test_networks_by_name(head, body):
     assert count.adapter == sum(trained[name].numel() for name in inside) > 0
     assert count.head == sum(p.numel() for name, p in trained.items() if name not in inside) > 0
     assert count.backbone == sum(p.numel() for name, p in backbone.named_parameters() if "delta" not in name.split("."))
-    task = (InstanceTask if head == "mask_rcnn" else DetectionTask)(model, NAMES)
+    task = (InstanceTask if head in WITH_MASKS else DetectionTask)(model, NAMES)
     task.train()((images, targets))["loss"].backward()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     assert all(trained[name].grad is not None for name in inside)

@@ -1,8 +1,8 @@
-"""RetinaNet, FCOS and Mask R-CNN on a pyramid: torchvision's functions, exact boxes, empty images, anchors, options."""
+"""Detectors on a pyramid: torchvision's functions, exact boxes, empty images, anchors, options."""
 
 import pytest
 import torch
-from detectors import BUILDERS, SMALL, Rectangles, TwoLevels, small_detector, target_of
+from detectors import BUILDERS, SMALL, WITH_MASKS, Rectangles, TwoLevels, small_detector, target_of
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
@@ -16,6 +16,8 @@ LOSSES = {
     "retinanet": {"classification", "bbox_regression"},
     "fcos": {"classification", "bbox_regression", "bbox_ctrness"},
     "mask_rcnn": {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"},
+    "cascade": {"loss_objectness", "loss_rpn_box_reg"}
+    | {f"loss_{name}_{stage}" for name in ("classifier", "box_reg", "mask") for stage in (1, 2, 3)},
 }
 
 
@@ -41,7 +43,7 @@ def test_both_modes(head):
         assert (boxes[:, 2] <= width).all()
         assert (boxes[:, 3] <= height).all()
         assert set(each["labels"].tolist()) <= {0, 1, 2}
-        if head == "mask_rcnn":
+        if head in WITH_MASKS:
             assert each["masks"].shape == (len(boxes), 1, height, width)
     assert model.num_classes == 3
     assert model.get_submodule(model.adapted) is model.backbone.pyramid.backbone
@@ -105,15 +107,15 @@ def test_every_label_can_be_learnt(head):
         model.zero_grad()
         torch.manual_seed(1)
         sum(model.train()(images, [target_of([[10, 10, 40, 40]], [label])]).values()).backward()
-        layer = (
-            model.roi_heads.box_predictor.cls_score
-            if head == "mask_rcnn"
-            else model.head.classification_head.cls_logits
-        )
-        rows = layer.bias.grad.reshape(-1, 4 if head == "mask_rcnn" else 3).sum(0)
-        gradients.append(rows[1:] if head == "mask_rcnn" else rows)
-    assert gradients[0].argmin() == 0
-    assert gradients[1].argmin() == 2
+        if head in WITH_MASKS:
+            layer = (model.roi_heads.stages[0] if head == "cascade" else model.roi_heads).box_predictor.cls_score
+        else:
+            layer = model.head.classification_head.cls_logits
+        rows = layer.bias.grad.reshape(-1, 4 if head in WITH_MASKS else 3).sum(0)
+        gradients.append(rows[1:] if head in WITH_MASKS else rows)
+    difference = gradients[0] - gradients[1]
+    assert difference.argmin() == 0
+    assert difference.argmax() == 2
 
 
 # ------------------------------------------------------------------ batches
@@ -145,7 +147,7 @@ def test_min_size_scales_images_and_gives_boxes_of_the_image_as_it_came():
 def test_padding_to_a_neighbour_moves_no_anchor(head):
     """An image alone and beside a larger one: anchors of its first two cells are the same."""
     model = small_detector(head).eval()
-    generator = model.rpn.anchor_generator if head == "mask_rcnn" else model.anchor_generator
+    generator = model.rpn.anchor_generator if head in WITH_MASKS else model.anchor_generator
     boxes = []
     for size in ((48, 48), (96, 160)):
         batch = torch.zeros(1, 3, *size)
@@ -235,7 +237,7 @@ def test_under_bf16_boxes_and_losses_are_float32(head):
     model = small_detector(head, score_threshold=0.0)
     images, targets = Rectangles(2).batch()
     seen = []
-    coder = model.roi_heads.box_coder if head == "mask_rcnn" else model.box_coder
+    coder = model.roi_heads.box_coder if head in WITH_MASKS else model.box_coder
     decode = coder.decode_single if head != "fcos" else coder.decode
     name = "decode_single" if head != "fcos" else "decode"
     setattr(coder, name, lambda codes, boxes: (seen.append((codes.dtype, boxes.dtype)), decode(codes, boxes))[1])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detectors import NAMES, Rectangles, small_detector
+from detectors import NAMES, WITH_MASKS, Rectangles, small_detector
 
 from deltalens.backbones.dense.retinanet import _Head
 from deltalens.tasks import DetectionTask, InstanceTask
@@ -11,11 +11,11 @@ STEPS, RATE = 120, 3e-3
 
 
 @pytest.mark.parametrize(
-    "head", ["retinanet", *(pytest.param(head, marks=pytest.mark.slow) for head in ("fcos", "mask_rcnn"))]
+    "head", ["retinanet", *(pytest.param(head, marks=pytest.mark.slow) for head in ("fcos", *WITH_MASKS))]
 )
 def test_every_head_learns_rectangles(head):
     """Boxes, and masks, with their classes, of the scenes that it is trained on."""
-    task = (InstanceTask if head == "mask_rcnn" else DetectionTask)(small_detector(head), NAMES)
+    task = (InstanceTask if head in WITH_MASKS else DetectionTask)(small_detector(head), NAMES)
     optimizer, batch = torch.optim.AdamW(task.parameters(), lr=RATE, weight_decay=0.0), Rectangles(3).batch()
     task.train()
     for step in range(STEPS):
@@ -31,7 +31,7 @@ def test_every_head_learns_rectangles(head):
         task.update_metrics(metrics, task(batch), batch)
     values = metrics.compute()
     assert values["map50"] > 0.8
-    assert head != "mask_rcnn" or values["mask_map50"] > 0.8
+    assert head not in WITH_MASKS or values["mask_map50"] > 0.8
 
 
 def test_narrow_heads_of_retinanet_begin_with_signals_of_the_published_size():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import deltalens as dl
+from deltalens.backbones.dense.cascade_rcnn import CascadeOptions
 from deltalens.studies.recipe_files import recipe_files
 from deltalens.studies.study_reader import read_study
 
@@ -39,7 +40,7 @@ def counted(study, *labels):
     return found
 
 
-@pytest.mark.parametrize("name", ["mona/voc0712", "mona/ade20k", "vpt/ade20k"])
+@pytest.mark.parametrize("name", ["mona/voc0712", "mona/ade20k", "mona/coco", "vpt/ade20k"])
 def test_two_protocols_of_one_comparison(name):
     fair, paper = study_of(name), study_of(f"{name}-published")
     assert [row.to_dict() for row in fair.variants] == [row.to_dict() for row in paper.variants]
@@ -79,6 +80,27 @@ def test_monas_voc_is_that_of_its_code():
     assert study.datasets[0].protocol == "trainval"
 
 
+def test_monas_coco_is_that_of_its_code():
+    study = study_of("mona/coco-published")
+    assert study.backbones[0].model == "timm/swin_base_patch4_window7_224.ms_in22k"
+    options = study.backbones[0].options
+    assert (study.task, options["head"], options["drop_path_rate"]) == ("instance", "cascade", 0.3)
+    head = CascadeOptions(**options["head_options"])
+    assert (head.box_head, head.box_norm, head.box_loss, head.box_loss_weight) == ("4conv1fc", "batch", "giou", 10)
+    assert (head.iou_thresholds, head.stage_weights, head.class_agnostic) == ((0.5, 0.6, 0.7), (1, 0.5, 0.25), True)
+    assert {study.candidates(row)[0].values["lr"] for row in study.variants} == {1e-4}
+    training = study.training
+    assert (training.epochs, training.batch_size, training.weight_decay) == (36, 16, 0.05)
+    assert (training.decay, training.decay_at) == ("steps", (27, 33))
+    images = 117_266  # of train2017 that have objects
+    assert training.warmup_epochs * images / 16 == pytest.approx(500, rel=0.005)
+    assert training.dense["test_size"] == (800, 1333)
+    dense = training.augmentation.dense
+    assert (dense.short_sides, dense.long_side) == (tuple(range(480, 801, 32)), 1333)
+    assert (dense.random_crop, dense.crop_short_sides, dense.crop_range) == (True, (400, 500, 600), (384, 600))
+    assert study.datasets[0].protocol == "trainval"
+
+
 @pytest.mark.slow
 def test_rows_of_mona_have_the_papers_sizes():
     found = counted(study_of("mona/ade20k"), *SWIN_L)
@@ -94,3 +116,26 @@ def test_rows_of_vpt_have_the_papers_sizes():
     printed = {"Head only": 13.18, "VPT-deep": 13.43, "VPT-deep + Bias": 15.79, "Bias": 13.46}
     for label, count in found.items():
         assert (count.adapter + count.head) / 1e6 == pytest.approx(printed[label], abs=0.1), label
+
+
+def test_monas_star_is_that_of_its_code():
+    study = study_of("mona/star-published")
+    assert (study.task, study.backbones[0].options["head"]) == ("oriented", "oriented_rcnn")
+    assert {study.candidates(row)[0].values["lr"] for row in study.variants} == {1e-4}
+    for row in study.variants:
+        options = {**study.backbones[0].options, **row.backbone}
+        assert options["drop_path_rate"] == (0.3 if row.label == "Full" else 0.2)
+    training = study.training
+    assert (training.epochs, training.batch_size, training.weight_decay, training.clip_grad) == (12, 2, 0.05, 35)
+    assert (training.decay, training.decay_at) == ("steps", (8, 11))
+    assert training.augmentation.dense.flips == (0.25, 0.25, 0.25)
+    assert training.dense["test_size"] == (1024, 1024)
+    assert study.datasets[0].protocol == "val"
+
+
+@pytest.mark.parametrize("name", ["mona/dota", "mona/star"])
+def test_fair_studies_of_oriented_boxes(name):
+    study = study_of(name)
+    assert (study.task, study.protocol, study.training.epochs) == ("oriented", "fair", 12)
+    assert study.backbones[0].model == "timm/swin_base_patch4_window7_224.ms_in22k"
+    assert len(study.variants) == 11

@@ -30,8 +30,9 @@ def oriented_splits(
     """Splits for "oriented".
 
     Corners stay where they were annotated, also outside the picture. Objects that lie outside it as a whole, or have no
-    area, are dropped; `origin` counts them. Where parts are drawn by seed, all tiles of one picture come into one part. Raises
-    ValueError for unreadable pictures, annotations for a picture of another size, more than 20 % of objects that would be dropped, and training pictures without any object.
+    area, are dropped; `origin` counts them. Where parts are drawn by seed, all tiles of one picture come into one part.
+    Raises ValueError for unreadable pictures, annotations for a picture of another size, more than 20 % of objects that
+    would be dropped, and training pictures without any object.
     """
     findings = Findings()
     parts = {

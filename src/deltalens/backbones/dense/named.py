@@ -22,6 +22,7 @@ HEADS = {
     "cascade_rcnn": "deltalens.backbones.dense.cascade_rcnn:build_boxes",
     "mask_rcnn": "deltalens.backbones.dense.mask_rcnn:build",
     "cascade": "deltalens.backbones.dense.cascade_rcnn:build",
+    "oriented_rcnn": "deltalens.backbones.dense.oriented_rcnn:build",
     "oriented_retinanet": "deltalens.backbones.dense.oriented_retinanet:build",
 }
 """Head -> a function (body, num_classes, **options) -> the network, which says where its backbone is (`adapted`)."""
@@ -36,7 +37,8 @@ def create(
     checkpoint: str | None,
     options: Mapping[str, Any],
 ) -> tuple[nn.Module, str]:
-    """(network, its backbone's full name) of a timm model's name and a head's.
+    """(network, its backbone's full name) of a timm model's name and a head's. checkpoint: the backbone's weights, or
+    those of a whole Cascade (Mask) R-CNN of mmdetection (`mmdetection.load`).
 
     Raises ValueError for an unknown head, options that the head does not have, or no number of classes; TypeError for a
     backbone that gives no maps, or not those that the head needs; ImportError where the head's library is missing.
@@ -49,8 +51,16 @@ def create(
         )
     if "features_only" in options or "out_indices" in options:
         raise ValueError("features_only and out_indices are chosen by the head: leave them out")
-    body, full_name = bodies.build(name, pretrained, checkpoint, options)
+    whole = None
+    if checkpoint is not None:
+        from deltalens.backbones.dense import mmdetection
+
+        whole = mmdetection.whole_network(checkpoint)
+    of_backbone = (pretrained, checkpoint) if whole is None else (False, None)
+    body, full_name = bodies.build(name, *of_backbone, options)
     network = build(body, num_classes, **head_options)
+    if whole is not None:
+        mmdetection.load(network, whole, str(checkpoint))
     record(network, {**preprocessing_of(body.module), "input_size": [3, *body.image_size]})
     return network, full_name
 
