@@ -25,8 +25,8 @@ EXPECTED = """expected one folder per class, either split already:
 or not split yet:
     {root}/<class>/*.jpg
 (for other layouts see --format: csv, multilabel, hf, vtab1k/<task>, fgvc/<set>, coop/<dataset>, voc2007,
-torchvision/<Name>; for masks and boxes masks, ade20k, cityscapes, voc-masks, voc, coco, yolo; for point clouds
-points-folder, scanobjectnn/<variant>, modelnet40)"""
+torchvision/<Name>; for masks and boxes masks, ade20k, cityscapes, voc-masks, voc, coco, yolo, dota, rolabelimg; for point
+clouds points-folder, scanobjectnn/<variant>, modelnet40)"""
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
