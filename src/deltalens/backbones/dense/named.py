@@ -24,6 +24,7 @@ HEADS = {
     "cascade": "deltalens.backbones.dense.cascade_rcnn:build",
     "oriented_rcnn": "deltalens.backbones.dense.oriented_rcnn:build",
     "oriented_retinanet": "deltalens.backbones.dense.oriented_retinanet:build",
+    "h2rbox_v2": "deltalens.backbones.dense.h2rbox_v2:build",
 }
 """Head -> a function (body, num_classes, **options) -> the network, which says where its backbone is (`adapted`)."""
 
