@@ -51,13 +51,13 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {  # where a task has others
         "train_images": 150,
     },
 }
-for _task, _epochs in (("segmentation", 6), ("detection", 6), ("oriented", 6)):
+for _task, _epochs, _scenes in (("segmentation", 6, 100), ("detection", 6, 100), ("oriented", 5, 200)):
     DEFAULTS_OF[_task] = {
         "model": "deltalens/swin-mini",
         "img_size": 64,
         "methods": ["linear", "lora", "adaptformer", "mona", "full"],
         "epochs": _epochs,
-        "train_images": 100,
+        "train_images": _scenes,
     }
 
 
