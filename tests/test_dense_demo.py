@@ -1,4 +1,4 @@
-"""`deltalens demo` of segmentation, detection and oriented boxes on a tiny budget: what a run leaves, what its report says."""
+"""`deltalens demo` of segmentation, detection and oriented boxes on a tiny budget: what a run leaves and says."""
 
 import json
 
