@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adapters import Adapters
 from .clouds import write_clouds
+from .ships import write_ships
 from .study import Table
 
 TABLES = {
@@ -56,6 +57,8 @@ TABLES = {
         Table("dense-segmentation", {"camvid": "camvid"}, "12 min", {}),
         Table("dense-detection", {"bccd": "det/bccd", "raccoon": "det/raccoon"}, "30 min", {}),
         Table("dense-instances", {"nuclei": "inst/nuclei", "coco128": "inst/coco128"}, "1 h", {}),
+        Table("cascade", {"nuclei": "inst/nuclei", "coco128": "inst/coco128"}, "50 min", {}),
+        Table("oriented", {"ships": "obb/dota_tiles"}, "30 min", {}, prepare=write_ships),
         Adapters(),
     )
 }
