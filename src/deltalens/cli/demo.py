@@ -177,8 +177,9 @@ def _dense(args: Namespace, console: Console) -> Table:
     size = args.img_size or 64
     amounts = (args.epochs, args.train_images, args.seed, args.tune)
     settings = DenseSettings(args.model, tuple(args.methods), *amounts, task=args.task, size=size)
+    what = "oriented boxes" if args.task == "oriented" else args.task
     console.print(
-        f"{args.model} learns {args.task} of generated scenes: {args.train_images} scenes, {args.epochs} epochs\n",
+        f"{args.model} learns {what} of generated scenes: {args.train_images} scenes, {args.epochs} epochs\n",
         highlight=False,
     )
 
