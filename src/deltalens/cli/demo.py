@@ -51,10 +51,12 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {  # where a task has others
         "train_images": 150,
     },
 }
-for _task, _epochs, _scenes in (("segmentation", 6, 100), ("detection", 6, 100), ("oriented", 5, 200)):
+for _task, _epochs, _scenes, _size in (
+    ("segmentation", 6, 100, 64), ("detection", 6, 100, 64), ("oriented", 4, 200, 96),
+):  # fmt: skip
     DEFAULTS_OF[_task] = {
         "model": "deltalens/swin-mini",
-        "img_size": 64,
+        "img_size": _size,
         "methods": ["linear", "lora", "adaptformer", "mona", "full"],
         "epochs": _epochs,
         "train_images": _scenes,
@@ -175,8 +177,9 @@ def _dense(args: Namespace, console: Console) -> Table:
     size = args.img_size or 64
     amounts = (args.epochs, args.train_images, args.seed, args.tune)
     settings = DenseSettings(args.model, tuple(args.methods), *amounts, task=args.task, size=size)
+    what = "oriented boxes" if args.task == "oriented" else args.task
     console.print(
-        f"{args.model} learns {args.task} of generated scenes: {args.train_images} scenes, {args.epochs} epochs\n",
+        f"{args.model} learns {what} of generated scenes: {args.train_images} scenes, {args.epochs} epochs\n",
         highlight=False,
     )
 
