@@ -6,7 +6,6 @@ from .adapters import Adapters
 from .clouds import write_clouds
 from .ships import write_ships
 from .study import Table
-from .things import write_things
 
 TABLES = {
     table.name: table
@@ -59,7 +58,6 @@ TABLES = {
         Table("dense-detection", {"bccd": "det/bccd", "raccoon": "det/raccoon"}, "30 min", {}),
         Table("dense-instances", {"nuclei": "inst/nuclei", "coco128": "inst/coco128"}, "1 h", {}),
         Table("cascade", {"nuclei": "inst/nuclei", "coco128": "inst/coco128"}, "50 min", {}),
-        Table("cascade-things", {"things": "inst/coco128"}, "25 min", {}, prepare=write_things),
         Table("oriented", {"ships": "obb/dota_tiles"}, "30 min", {}, prepare=write_ships),
         Adapters(),
     )
