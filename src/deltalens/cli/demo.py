@@ -52,7 +52,7 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {  # where a task has others
     },
 }
 for _task, _epochs, _scenes, _size in (
-    ("segmentation", 6, 100, 64), ("detection", 6, 100, 64), ("oriented", 4, 200, 96),
+    ("segmentation", 6, 100, 64), ("detection", 6, 100, 64), ("oriented", 4, 200, 80),
 ):  # fmt: skip
     DEFAULTS_OF[_task] = {
         "model": "deltalens/swin-mini",
