@@ -189,6 +189,18 @@ def test_large_pictures_are_looked_at_by_tiles(capsys):
         assert names[i] != names[j]
 
 
+def test_pictures_beyond_pillows_limit_are_read_by_tiles(capsys, monkeypatch):
+    """DOTA has pictures of 800 million pixels; Pillow reads no more than twice its limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    words = [*PREDICT[:2], "dota/test/images/test0.png", "--threshold", "0"]
+    assert "exceeds limit" in said(capsys, words, code=1)
+    assert "test0.png  " in said(capsys, [*words, "--tile", "64", "--gap", "9"])
+    assert "images               2 (test)" in said(
+        capsys, ["evaluate", "run", "--data", "dota", "--tile", "64", "--gap", "9"]
+    )
+    assert Image.MAX_IMAGE_PIXELS == 2000
+
+
 def test_boxes_are_drawn_as_they_lie():
     """A bar of 60 x 20 at 30 degrees: its four edges are drawn, the corners of the upright box are not."""
     box = (50.0, 50.0, 60.0, 20.0, math.pi / 6)

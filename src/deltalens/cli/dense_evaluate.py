@@ -15,6 +15,13 @@ BATCH = 4
 
 def run_dense(args: Namespace, name: str) -> None:
     """Evaluate, print, and write the results and the report that are asked for. name: of the task."""
+    from deltalens.cli.dense_models import reading
+
+    with reading(args):
+        _run(args, name)
+
+
+def _run(args: Namespace, name: str) -> None:
     import json
 
     import deltalens as dl

@@ -61,9 +61,8 @@ def print_classes(measured: Any) -> None:
 
 
 def _setting(options: dict[str, Any]) -> str:
-    how = (
-        f"{options['head']} for {options['task']}, batches of {options['batch_size']}, learning rate {options['lr']:g}"
-    )
+    task = {"instance": "instances", "oriented": "oriented boxes"}.get(options["task"], options["task"])
+    how = f"{options['head']} for {task}, batches of {options['batch_size']}, learning rate {options['lr']:g}"
     return f"{how}, crops of {options['crop_size']} px" if options.get("crop_size") else how
 
 

@@ -90,7 +90,7 @@ def run(args: Namespace) -> None:
         run_dense(args, dense)
         return
     refuse(args, "classification", NOT_CLASSES)
-    if args.format in ("coco", "masks", "pictures"):
+    if args.format in ("coco", "dota", "masks", "pictures"):
         raise ValueError(f"--format {args.format} is of objects and masks: a classifier has table, csv and json")
     args.batch_size = args.batch_size or 64
     if args.topk < 1:
