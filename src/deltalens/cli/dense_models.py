@@ -84,6 +84,8 @@ def tiles_of(args: Namespace, task: str) -> Tiles | None:
         if args.gap is not None:
             raise ValueError("--gap is what tiles share: say --tile, too")
         return None
+    if args.gap is None and 0 < args.tile <= GAP:
+        raise ValueError(f"tiles share {GAP} pixels by default, and need a gap below their size: say --gap, too")
     return Tiles(args.tile, GAP if args.gap is None else args.gap)
 
 

@@ -78,6 +78,8 @@ def tile_folder(
     found = folders(existing(root, expected), version)
     if not found:
         raise ValueError(f"{root} has no folders of images; {expected}")
+    if version and all(labels is None for _, labels in found.values()):
+        raise ValueError(f"{root} has no labels of the version {version}, in no part; {expected}")
     names = _class_names(root, found)
     _prepare(output, root, tiling)
     works = [
@@ -170,6 +172,8 @@ def _class_names(root: Path, found: dict[str, tuple[Path, Path | None]]) -> list
 
 def _prepare(output: Path, root: Path, tiling: Tiling) -> None:
     """An empty folder, or one that the same call has begun. ValueError for another."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: tiles need a folder")
     said = {"data": str(root.resolve()), **asdict(tiling)}
     said["scales"] = list(tiling.scales)
     if output.exists() and any(output.iterdir()):
