@@ -114,7 +114,10 @@ CHECKS = {
     "README.md": lambda names: names["model"].num_classes == 102,
     "docs/quickstart.md": lambda names: names["probabilities"].shape == (2,) and "test" in names["results"],
     "docs/clip.md": lambda names: names["model"].num_classes == 3 and names["loss"].grad_fn is not None,
-    "docs/dense.md": lambda names: names["found"]["out"].shape == names["found"]["aux"].shape == (2, 3, 101, 67),
+    "docs/dense.md": lambda names: (
+        names["found"]["out"].shape == names["found"]["aux"].shape == (2, 3, 101, 67)
+        and names["boxes"]["boxes"].shape[1] == 5
+    ),
     "docs/models.md": lambda names: names["logits"].shape == (4, 10),
     "docs/own_loop.md": lambda names: [f.shape[1] for f in names["features"]] == [16, 8, 4, 2],
     "docs/adding_a_backbone.md": lambda names: dl.count_parameters(names["model"]).adapter > 0,

@@ -159,11 +159,16 @@ def test_other_classes_and_no_masks(tmp_path):
     [
         ({}, {"box_head": "2fc"}, "of another network.*box_head='4conv1fc'"),
         ({"mask": False}, {}, "mask_head.* is absent there and"),
+        ({}, {"num_classes": 5, "class_agnostic": False}, r"bbox_pred.weight is \(4, 24\) there and \(24, 24\) here"),
+        ({"without": "rpn_head.rpn_reg"}, {"num_classes": 5}, "rpn.head.bbox_pred.weight is absent there and"),
+        ({"without": "roi_head.bbox_head.1.fc_reg"}, {"num_classes": 5}, "stages.1.*bbox_pred.weight is absent there"),
         ({}, {"norms": None}, r"pyramid.norms.0.weight is \(16,\) there and absent here"),
     ],
 )
 def test_files_of_other_networks(weights, options, message, tmp_path):
-    path = saved(narrow_file(**weights), tmp_path / "a.pth")
+    left_out = weights.get("without", "nothing")
+    file = narrow_file(**{name: value for name, value in weights.items() if name != "without"})
+    path = saved({name: t for name, t in file.items() if not name.startswith(left_out)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
         narrow_network(path, **options)
 

@@ -86,6 +86,12 @@ def test_points_on_a_line_and_equal_points():
     assert points.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("side", [1e-20, 1e-30, 1e-44])
+def test_points_whose_distances_leave_float32(side):
+    points = side * torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    assert boxes_of(points).abs().max() < 1e-15
+
+
 def test_rectangles_of_points_are_differentiable():
     """Of points whose smallest rectangle is one; a triangle has three of one area, and which is taken jumps."""
     loose = torch.tensor(

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,7 @@ def test_what_a_run_leaves_behind():
     page = Path("run", "report.html").read_text()
     assert page.count("data:image/jpeg") == 4  # the truth of two pictures, and what was found
     assert "AP, IoU .5 to .95" in page
+    assert "bitfit on tiny: oriented boxes" in page
     assert dl.adapter_info(dl.from_pretrained("run"))["task"] == "oriented"
 
 
@@ -126,6 +128,9 @@ def test_all_formats_say_the_same(capsys):
         assert again[:4].tolist() == pytest.approx([box[name] for name in ("cx", "cy", "w", "h")], abs=1e-3)
         assert abs(math.sin(float(again[4]) - math.radians(box["angle_degrees"]))) < 1e-3 or box["w"] - box["h"] < 1e-2
         assert one["box"] == pytest.approx([*corners.min(0), *corners.max(0)], abs=1e-3)
+    for ending in ("csv", "json"):  # which says the format
+        said(capsys, [*PREDICT, "--output", f"found.{ending}"])
+        assert Path(f"found.{ending}").read_text() == said(capsys, [*PREDICT, "--format", ending])
     table = said(capsys, PREDICT).splitlines()
     assert [line.split() for line in table if "degrees" in line] == [
         ["class", "score", "cx", "cy", "w", "h", "degrees"]
@@ -189,6 +194,18 @@ def test_large_pictures_are_looked_at_by_tiles(capsys):
         assert names[i] != names[j]
 
 
+def test_pictures_beyond_pillows_limit_are_read_by_tiles(capsys, monkeypatch):
+    """DOTA has pictures of 800 million pixels; Pillow reads no more than twice its limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    words = [*PREDICT[:2], "dota/test/images/test0.png", "--threshold", "0"]
+    assert "exceeds limit" in said(capsys, words, code=1)
+    assert "test0.png  " in said(capsys, [*words, "--tile", "64", "--gap", "9"])
+    assert "images               2 (test)" in said(
+        capsys, ["evaluate", "run", "--data", "dota", "--tile", "64", "--gap", "9"]
+    )
+    assert Image.MAX_IMAGE_PIXELS == 2000
+
+
 def test_boxes_are_drawn_as_they_lie():
     """A bar of 60 x 20 at 30 degrees: its four edges are drawn, the corners of the upright box are not."""
     box = (50.0, 50.0, 60.0, 20.0, math.pi / 6)
@@ -240,5 +257,18 @@ def test_wrong_words_of_predict_and_evaluate(capsys):
     assert "oriented is written by --format dota" in said(capsys, [*PREDICT, "--format", "coco"], code=1)
     assert "a file for each class: give a folder" in said(capsys, [*PREDICT, "--format", "dota"], code=1)
     assert "--gap is what tiles share" in said(capsys, [*PREDICT, "--gap", "8"], code=1)
-    assert "a gap below the size" in said(capsys, [*PREDICT, "--tile", "64"], code=1)
+    assert "share 200 pixels by default" in said(capsys, [*PREDICT, "--tile", "64"], code=1)
+    assert "a gap below the size" in said(capsys, [*PREDICT, "--tile", "64", "--gap", "64"], code=1)
+    assert "a size from 1 pixel" in said(capsys, [*PREDICT, "--tile", "0"], code=1)
+
+
+def test_difficult_objects_alone_are_nothing_to_train_on(capsys, tmp_path):
+    shutil.copytree("dota", tmp_path / "hard")
+    for file in (tmp_path / "hard").glob("train/labelTxt/*.txt"):
+        lines = [line if ":" in line else f"{line[:-1]}1" for line in file.read_text().splitlines()]
+        file.write_text("\n".join(lines))
+    words = [*TRAIN, "--data", str(tmp_path / "hard"), "--output", str(tmp_path / "run")]
+    assert "objects of the training pictures are marked as difficult" in said(capsys, words, code=1)
+    assert not (tmp_path / "run").exists()
+    said(capsys, [*words, "--difficult", "true", "--report", "false"])
     assert "--window is for segmentation" in said(capsys, [*PREDICT, "--window", "8"], code=1)

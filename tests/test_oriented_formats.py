@@ -114,6 +114,12 @@ def test_lines_that_are_no_box(tmp_path, line):
         read_lines(file)
 
 
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "P1.txt").write_bytes(f"{SQUARE} fähre 0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"P1.txt is no text in UTF-8 .*: save it as UTF-8"):
+        read_lines(tmp_path / "P1.txt")
+
+
 def test_objects_without_area_and_outside_are_dropped_and_counted(tmp_path):
     crossed = "1 2 9 8 9 2 1 8"
     bad = ["3 3 9 3 9 3 3 3 ship 0", "30 30 40 30 40 40 30 40 ship 0"]

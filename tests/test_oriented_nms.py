@@ -57,6 +57,13 @@ def test_no_boxes_and_one():
     assert len(oriented_nms(torch.zeros(3, 5), torch.zeros(3), 0.5)) == 3  # boxes without area suppress nothing
 
 
+def test_what_is_not_finite_suppresses_nothing():
+    box = torch.tensor([10.0, 10.0, 8.0, 4.0, 0.3])
+    boxes = box.repeat(5, 1)
+    boxes[1, 0], boxes[2, 2] = torch.nan, torch.inf
+    assert oriented_nms(boxes, torch.tensor([0.5, 0.9, 0.8, 0.7, 0.6]), 0.5).tolist() == [1, 2, 3]
+
+
 def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="threshold"):
         oriented_nms(torch.zeros(1, 5), torch.zeros(1), 1.5)

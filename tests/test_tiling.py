@@ -210,3 +210,15 @@ def test_tiles_of_one_picture_are_in_one_part(tmp_path):
 def test_areas_of_objects_out_of_the_picture():
     objects = OrientedObjects.of(corners_of(torch.tensor([[0.0, 0, 20, 10, math.pi / 4]])).numpy(), [0])
     assert objects.areas.tolist() == pytest.approx([200], rel=1e-4)
+
+
+def test_a_version_of_labels_that_no_part_has(data, tmp_path, capsys):
+    assert main(["tile", str(data), "--output", str(tmp_path / "tiles"), "--labels", "v1.5"]) == 1
+    assert "no labels of the version v1.5, in no part" in capsys.readouterr().err
+    assert not (tmp_path / "tiles").exists()
+
+
+def test_tiles_need_a_folder(data, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("mine")
+    assert main(["tile", str(data), "--output", str(tmp_path / "a.txt")]) == 1
+    assert "a.txt is a file: tiles need a folder" in capsys.readouterr().err

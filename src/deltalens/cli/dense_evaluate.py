@@ -15,6 +15,13 @@ BATCH = 4
 
 def run_dense(args: Namespace, name: str) -> None:
     """Evaluate, print, and write the results and the report that are asked for. name: of the task."""
+    from deltalens.cli.dense_models import reading
+
+    with reading(args):
+        _run(args, name)
+
+
+def _run(args: Namespace, name: str) -> None:
     import json
 
     import deltalens as dl
@@ -59,6 +66,7 @@ def _report(args: Namespace, name: str, task: Any, files: Any, measured: Any, de
     from deltalens.cli.trained import label_of
     from deltalens.studies.dense_measure import examples_of
     from deltalens.studies.dense_report import DenseReport, write_dense_report
+    from deltalens.studies.dense_words import task_words
 
     conditions = {
         "Adapter": label_of(task.model, args.adapter),
@@ -67,6 +75,7 @@ def _report(args: Namespace, name: str, task: Any, files: Any, measured: Any, de
         + (f" --tile {tiles.size} --gap {tiles.gap}" if tiles else ""),
     }
     examples = examples_of(task, files, device=device, threshold=args.threshold, tiles=tiles)
-    page = DenseReport(f"{label_of(task.model, args.adapter)}: {name}", args.split, measured, examples, conditions)
+    title = f"{label_of(task.model, args.adapter)}: {task_words(name)}"
+    page = DenseReport(title, args.split, measured, examples, conditions)
     write_dense_report(page, args.report)
     print(f"the report is {args.report}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from deltalens.cli.dense_options import TASKS
@@ -83,7 +84,16 @@ def tiles_of(args: Namespace, task: str) -> Tiles | None:
         if args.gap is not None:
             raise ValueError("--gap is what tiles share: say --tile, too")
         return None
+    if args.gap is None and 0 < args.tile <= GAP:
+        raise ValueError(f"tiles share {GAP} pixels by default, and need a gap below their size: say --gap, too")
     return Tiles(args.tile, GAP if args.gap is None else args.gap)
+
+
+def reading(args: Namespace) -> contextlib.AbstractContextManager[None]:
+    """Around the reading of pictures, which are of any size where they are looked at tile by tile."""
+    from deltalens.data.dense_checks import any_size
+
+    return contextlib.nullcontext() if args.tile is None else any_size()
 
 
 def refuse(args: Namespace, task: str, plain: dict[str, Any]) -> None:

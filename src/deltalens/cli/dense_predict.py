@@ -22,6 +22,13 @@ OF_FOLDERS = {"masks": "a file for each image", "pictures": "a file for each ima
 
 def run_dense(args: Namespace, name: str) -> None:
     """Predict and print, write or draw. name: of the task."""
+    from deltalens.cli.dense_models import reading
+
+    with reading(args):
+        _run(args, name)
+
+
+def _run(args: Namespace, name: str) -> None:
     from deltalens.cli.dense_models import load_dense, refuse, tiles_of
     from deltalens.cli.oriented_files import write_dota
     from deltalens.cli.predict import find_images

@@ -61,8 +61,11 @@ def print_classes(measured: Any) -> None:
 
 
 def _setting(options: dict[str, Any]) -> str:
+    from deltalens.studies.dense_words import task_words
+
     how = (
-        f"{options['head']} for {options['task']}, batches of {options['batch_size']}, learning rate {options['lr']:g}"
+        f"{options['head']} for {task_words(options['task'])}, batches of {options['batch_size']}, "
+        f"learning rate {options['lr']:g}"
     )
     return f"{how}, crops of {options['crop_size']} px" if options.get("crop_size") else how
 
@@ -92,6 +95,7 @@ def _report(
 ) -> None:
     from deltalens.studies.dense_measure import examples_of
     from deltalens.studies.dense_report import DenseReport, write_dense_report
+    from deltalens.studies.dense_words import task_words
     from deltalens.training.output import REPORT
 
     count = results["parameters"]
@@ -107,7 +111,7 @@ def _report(
         "Command": f"deltalens train --config {output.config} --output ANOTHER",
     }
     file = output.folder / REPORT
-    title = f"{methods} on {options['model'].rpartition('/')[2]}: {data.task}"
+    title = f"{methods} on {options['model'].rpartition('/')[2]}: {task_words(str(data.task))}"
     page = DenseReport(title, part, measured, examples_of(task, getattr(data, part)), conditions, results["history"])
     write_dense_report(page, file)
     print(f"the report is {file}")

@@ -37,6 +37,7 @@ def build_dense_task(options: dict[str, Any], methods: list[Any], data: Splits) 
 
     if data.task != options["task"]:
         raise ValueError(f"{options['data']} is data for {data.task}, not for {options['task']}")
+    _refuse_difficult_alone(options, data)
     torch.manual_seed(options["seed"])
     network = create_network(options, len(data.class_names))
     dl.attach(network, methods)
@@ -55,6 +56,16 @@ def build_dense_task(options: dict[str, Any], methods: list[Any], data: Splits) 
         set_inputs(part, info["preprocessing"])
     further = {name: options[name] for name in ("auxiliary_weight",) if name in options}
     return make_task(network, data.class_names, options["task"], info, **further)
+
+
+def _refuse_difficult_alone(options: dict[str, Any], data: Splits) -> None:
+    """ValueError where nothing is left to train on, since every object is marked as difficult."""
+    marks = [mark for each in getattr(data.train, "objects", ()) for mark in each.difficult.tolist()]
+    if marks and all(marks) and not options["difficult"]:
+        raise ValueError(
+            f"all {len(marks):,} objects of the training pictures are marked as difficult, and those are not trained "
+            "on: --difficult true trains on them"
+        )
 
 
 def create_network(options: dict[str, Any], num_classes: int) -> nn.Module:

@@ -56,7 +56,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--format",
         type=Literal["table", "csv", "json", "coco", "dota", "masks", "pictures"],
         default="table",
-        help="of the result; coco, dota, masks and pictures are of objects and masks",
+        help="of the result, or by the ending of --output, .csv or .json; coco, dota, masks and pictures are of "
+        "objects and masks",
     )
     add(
         "--output",
@@ -83,6 +84,9 @@ def run(args: Namespace) -> None:
 
     from deltalens.studies.figure import KINDS
 
+    ending = "" if args.output is None else Path(args.output).suffix.lower()[1:]
+    if args.format == "table" and ending in ("csv", "json"):
+        args.format = ending
     dense = dense_task_of_adapter(args.adapter)
     if dense is not None:
         from deltalens.cli.dense_predict import run_dense
@@ -90,7 +94,7 @@ def run(args: Namespace) -> None:
         run_dense(args, dense)
         return
     refuse(args, "classification", NOT_CLASSES)
-    if args.format in ("coco", "masks", "pictures"):
+    if args.format in ("coco", "dota", "masks", "pictures"):
         raise ValueError(f"--format {args.format} is of objects and masks: a classifier has table, csv and json")
     args.batch_size = args.batch_size or 64
     if args.topk < 1:

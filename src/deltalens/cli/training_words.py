@@ -22,7 +22,8 @@ def print_start(task, data, options: dict[str, Any]) -> None:
         f"{names} on {options['model']}: {count.adapter:,} parameters, {count.percent:.2f} % of the backbone's "
         f"{count.backbone:,}, and {count.head:,} in the head"
     )
-    print(f"{len(data.class_names)} classes, {len(data.train)} training, {val}, {test} {inputs}")
+    classes = f"{len(data.class_names)} class{'' if len(data.class_names) == 1 else 'es'}"
+    print(f"{classes}, {len(data.train)} training, {val}, {test} {inputs}")
     if trains_nothing(task):
         print("nothing is trained: the adapter is made of the training images, without epochs")
 

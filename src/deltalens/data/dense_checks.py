@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,17 @@ def look(path: Path, whole: bool = True) -> Looked:
         said = " ".join(str(error).replace(str(path), "").replace("''", "").split())
         return Looked(problem=said or type(error).__name__)
     return Looked((height, width), sideways)
+
+
+@contextlib.contextmanager
+def any_size() -> Iterator[None]:
+    """Pictures of any size, for those that are read by tiles: Pillow takes more than 179 million pixels for an attack,
+    and DOTA has pictures of 29,200 x 27,620."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def look_at_all(paths: Sequence[Path]) -> list[Looked]:

@@ -109,7 +109,11 @@ def read_lines(file: Path) -> Lines:
     corners: list[list[float]] = []
     names: list[str] = []
     difficult: list[int] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error.reason}): save it as UTF-8") from error
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or (not names and line.partition(":")[0].strip().lower() in HEADERS):
             continue

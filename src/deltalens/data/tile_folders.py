@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 
 from deltalens.data.assemble import existing
 from deltalens.data.class_lists import class_list
-from deltalens.data.dense_checks import look
+from deltalens.data.dense_checks import any_size, look
 from deltalens.data.dota_txt import EXPECTED, Lines, folders, label_pairs, read_lines
 from deltalens.data.image_folder import image_files, read_image
 from deltalens.data.tiling import Tile, Window, check_tiling, objects_in, windows_of
@@ -79,6 +78,8 @@ def tile_folder(
     found = folders(existing(root, expected), version)
     if not found:
         raise ValueError(f"{root} has no folders of images; {expected}")
+    if version and all(labels is None for _, labels in found.values()):
+        raise ValueError(f"{root} has no labels of the version {version}, in no part; {expected}")
     names = _class_names(root, found)
     _prepare(output, root, tiling)
     works = [
@@ -88,7 +89,7 @@ def tile_folder(
     ]
     _refuse_same_names(works)
     counts = {part: {"pictures": 0, "tiles": 0, "objects": 0} for part in found}
-    with _any_size(), ThreadPoolExecutor(workers) as pool:
+    with any_size(), ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(tile_picture, each, tiling) for each in works]
         try:
             for done, (job, each) in enumerate(zip(jobs, works, strict=True), 1):
@@ -171,6 +172,8 @@ def _class_names(root: Path, found: dict[str, tuple[Path, Path | None]]) -> list
 
 def _prepare(output: Path, root: Path, tiling: Tiling) -> None:
     """An empty folder, or one that the same call has begun. ValueError for another."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: tiles need a folder")
     said = {"data": str(root.resolve()), **asdict(tiling)}
     said["scales"] = list(tiling.scales)
     if output.exists() and any(output.iterdir()):
@@ -192,16 +195,6 @@ def _refuse_same_names(works: list[Large]) -> None:
         other = seen.setdefault((each.folder, each.picture.stem), each.picture)
         if other != each.picture:
             raise ValueError(f"{other} and {each.picture} have one name, and so would their tiles: rename one of them")
-
-
-@contextlib.contextmanager
-def _any_size() -> Iterator[None]:
-    """Pictures of any size: those of DOTA have up to 29,200 x 27,620 pixels, which Pillow takes for an attack."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def default_workers() -> int:

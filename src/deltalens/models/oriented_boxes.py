@@ -31,6 +31,7 @@ Convention = Literal["le90", "le135", "oc"]
 _LOWEST = {"le90": -math.pi / 2, "le135": -math.pi / 4}
 _SIGNS = ((-1, -1), (1, -1), (1, 1), (-1, 1))  # along u, along v; at angle 0 from the top left clockwise
 _PAIRS = tuple(zip(*((0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3)), strict=True))  # sides first, then diagonals
+_POINT = 1e-15  # nearer points are one: squares of smaller numbers leave float32
 assert {tuple(sorted(pair)) for pair in zip(*_PAIRS, strict=True)} == set(combinations(range(4), 2))
 
 
@@ -58,7 +59,7 @@ def boxes_of(corners: Tensor) -> Tensor:
     middle = corners.mean(-2)
     points = corners - middle[..., None, :]
     lines = points[..., list(_PAIRS[1]), :] - points[..., list(_PAIRS[0]), :]
-    real = (lines != 0).any(-1)
+    real = (lines.abs() > _POINT).any(-1)
     lines = torch.where(real[..., None], lines, lines.new_tensor([1.0, 0.0]))
     u = lines / torch.linalg.vector_norm(lines, dim=-1, keepdim=True)
     v = torch.stack([-u[..., 1], u[..., 0]], -1)

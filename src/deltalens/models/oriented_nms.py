@@ -24,7 +24,8 @@ _SLACK = 1e-4  # relative, of bounds computed in float32
 def oriented_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Indices of the kept ones of boxes (n, 5), the best first; of equal scores the one that came first is better.
 
-    Kept boxes have an IoU of at most `threshold` with each other, as in torchvision.ops.nms.
+    Kept boxes have an IoU of at most `threshold` with each other, as in torchvision.ops.nms. A box with a number that
+    is not finite overlaps none: it is kept, and suppresses nothing. A score that is NaN comes first.
     """
     return batched_oriented_nms(boxes, scores, None, threshold)
 

@@ -1,4 +1,6 @@
-"""What people call the metrics of dense tasks."""
+"""What people call dense tasks and their metrics."""
+
+OF_TASKS = {"instance": "instances", "oriented": "oriented boxes"}
 
 SAID = {
     "miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy", "map": "box AP (COCO)",
@@ -13,3 +15,8 @@ OF_ORIENTED = {"map": "AP, IoU .5 to .95", "map75": "AP75", "map50_voc07": "AP50
 def metric_words(metric: str, task: str = "") -> str:
     """What people call a metric of this task."""
     return (OF_ORIENTED if task == "oriented" else {}).get(metric) or SAID.get(metric) or metric.replace("_", " ")
+
+
+def task_words(task: str) -> str:
+    """What people call a dense task."""
+    return OF_TASKS.get(task, task)

@@ -89,7 +89,7 @@ def options_from(kind: type[Options], head: str, given: Mapping[str, Any] | Opti
     for name in given or {}:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            meant = f"; did you mean {near[0]}?" if near else ";"
+            meant = f"; did you mean {near[0]}?" if near else "."
             others = ", ".join([*known, *PYRAMID_OPTIONS])
             raise ValueError(f"the head {head} has no option {name!r}{meant} It has {others}")
     return kind(**{name: _as_tuple(value) for name, value in dict(given or {}).items()})

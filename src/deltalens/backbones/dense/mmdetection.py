@@ -82,7 +82,7 @@ RULES: tuple[tuple[str, str, Callable[[Tensor], Tensor] | None], ...] = (
 """(a pattern of its names, our name with the pattern's groups, what is done to the tensor). {next}: the stage behind
 the first group, since timm's Swin merges patches at the beginning of a stage. {fc}: by the box head's kind."""
 LEFT_OUT = r".+\.relative_position_index|data_preprocessor\..+"  # computed anew
-_OF_CLASSES = re.compile(r".+\.(?:cls_score|mask_fcn_logits|bbox_pred)\.\w+")
+_OF_CLASSES = re.compile(r"roi_heads\.stages\.\d+\..+\.(?:cls_score|mask_fcn_logits|bbox_pred)\.\w+")
 _OF_MASKS = re.compile(r"roi_heads\.stages\.\d+\.mask_.+")
 _FC = {"2fc": {"0": "fc6", "1": "fc7"}, "4conv1fc": {"0": "5"}}  # 4 convolutions, flattening, then the linear layer
 
@@ -145,10 +145,9 @@ def load(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None
     with_masks = any(_OF_MASKS.fullmatch(name) for name in own)
     found = {name: t for name, t in translated(weights).items() if with_masks or not _OF_MASKS.fullmatch(name)}
     classes = len(weights[WHOLE + "0.fc_cls.weight"]) - 1
-    if classes != network.num_classes:
-        found = {name: t for name, t in found.items() if not _differs(name, t, own)}
-    kept = {name for name in own if classes != network.num_classes and _OF_CLASSES.fullmatch(name)}
-    missing = [name for name in own if name not in found | dict.fromkeys(kept) and "num_batches" not in name]
+    fresh = {name for name, t in found.items() if classes != network.num_classes and _differs(name, t, own)}
+    found = {name: t for name, t in found.items() if name not in fresh}
+    missing = [name for name in own if name not in found and name not in fresh and "num_batches" not in name]
     misfits = [name for name in found if name not in own or own[name].shape != found[name].shape]
     if missing or misfits:
         name = (misfits or missing)[0]
@@ -162,5 +161,7 @@ def load(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None
 
 
 def _differs(name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> bool:
-    """Whether a layer of the classes has another number of them."""
-    return bool(_OF_CLASSES.fullmatch(name)) and name in own and own[name].shape != tensor.shape
+    """Whether a layer of the classes has another number of them. One box for all classes has no number of them."""
+    if not _OF_CLASSES.fullmatch(name) or name not in own or own[name].shape == tensor.shape:
+        return False
+    return ".bbox_pred." not in name or min(len(tensor), len(own[name])) > 4
