@@ -25,7 +25,7 @@ HEAD = {
     "channels": 16, "anchor_scale": 2.0, "strides": [8, 16], "detections_per_image": 5, "score_threshold": 0.0,
 }  # fmt: skip
 TRAIN = [
-    "train", "--model", "tiny", "--epochs", "1", "--workers", "0", "--batch-size", "2", "--method", "bitfit",
+    "train", "--head", "oriented_retinanet", "--model", "tiny", "--epochs", "1", "--workers", "0", "--batch-size", "2", "--method", "bitfit",
     "--head-options", json.dumps(HEAD),
 ]  # fmt: skip
 NAMES = ["plane", "ship", "truck"]  # sorted, as the reader has them
@@ -227,7 +227,7 @@ def test_boxes_are_drawn_as_they_lie():
 WRONG = {
     ("--data", "dota", "--head", "retinanet"): "is not laid out for detection; it is laid out for oriented (dota)",
     ("--data", "dota", "--task", "oriented", "--head", "retinanet"): (
-        "'retinanet' is no head for oriented (it is for detection), which has oriented_retinanet, oriented_rcnn, "
+        "'retinanet' is no head for oriented (it is for detection), which has oriented_rcnn, oriented_retinanet, "
         "h2rbox_v2"
     ),
     ("--data", "dota", "--task", "detection"): "dota is not laid out for detection; it is laid out for oriented",
@@ -248,7 +248,7 @@ WRONG = {
 
 @pytest.mark.parametrize("words", WRONG, ids=" ".join)
 def test_what_has_no_meaning_is_an_error_in_one_line(words, capsys):
-    message = said(capsys, ["train", "--model", "tiny", "--output", "wrong", *words], code=1)
+    message = said(capsys, ["train", "--head", "oriented_retinanet", "--model", "tiny", "--output", "wrong", *words], code=1)
     assert WRONG[words] in message
     assert not Path("wrong").exists()
 

@@ -15,7 +15,7 @@ HEADS = {
     "segmentation": ("upernet", "fcn", "dpt", "setr_pup"),
     "detection": ("retinanet", "fcos", "cascade_rcnn"),
     "instance": ("mask_rcnn", "cascade"),
-    "oriented": ("oriented_retinanet", "oriented_rcnn", "h2rbox_v2"),
+    "oriented": ("oriented_rcnn", "oriented_retinanet", "h2rbox_v2"),
 }
 """Task -> the heads that serve it, the default first."""
 BATCH_SIZE = {"segmentation": 8, "detection": 4, "instance": 4, "oriented": 4}
@@ -41,7 +41,7 @@ class Option:
 
 OPTIONS = (
     Option("head", str | None, None, TASKS, "upernet, fcn, dpt, setr_pup; retinanet, fcos, cascade_rcnn; mask_rcnn, "
-           "cascade; oriented_retinanet, oriented_rcnn, h2rbox_v2. By default the first of the task's; its settings "
+           "cascade; oriented_rcnn, oriented_retinanet, h2rbox_v2. By default the first of the task's; its settings "
            "follow as --head.SETTING VALUE"),
     Option("head_options", dict | None, None, TASKS, "the head's settings as one mapping, for YAML"),
     Option("test_size", list[int] | None, None, TASKS, "[short, long]: resize pictures of evaluation to the largest "
