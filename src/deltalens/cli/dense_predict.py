@@ -59,7 +59,8 @@ def _run(args: Namespace, name: str) -> None:
         from deltalens.lifecycle.atomic import write_text
 
         as_rows = partial(as_csv, oriented=name == "oriented")
-        text = {"table": as_table, "csv": as_rows, "json": as_json, "coco": as_coco}[args.format](found, names)
+        writers: dict[str, Any] = {"table": as_table, "csv": as_rows, "json": as_json, "coco": as_coco}
+        text = writers[args.format](found, names)
         if args.output is None:
             print(text, end="")
         else:
@@ -214,8 +215,8 @@ def as_csv(found: Iterator[Found], names: list[str], oriented: bool = False) -> 
         if each.mask is not None:
             writer.writerows((each.name, name, f"{share:.6f}") for name, share in _shares(each, names))
         for one in each.detections:
-            box = csv_row(one) if oriented else [f"{side:.2f}" for side in one.box]
-            writer.writerow((each.name, one.name, f"{one.score:.6f}", *box))
+            numbers = csv_row(one) if oriented else [f"{side:.2f}" for side in one.box]
+            writer.writerow((each.name, one.name, f"{one.score:.6f}", *numbers))
     return text.getvalue()
 
 

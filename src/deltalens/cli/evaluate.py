@@ -7,8 +7,9 @@ the training run kept for test, and --split all every image. Other layouts are r
 Classes that are texts may be those of the data (--class-names data), which other data needs. A model with an image and
 a text tower is measured zero-shot with --model in place of the adapter.
 
-Of clouds --votes averages the logits of several random views of each, once. Of segmentation, detection and instances
-every class has its row, and --report writes a page with confusion and example pictures.
+Of clouds --votes averages the logits of several random views of each, once. Of segmentation, detection, instances
+and oriented boxes every class has its row, and --report writes a page with confusion and example pictures; --tile looks
+at large pictures with oriented boxes tile by tile.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 The data folder holds train/<class>/*.jpg (and val, test), or <class>/*.jpg, which is then split by seed, or what
 --format says: a table of labels, VTAB-1k, FGVC, VOC 2007, a set of torchvision or of the Hugging Face hub; or clouds
 in one of the formats of theirs, for a model that takes points. With masks or boxes (VOC, COCO, YOLO, mask folders,
-ADE20K, Cityscapes) --task segmentation, detection or instance trains a dense head and the adapter below it. The output
-folder gets the adapter (adapter_config.json, adapter_model.safetensors, README.md), config.yaml, which reproduces the
-run with `deltalens train --config OUTPUT/config.yaml --output ANOTHER`, metrics.csv and results.json.
+ADE20K, Cityscapes, DOTA, roLabelImg) --task segmentation, detection, instance or oriented trains a dense head and the
+adapter below it. The output folder gets the adapter (adapter_config.json, adapter_model.safetensors, README.md),
+config.yaml, which reproduces the run with `deltalens train --config OUTPUT/config.yaml --output ANOTHER`, metrics.csv
+and results.json.
 """
 
 from __future__ import annotations

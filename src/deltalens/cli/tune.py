@@ -39,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str | None,
         default=None,
         help="validation metric that decides, the larger the better; by default accuracy, mAP for several labels, "
-        "miou, map (of VOC's layout map50_voc07) or mask_map for masks and boxes",
+        "miou, map (of VOC's layout and of oriented boxes map50_voc07) or mask_map for masks and boxes",
     )
     add(
         "--prune",

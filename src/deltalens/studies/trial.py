@@ -284,7 +284,7 @@ class Workplace:
 
 
 def dense_task(model: nn.Module, preprocessing: dict[str, Any], data: Splits, training: Training) -> nn.Module:
-    """The task of segmentation, detection or instances on an adapted network, measured as its data are."""
+    """The task of pixels, boxes, instances or oriented boxes on an adapted network, measured as its data are."""
     inference = {name: training.dense[name] for name in ("window", "stride") if name in training.dense}
     info = dl.adapter_info(model) | {"split": dict(data.origin)} | ({"inference": inference} if inference else {})
     dl.adapter_info(model).update(info)
