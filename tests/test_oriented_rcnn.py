@@ -233,8 +233,8 @@ def test_it_learns_two_bars():
     model = small_rcnn().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     torch.manual_seed(0)
-    for step in range(70):
-        if step == 50:
+    for step in range(120):
+        if step == 90:
             optimizer.param_groups[0]["lr"] = 5e-4
         loss = sum(model(images, targets).values())
         optimizer.zero_grad()
