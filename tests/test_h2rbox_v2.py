@@ -333,3 +333,14 @@ def test_a_network_by_name_comes_back_from_files(tmp_path):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+@torch.no_grad()
+def test_nothing_is_found_in_what_a_batch_is_padded_with():
+    images = [torch.zeros(3, 64, 64), torch.zeros(3, 32, 40)]
+    model = small(score_threshold=0.0, nms_threshold=1.0, detections_per_image=10_000, candidates=10_000).eval()
+    first, second = (each["boxes"] for each in model(images))
+    assert len(first) > len(second) > 0
+    low, high = enclosing(second)[:, :2], enclosing(second)[:, 2:]
+    assert (high > 0).all()
+    assert (low < torch.tensor([40.0, 32.0])).all()

@@ -86,7 +86,7 @@ def test_points_on_a_line_and_equal_points():
     assert points.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("side", [1e-20, 1e-30, 1e-44])
+@pytest.mark.parametrize("side", [1e-30, 1e-44])
 def test_points_whose_distances_leave_float32(side):
     points = side * torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     assert boxes_of(points).abs().max() < 1e-15

@@ -202,6 +202,17 @@ def test_candidates():
 
 
 @torch.no_grad()
+def test_nothing_is_found_in_what_a_batch_is_padded_with():
+    images = [torch.zeros(3, 64, 64), torch.zeros(3, 32, 40)]
+    model = small(score_threshold=0.0, nms_threshold=1.0, detections_per_image=10_000, candidates=10_000).eval()
+    first, second = (each["boxes"] for each in model(images))
+    assert len(first) > len(second) > 0
+    low, high = enclosing(second)[:, :2], enclosing(second)[:, 2:]
+    assert (high > 0).all()
+    assert (low < torch.tensor([40.0, 32.0])).all()
+
+
+@torch.no_grad()
 def test_lower_scores_can_be_asked_for_and_the_better_ones_stay():
     images = two_bars()[0][:1]
     everything = small(score_threshold=0.0, detections_per_image=20).eval()(images)[0]

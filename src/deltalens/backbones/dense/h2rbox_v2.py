@@ -114,14 +114,14 @@ class H2RBoxV2(Detector, nn.Module):
         points, strides = self._cells(maps)
         counts = [level.shape[-2] * level.shape[-1] for level in maps]
         found = []
-        for each in range(len(images)):
+        for each, size in enumerate(batch.image_sizes):
             levels = zip(
                 *(output[name][each].split(counts) for name in ("cls_logits", "bbox_ctrness", "distances", "codes")),
                 points.split(counts),
                 strides.split(counts),
                 strict=True,
             )
-            found.append(self._detections(list(levels)))
+            found.append(self._detections(list(levels), size))
         return self.transform.postprocess(found, batch.image_sizes, [tuple(image.shape[-2:]) for image in images])
 
     def _cells(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,7 @@ class H2RBoxV2(Detector, nn.Module):
             "symmetry": self.options.symmetry_weight * symmetry_loss(codes, objects, second, square, view),
         }
 
-    def _detections(self, levels: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    def _detections(self, levels: list[tuple[Tensor, ...]], size: tuple[int, int]) -> dict[str, Tensor]:
         boxes, scores, labels = [], [], []
         for logits, centre, distances, codes, points, strides in levels:
             probabilities = (logits.sigmoid() * centre.sigmoid()).sqrt()
@@ -192,6 +192,7 @@ class H2RBoxV2(Detector, nn.Module):
             torch.cat(boxes),
             torch.cat(scores),
             torch.cat(labels),
+            size,
             self.options.nms_threshold,
             self.options.detections_per_image,
         )

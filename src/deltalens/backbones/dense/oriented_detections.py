@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from deltalens.backbones.dense.oriented_proposals import overlaps_image
 from deltalens.models.oriented_boxes import as_convention
 from deltalens.models.oriented_nms import batched_oriented_nms
+
+LEAST_SIDE = 1e-2  # pixels; torchvision's
 
 
 def candidates(scores: Tensor, threshold: float, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,9 +20,14 @@ def candidates(scores: Tensor, threshold: float, most: int) -> tuple[Tensor, Ten
     return kept, places // scores.shape[1], places % scores.shape[1]
 
 
-def without_doubles(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, most: int) -> dict[str, Tensor]:
+def without_doubles(
+    boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int], threshold: float, most: int
+) -> dict[str, Tensor]:
     """Detections {"boxes" (n, 5) in le90, "labels", "scores"}, best first: of two of one class with a larger IoU than
-    the threshold the better one."""
+    the threshold the better one. Those outside of the image of the size (H, W), in what a batch is padded with, are
+    dropped."""
+    inside = overlaps_image(boxes, size, LEAST_SIDE)
+    boxes, scores, labels = boxes[inside], scores[inside], labels[inside]
     kept = batched_oriented_nms(boxes, scores, labels, threshold)[:most]
     return {"boxes": as_convention(boxes[kept], "le90"), "labels": labels[kept], "scores": scores[kept]}
 

@@ -11,6 +11,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler,
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
 from deltalens.backbones.dense.oriented_coder import OrientedCoder
+from deltalens.backbones.dense.oriented_detections import LEAST_SIDE
 from deltalens.backbones.dense.oriented_proposals import overlaps_image
 from deltalens.backbones.dense.precision import InFullPrecision
 from deltalens.models.oriented_iou import oriented_iou
@@ -18,7 +19,6 @@ from deltalens.models.oriented_nms import batched_oriented_nms
 from deltalens.models.oriented_roi_align import oriented_roi_align
 
 CANONICAL_LEVEL = 4  # stride 16
-LEAST_SIDE = 1e-2  # pixels; torchvision's
 REGION_STDS = (0.1, 0.1, 0.2, 0.2, 0.1)
 
 

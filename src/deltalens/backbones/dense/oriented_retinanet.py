@@ -92,7 +92,7 @@ class OrientedRetinaNet(Detector, nn.Module):
     What differs: as in our RetinaNet, losses are divided by the number of foreground anchors of each image, then
     averaged over images (mmrotate: by that of the batch; its Gaussian losses by the number of their anchors, which is
     the same). Anchors are matched as `oriented_matching.match` says. Sizes of anchors are whole pixels, as in
-    torchvision. Boxes are not moved into the image: one that sticks out stays whole.
+    torchvision. Boxes are not moved into the image: one that sticks out stays whole, one outside of it is dropped.
     """
 
     def __init__(self, pyramid: nn.Module, num_classes: int, options: OrientedRetinaNetOptions):
@@ -121,9 +121,9 @@ class OrientedRetinaNet(Detector, nn.Module):
         split = [output["cls_logits"].split(counts, 1), output["bbox_regression"].split(counts, 1)]
         found = [
             self._detections(
-                [level[index] for level in split[0]], [level[index] for level in split[1]], anchors.split(counts)
+                [level[index] for level in split[0]], [level[index] for level in split[1]], anchors.split(counts), size
             )
-            for index in range(len(images))
+            for index, size in enumerate(batch.image_sizes)
         ]
         return self.transform.postprocess(found, batch.image_sizes, [tuple(image.shape[-2:]) for image in images])
 
@@ -135,7 +135,9 @@ class OrientedRetinaNet(Detector, nn.Module):
             boxes = upright_as_oriented(enclosing(boxes))
         return match(boxes, anchors, self.options.foreground_iou, self.options.background_iou)
 
-    def _detections(self, logits: list[Tensor], codes: list[Tensor], anchors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _detections(
+        self, logits: list[Tensor], codes: list[Tensor], anchors: tuple[Tensor, ...], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
         boxes, scores, labels = [], [], []
         for level_logits, level_codes, level_anchors in zip(logits, codes, anchors, strict=True):
             best, rows, classes = candidates(level_logits.sigmoid(), self.score_thresh, self.options.candidates)
@@ -146,6 +148,7 @@ class OrientedRetinaNet(Detector, nn.Module):
             torch.cat(boxes),
             torch.cat(scores),
             torch.cat(labels),
+            size,
             self.options.nms_threshold,
             self.options.detections_per_image,
         )
