@@ -248,7 +248,7 @@ WRONG = {
 
 @pytest.mark.parametrize("words", WRONG, ids=" ".join)
 def test_what_has_no_meaning_is_an_error_in_one_line(words, capsys):
-    message = said(capsys, ["train", "--head", "oriented_retinanet", "--model", "tiny", "--output", "wrong", *words], code=1)
+    message = said(capsys, ["train", "--model", "tiny", "--output", "wrong", *words], code=1)
     assert WRONG[words] in message
     assert not Path("wrong").exists()
 
