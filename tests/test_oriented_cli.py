@@ -25,7 +25,8 @@ HEAD = {
     "channels": 16, "anchor_scale": 2.0, "strides": [8, 16], "detections_per_image": 5, "score_threshold": 0.0,
 }  # fmt: skip
 TRAIN = [
-    "train", "--head", "oriented_retinanet", "--model", "tiny", "--epochs", "1", "--workers", "0", "--batch-size", "2", "--method", "bitfit",
+    "train", "--head", "oriented_retinanet", "--model", "tiny", "--epochs", "1", "--workers", "0", "--batch-size", "2",
+    "--method", "bitfit",
     "--head-options", json.dumps(HEAD),
 ]  # fmt: skip
 NAMES = ["plane", "ship", "truck"]  # sorted, as the reader has them
