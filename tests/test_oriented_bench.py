@@ -36,8 +36,9 @@ def test_shown_unless_one_head_is_asked_for(monkeypatch):
     monkeypatch.setattr(dense_bench, "_compare", lambda *_: (Section("whole", []), Section("alone", [])))
     titles = {
         head: [section.title for section in dense_bench.bench_dense(Options(quick=True, rounds=1, head=head)).sections]
-        for head in (None, "retinanet")
+        for head in (None, "retinanet", "oriented")
     }
     assert titles["retinanet"] == ["whole", "alone"]
+    assert len(titles["oriented"]) == 6
     assert titles[None][:4] == ["whole", "alone"] * 2
     assert len(titles[None]) == 4 + 6

@@ -37,7 +37,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--img-size", type=int | None, help="edge of the input images in pixels; null for the model's own")
     add("--batch-size", type=int | None, help="images in a batch; null for 4, in clip 16, in points 32, in dense 2")
     add("--classes", type=int | None, help="classes of clip, each a text; null for 100")
-    add("--head", type=Literal["retinanet", "upernet"] | None, help="of dense; null for both")
+    add(
+        "--head",
+        type=Literal["retinanet", "upernet", "oriented"] | None,
+        help="of dense: one of its parts; oriented is IoU and NMS of oriented boxes; null for all",
+    )
     add("--rounds", type=int, default=7, help="interleaved rounds of training steps, twice as many of inference")
     add("--threads", type=int | None, help="processor threads; null for torch's choice")
     add("--device", type=str | None, help="cpu, cuda, cuda:1...; null for a GPU where there is one")

@@ -31,7 +31,7 @@ class Options:
     """How a benchmark runs.
 
     model, img_size, batch_size: None for the benchmark's own. quick: the small shipped backbones, batch 2 and 3 rounds
-    at most. classes: texts of the part clip. head: of the part dense, None for all of its heads.
+    at most. classes: texts of the part clip. head: of the part dense, None for all of its parts.
     """
 
     model: str | None = None

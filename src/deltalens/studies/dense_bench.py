@@ -25,6 +25,7 @@ MODELS = ("timm/swin_tiny_patch4_window7_224", "timm/swin_base_patch4_window7_22
 QUICK_MODEL = "deltalens/swin-mini"
 SIZE, QUICK_SIZE = 512, 64  # edge of the images in pixels
 HEADS = {"retinanet": 20, "upernet": 150}  # head -> classes: of VOC, of ADE20K
+OF_BOXES = "oriented"  # asks for the part without a network
 QUICK_CHANNELS = {"retinanet": {"channels": 32}, "upernet": {"channels": 32, "auxiliary_channels": 32}}
 BATCH = 2  # UPerNet norms over the images of a batch, and takes no single one in training
 OBJECTS = 5  # in an image
@@ -38,13 +39,13 @@ def bench_dense(options: Options) -> Report:
 
     The contenders take turns on one batch. Each step is timed whole, and its part in the backbone by itself
     (`BackboneStep`); neck, decoder and losses are the same modules for all of them and are trained by all. Oriented
-    boxes come after them, unless one head is asked for.
+    boxes come after them, unless one head is asked for; or alone, where that "head" is "oriented".
     """
     options = options.settled(" and ".join(MODELS), QUICK_MODEL, BATCH)
     size = options.img_size or (QUICK_SIZE if options.quick else SIZE)
     models = MODELS if options.model == " and ".join(MODELS) else (options.model,)
     batch_size = options.batch_size or BATCH
-    heads = HEADS if options.head is None else {options.head: HEADS[options.head]}
+    heads = [head for head in HEADS if options.head in (None, head)]
     if "upernet" in heads and batch_size < 2:
         raise ValueError(
             "UPerNet needs at least 2 images a batch in training: give --batch-size 2, or --head retinanet"
@@ -56,7 +57,7 @@ def bench_dense(options: Options) -> Report:
         sections += [whole, alone]
         if model in MODELS and size == SIZE:
             targets += _targets(whole, alone, f"{_short(model)}, {head}")
-    if options.head is None:
+    if options.head in (None, OF_BOXES):
         of_boxes, promised = bench_oriented(options)
         sections += of_boxes
         targets += promised
