@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .adapters import Adapters
 from .clouds import write_clouds
-from .ships import write_ships
+from .ships import write_harbour, write_ships
 from .study import Table
 
 TABLES = {
@@ -59,6 +59,7 @@ TABLES = {
         Table("dense-instances", {"nuclei": "inst/nuclei", "coco128": "inst/coco128"}, "1 h", {}),
         Table("cascade", {"nuclei": "inst/nuclei", "coco128": "inst/coco128"}, "50 min", {}),
         Table("oriented", {"ships": "obb/dota_tiles"}, "30 min", {}, prepare=write_ships),
+        Table("oriented-harbour", {"harbour": "obb/dota_tiles"}, "15 min", {}, prepare=write_harbour),
         Adapters(),
     )
 }
