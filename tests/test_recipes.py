@@ -43,13 +43,16 @@ def searched(study: Study, label: str, dataset: str = "") -> dict[str, list]:
 
 
 # ------------------------------------------------------------------ all of them
+WITHOUT_SCORES = ("mona/star-kld-published",)  # the paper has a table of them, as a picture that nobody has quoted
+
+
 @pytest.mark.parametrize("name", [name for name in STUDIES if name.startswith(("mona/", "vpt/"))])
 def test_every_recipe_can_be_read_and_says_how_it_is_started(name, tmp_path):
     study = study_of(name)
     assert f": deltalens compare {name} --data " in summary(STUDIES[name])
     assert study.protocol == ("published" if name.endswith("-published") else "fair")
     assert len(study.seeds) == 3
-    assert published(study)
+    assert published(study) if study.published else name in WITHOUT_SCORES
     runs = Grid(study, tmp_path)
     assert set(runs.finals) == {
         (study.backbones[0].label, dataset.name, variant.label)
