@@ -34,6 +34,7 @@ from deltalens.studies.demo import (
 )
 from deltalens.studies.dense_answers import answers_section
 from deltalens.studies.dense_measure import Found, examples_of
+from deltalens.studies.dense_words import task_words
 from deltalens.studies.measure import saved_bytes
 from deltalens.studies.results import Comparison, Epoch, RunResult
 from deltalens.studies.terminal import MethodBars
@@ -225,7 +226,7 @@ def run_dense_demo(
             run, answers[each.label] = contest.run(each, output / name)
             runs.append(run)
     comparison = Comparison(
-        title=f"{number_of_ways(len(runs))} to adapt one backbone for {settings.task}",
+        title=f"{number_of_ways(len(runs))} to adapt one backbone for {task_words(settings.task)}",
         intro=_intro(settings, runs, contest.scenes, contest.metric_name),
         runs=runs,
         test_images=len(contest.scenes.test),
