@@ -227,6 +227,7 @@ def test_networks_by_name_and_their_files(body, tmp_path):
 
 
 # ------------------------------------------------------------------ learning
+@pytest.mark.slow
 def test_it_learns_two_bars():
     """Two images by heart: class, place, sides and angle of each bar."""
     images, targets = bars(*TWO)
