@@ -15,7 +15,7 @@ version = release = deltalens.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "package_tables"]
 exclude_patterns = ["_build", "_ext"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"

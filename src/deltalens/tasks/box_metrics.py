@@ -22,7 +22,7 @@ class CocoAveragePrecision(MeanAveragePrecision):
     """COCO's average precision (AP over IoU 0.5 to 0.95, 101 recalls, at most 100 detections an image).
 
     Gives "map", "map50", "map75", and "map_small", "map_medium", "map_large" (areas below 32^2, up to 96^2, above)
-    where there are objects of that size; with masks=True the same of masks with "mask_" before it. NaN where there is
+    where there are objects of that size; with masks=True the same of masks with ``mask_`` before it. NaN where there is
     no object at all. Crowds are passed over as COCO does; "difficult" boxes count as crowds here, which COCO does not
     know. IoUs and recalls are COCO's in double precision: torchmetrics' own are rounded to float32, so that a recall of
     just 0.2, or an IoU of just 0.6, misses its threshold.
