@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from deltalens.backbones.dense.body import Body
-from deltalens.backbones.dense.detector_options import DetectorOptions, options_from, pyramid_and_options
+from deltalens.backbones.dense.detector_options import options_from, pyramid_and_options
 from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, anchor_sizes, neck_of
 from deltalens.backbones.dense.oriented_batch import OrientedBatch
 from deltalens.backbones.dense.oriented_proposals import OrientedProposalHead, OrientedProposals
 from deltalens.backbones.dense.oriented_regions import OrientedBoxLayers, OrientedRegionHeads, OrientedRegionPooling
 from deltalens.backbones.dense.precision import full_precision
+from deltalens.backbones.dense.region_options import RegionOptions
 from deltalens.models.oriented_boxes import as_convention
 
 FINEST = 4  # stride of the finest map that is read
@@ -24,43 +25,23 @@ POOLED = 7  # cells a side of a region
 
 
 @dataclass(frozen=True)
-class OrientedRCNNOptions(DetectorOptions):
-    """Beside `DetectorOptions`, of which IoUs are oriented ones. anchor_scale: anchors of a level are anchor_scale x
-    stride (8 as published, 4 or less for objects that are small in the input). anchor_sizes: or name the sizes (pixels)
-    of every level, which are the levels read and one more. anchor_ratios: height / width. proposals, proposals_train:
-    regions that are looked at in evaluation and in training. proposal_nms: the IoU of upright boxes above which the
-    worse of two proposals is dropped. sampled_anchors, sampled_regions: so many of each image go into the losses.
-    canonical_scale: boxes of this size (pixels) are pooled from the level of stride 16. box_width: of the two layers
-    behind a box's features. candidates: so many classes of regions, the best of an image, go into the suppression of
-    doubles.
+class OrientedRCNNOptions(RegionOptions):
+    """Beside `RegionOptions`, of which IoUs are oriented ones but for proposal_nms, which compares the upright boxes
+    around proposals. candidates: so many classes of regions, the best of an image, go into the suppression of doubles.
 
     The defaults are the settings of mmrotate's Oriented R-CNN on DOTA.
     """
 
     nms_threshold: float = 0.1
     detections_per_image: int = 2000
-    anchor_scale: float = 8.0
-    anchor_sizes: tuple[tuple[float, ...], ...] | None = None
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     proposals: int = 2000
-    proposals_train: int = 2000
     proposal_nms: float = 0.8
-    sampled_anchors: int = 256
-    sampled_regions: int = 512
-    canonical_scale: int = 224
-    box_width: int = 1024
     candidates: int = 2000
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.anchor_scale > 0 or not self.anchor_ratios or min(self.anchor_ratios) <= 0:
-            raise ValueError("anchor_scale and anchor_ratios must be positive")
-        counts = ("proposals", "proposals_train", "sampled_anchors", "sampled_regions", "box_width", "candidates")
-        for name in (*counts, "canonical_scale"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.proposal_nms <= 1:
-            raise ValueError(f"proposal_nms must lie above 0 and not above 1, got {self.proposal_nms}")
+        if self.candidates < 1:
+            raise ValueError(f"candidates must be at least 1, got {self.candidates}")
 
 
 class OrientedRCNNDetector(Detector, nn.Module):

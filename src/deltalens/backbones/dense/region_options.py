@@ -32,7 +32,14 @@ class RegionOptions(DetectorOptions):
         super().__post_init__()
         if not self.anchor_scale > 0 or not self.anchor_ratios or min(self.anchor_ratios) <= 0:
             raise ValueError("anchor_scale and anchor_ratios must be positive")
-        for name in ("proposals", "proposals_train", "sampled_anchors", "sampled_regions", "box_width"):
+        for name in (
+            "proposals",
+            "proposals_train",
+            "sampled_anchors",
+            "sampled_regions",
+            "canonical_scale",
+            "box_width",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.proposal_nms <= 1:
