@@ -18,6 +18,7 @@ from deltalens.backbones.dense.box_heads import REGION, BoxLayers, MaskLayers, P
 from deltalens.backbones.dense.cascade_heads import AVERAGES, CascadeHeads, Stage
 from deltalens.backbones.dense.detector_options import options_from, pyramid_and_options
 from deltalens.backbones.dense.detector_parts import Detector, PyramidAnchors, anchor_sizes, neck_of
+from deltalens.backbones.dense.mask_rcnn import MaskRCNNOptions
 from deltalens.backbones.dense.region_losses import BOX_LOSSES, BoxLoss
 from deltalens.backbones.dense.region_options import RegionOptions
 from deltalens.backbones.dense.region_sampling import RegionSampler
@@ -79,16 +80,8 @@ class CascadeRCNNOptions(RegionOptions):
 
 
 @dataclass(frozen=True)
-class CascadeOptions(CascadeRCNNOptions):
-    """Beside `CascadeRCNNOptions`. mask_convolutions, mask_width: of each stage's mask branch."""
-
-    mask_convolutions: int = 4
-    mask_width: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mask_width < 1:
-            raise ValueError(f"mask_width must be at least 1, got {self.mask_width}")
+class CascadeOptions(CascadeRCNNOptions, MaskRCNNOptions):
+    """`CascadeRCNNOptions`, and the mask branch of `MaskRCNNOptions`, of which each stage has one."""
 
 
 class CascadeDetector(Detector, GeneralizedRCNN):
